@@ -1,0 +1,3 @@
+//! farfault moves a running virtual machine to another host over QUIC.
+
+pub mod page;
