@@ -1,3 +1,7 @@
 //! farfault moves a running virtual machine to another host over QUIC.
 
+pub mod engine;
+pub mod guest;
+pub mod memory;
 pub mod page;
+pub mod wire;
