@@ -277,7 +277,7 @@ impl DestinationMachine {
             (ToDestination::Abort { reason }, _) if !self.committed => {
                 self.discard(Failure::plain(format!("the source gave up: {reason}")));
             }
-            (ToDestination::Bye, State::Completing) => {
+            (ToDestination::Bye { .. }, State::Completing) => {
                 self.act(DestinationAction::ReleaseGuest);
             }
             (_, State::Discarding | State::Ended) => {}
@@ -403,6 +403,6 @@ fn message_name(message: &ToDestination) -> &'static str {
         ToDestination::Offer { .. } => "Offer",
         ToDestination::Commit => "Commit",
         ToDestination::Abort { .. } => "Abort",
-        ToDestination::Bye => "Bye",
+        ToDestination::Bye { .. } => "Bye",
     }
 }

@@ -383,7 +383,7 @@ impl SourceMachine {
             }
             (SourceRecord::Void, State::Voiding) => self.resume(),
             (SourceRecord::Complete, State::Completing) => {
-                self.act(SourceAction::Send(ToDestination::Bye));
+                self.act(SourceAction::Send(ToDestination::Bye { downtime_us: None }));
                 self.act(SourceAction::ReleaseGuest);
             }
             _ => {}

@@ -87,7 +87,10 @@ pub enum ToDestination {
         reason: String,
     },
     /// The destination's `Done` has arrived.
-    Bye,
+    Bye {
+        /// For the destination's report: from the order to stop the guest to word that it ran again.
+        downtime_us: Option<u64>,
+    },
 }
 
 /// Destination to source, on the control lane.
