@@ -1,3 +1,4 @@
 //! farfault moves a running virtual machine to another host over QUIC.
 
+pub mod memory;
 pub mod page;
