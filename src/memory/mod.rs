@@ -1,6 +1,13 @@
 //! Guest memory as farfault sees it from outside: regions and their alias mappings, holes, dirty
 //! tracking, the page table of the destination, fault handling, and the adoption of a running process.
 
+mod error;
+mod guest_memory;
 mod layout;
+mod sys;
+mod table;
 
+pub use error::MemoryError;
+pub use guest_memory::{Access, GuestMemory, RegionBacking};
 pub use layout::{MemoryLayout, RegionLayout};
+pub use table::{Claim, PageState, PageTable, Stage, StageCounts, Want};
