@@ -1,5 +1,6 @@
 //! farfault moves a running virtual machine to another host over QUIC.
 
+pub mod cli;
 pub mod codec;
 pub mod engine;
 pub mod guest;

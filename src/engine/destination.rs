@@ -138,6 +138,7 @@ pub struct DestinationMachine {
     complete: bool,
     ready_said: bool,
     link_lost: bool,
+    releasing: bool,
     /// Discarding because of this.
     failure: Option<Failure>,
     actions: VecDeque<DestinationAction>,
@@ -159,6 +160,7 @@ impl DestinationMachine {
             complete: false,
             ready_said: false,
             link_lost: false,
+            releasing: false,
             failure: None,
             actions: VecDeque::new(),
         }
@@ -278,7 +280,7 @@ impl DestinationMachine {
                 self.discard(Failure::plain(format!("the source gave up: {reason}")));
             }
             (ToDestination::Bye { .. }, State::Completing) => {
-                self.act(DestinationAction::ReleaseGuest);
+                self.release();
             }
             (_, State::Discarding | State::Ended) => {}
             (message, state) => {
@@ -317,9 +319,7 @@ impl DestinationMachine {
                 }
                 self.act(DestinationAction::DiscardGuest);
             }
-            (DestinationRecord::Complete, State::Completing) if self.link_lost => {
-                self.act(DestinationAction::ReleaseGuest);
-            }
+            (DestinationRecord::Complete, State::Completing) if self.link_lost => self.release(),
             (DestinationRecord::Complete, State::Completing) => {
                 self.act(DestinationAction::Send(ToSource::Done));
             }
@@ -330,6 +330,12 @@ impl DestinationMachine {
     fn finish(&mut self) {
         self.state = State::Completing;
         self.act(DestinationAction::Journal(DestinationRecord::Complete));
+    }
+
+    fn release(&mut self) {
+        if !std::mem::replace(&mut self.releasing, true) {
+            self.act(DestinationAction::ReleaseGuest);
+        }
     }
 
     fn may_have_run(&self) -> bool {
@@ -372,7 +378,7 @@ impl DestinationMachine {
             State::Loading | State::Loaded | State::Committing | State::Starting
                 if self.committed && self.complete => {}
             // Complete and running; the source's Bye is only a courtesy.
-            State::Completing => self.act(DestinationAction::ReleaseGuest),
+            State::Completing => self.release(),
             State::Committing | State::Starting | State::Postcopy => {
                 self.end(DestinationOutcome::LostPages(failure));
             }

@@ -45,6 +45,18 @@ pub struct FaultLatency {
     pub max: u64,
 }
 
+impl FaultLatency {
+    /// The quantiles of a histogram of microseconds.
+    pub fn of(histogram: &hdrhistogram::Histogram<u64>) -> Self {
+        FaultLatency {
+            p50: histogram.value_at_quantile(0.5),
+            p90: histogram.value_at_quantile(0.9),
+            p99: histogram.value_at_quantile(0.99),
+            max: histogram.max(),
+        }
+    }
+}
+
 /// Everything worth keeping of one migration, seen from one side. Field names are those of the
 /// `report` event and stay as they are.
 #[derive(Clone, Debug, Serialize)]

@@ -171,7 +171,7 @@ impl Arrivals {
                 return if error.is_checksum() { Ok(()) } else { Err(error.into()) };
             }
         };
-        let mut arrived = ArrivedRuns::default();
+        let mut arrived = Vec::new();
         let mut claims = claims.into_iter().enumerate();
         while let Some((position, claim)) = claims.next() {
             let Some((page, previous)) = claim else { continue };
@@ -187,12 +187,9 @@ impl Arrivals {
             };
             match written {
                 Ok(zero) => {
-                    let waited_for = self.table.finish(page, version, zero, last);
+                    self.table.finish(page, version, zero, last);
                     self.count_arrival(last);
-                    // A zero page stays a hole until the guest touches it.
-                    if last && (waited_for || !zero) {
-                        arrived.add(page, &mut |run| self.map(run))?;
-                    }
+                    arrived.push(page);
                 }
                 Err(error) => {
                     self.table.spoil(page);
@@ -203,7 +200,9 @@ impl Arrivals {
                 }
             }
         }
-        arrived.finish(&mut |run| self.map(run))?;
+        if last {
+            self.map(&arrived)?;
+        }
         Ok(())
     }
 
@@ -223,7 +222,7 @@ impl Arrivals {
                     let waited_for = self.table.finish(page, version, true, last);
                     self.count_arrival(last);
                     if last && waited_for {
-                        self.map(PageRange::new(page.0, page.0 + 1))?;
+                        self.map(&[page])?;
                     }
                 }
                 Claim::AlreadyThere | Claim::Busy => {
@@ -242,9 +241,9 @@ impl Arrivals {
         self.memory.punch_hole(PageRange::new(page.0, page.0 + 1))
     }
 
-    fn map(&self, run: PageRange) -> Result<(), MemoryError> {
+    fn map(&self, pages: &[PageIndex]) -> Result<(), MemoryError> {
         match self.faults.get() {
-            Some(faults) => faults.map_arrived(run),
+            Some(faults) => faults.map_arrived(pages),
             None => Ok(()),
         }
     }
@@ -280,36 +279,7 @@ impl Arrivals {
         self.remaining.store(missing.len(), Ordering::Release);
         self.counters.remaining_pages.store(missing.len(), Ordering::Relaxed);
         *switchover = Some(version);
-        for page in waited_for {
-            self.map(PageRange::new(page.0, page.0 + 1))?;
-        }
+        self.map(&waited_for)?;
         Ok(missing.len())
-    }
-}
-
-/// Joins pages that arrive in order into runs, so that a run costs one system call.
-#[derive(Default)]
-struct ArrivedRuns(Option<PageRange>);
-
-impl ArrivedRuns {
-    fn add<E>(
-        &mut self,
-        page: PageIndex,
-        map: &mut impl FnMut(PageRange) -> Result<(), E>,
-    ) -> Result<(), E> {
-        match &mut self.0 {
-            Some(run) if run.end == page => {
-                run.end = PageIndex(page.0 + 1);
-                Ok(())
-            }
-            open => {
-                let run = open.replace(PageRange::new(page.0, page.0 + 1));
-                run.map_or(Ok(()), map)
-            }
-        }
-    }
-
-    fn finish<E>(self, map: &mut impl FnMut(PageRange) -> Result<(), E>) -> Result<(), E> {
-        self.0.map_or(Ok(()), map)
     }
 }

@@ -17,7 +17,7 @@ use super::{Noted, ProgressMeter, RoundLedger, Shared, StopSignals, Timeline, bl
 use crate::engine::destination::*;
 use crate::engine::{Failure, MigrationPhase};
 use crate::guest::{DestinationGuest, Shape};
-use crate::memory::{FaultServer, Mapper, PageTable};
+use crate::memory::{MemoryError, FaultOptions, FaultServer, Mapper, PageTable, Userfault};
 use crate::page::{PageIndex, Version};
 use crate::report::{Counters, FaultLatency, MigrationResult, Output, Report, Role};
 use crate::transport::{Lane, Link, Listener};
@@ -40,7 +40,7 @@ pub struct ReceiveOptions {
 /// migration fails; an error means that no sender came.
 pub async fn receive(
     guest: Box<dyn DestinationGuest>,
-    listener: Listener,
+    listener: &Listener,
     migration: &str,
     options: ReceiveOptions,
     output: Arc<Output>,
@@ -48,7 +48,7 @@ pub async fn receive(
     let mut signals = StopSignals::listen()?;
     let guest = Shared::new(guest);
     let accepted = tokio::select! {
-        link = listener.accept() => link.map_err(|error| Failure::plain(error.to_string())),
+        link = listener.accept(None) => link.map_err(|error| Failure::plain(error.to_string())),
         () = signals.wait() => Err(Failure::plain("cancelled at the destination")),
     };
     let begun = accepted.and_then(|link| {
@@ -57,17 +57,17 @@ pub async fn receive(
     match begun {
         Ok((link, journal)) => {
             let session = Session::new(guest, link, options, journal, output);
-            let report = session.run(signals).await;
-            listener.close().await;
-            Ok(report)
+            Ok(session.run(signals).await)
         }
         Err(failure) => {
-            listener.close().await;
             guest.call(|guest| guest.discard()).await?;
             Err(failure)
         }
     }
 }
+
+/// A refusal gets so long to reach the source before the link is closed.
+const REFUSAL_GRACE: Duration = Duration::from_secs(5);
 
 /// A fault lane's request as it leaves the fault reader.
 type Asked = (PageIndex, bool);
@@ -75,7 +75,7 @@ type Asked = (PageIndex, bool);
 /// What is there once the guest's memory is registered.
 struct Prepared {
     arrivals: Arc<Arrivals>,
-    table: Arc<PageTable>,
+    userfault: Arc<Userfault>,
     faults: Arc<FaultServer>,
 }
 
@@ -157,12 +157,22 @@ impl Session {
                 Some(event) = self.happenings.recv() => self.handle(event).await,
                 () = signals.wait() => self.handle(DestinationEvent::Cancelled).await,
                 _ = ticks.tick() => {
+                    if let Some(failure) = self.fault_failure() {
+                        self.handle(DestinationEvent::Failed(failure)).await;
+                    }
                     let progress = meter.read(&self.timeline, &self.counters, &self.link);
                     self.output.progress(progress);
                 }
             }
         }
         self.finish().await
+    }
+
+    /// What keeps the fault reader from its work for good.
+    fn fault_failure(&self) -> Option<Failure> {
+        let prepared = self.prepared.lock().expect("no holder panics");
+        let error = prepared.as_ref()?.faults.take_failure()?;
+        matches!(error, MemoryError::ProcessGone).then(|| error.into())
     }
 
     /// Takes messages of the source.
@@ -212,7 +222,7 @@ impl Session {
                 }
                 // After a refusal the guest is discarded and the link closed: let it arrive first.
                 if matches!(message, ToSource::Refused { .. }) {
-                    self.link.flush(Duration::from_secs(5)).await;
+                    let _ = tokio::time::timeout(REFUSAL_GRACE, self.link.finish()).await;
                 }
             }
             DestinationAction::Prepare { shape, strategy } => {
@@ -253,7 +263,7 @@ impl Session {
                     blocking(move || {
                         drop(mapper);
                         if let Some(prepared) = &*prepared.lock().expect("no holder panics") {
-                            prepared.faults.release()?;
+                            prepared.userfault.release()?;
                         }
                         Ok(())
                     })
@@ -306,10 +316,16 @@ impl Session {
                 let userfault = Arc::new(guest.with(|guest| guest.userfault())?);
                 let table = Arc::new(PageTable::create(memory.pages())?);
                 let wanted = asked.clone();
-                let sink = Box::new(move |page: PageIndex| {
+                let ask = move |page: PageIndex| {
                     let _ = wanted.send((page, false));
-                });
-                let faults = Arc::new(FaultServer::start(userfault, table.clone(), sink)?);
+                };
+                let service = FaultServer::start(
+                    userfault.clone(),
+                    table.clone(),
+                    FaultOptions::default(),
+                    ask,
+                )?;
+                let faults = Arc::new(service);
                 let arrivals = Arc::new(Arrivals::new(memory, table.clone(), counters));
                 arrivals.serve_with(faults.clone());
                 for lane in [Lane::Push, Lane::FaultReply] {
@@ -323,7 +339,7 @@ impl Session {
                     };
                     applier.start(handle.clone())?;
                 }
-                let ready = Prepared { arrivals, table, faults };
+                let ready = Prepared { arrivals, userfault, faults };
                 *prepared.lock().expect("no holder panics") = Some(ready);
                 Ok(DestinationEvent::Prepared)
             })
@@ -367,11 +383,13 @@ impl Session {
     }
 
     fn run_guest(&mut self) {
-        let prepared = self.prepared.lock().expect("no holder panics");
-        if let Some(Prepared { table, faults, .. }) = &*prepared {
-            self.mapper = Some(Mapper::start(faults.clone(), table.clone()));
+        if let Some(Prepared { faults, .. }) = &*self.prepared.lock().expect("no holder panics") {
+            match Mapper::start(faults) {
+                Ok(mapper) => self.mapper = Some(mapper),
+                // The guest then faults for each page, slower but as right.
+                Err(error) => tracing::warn!("pages are not mapped in the background: {error}"),
+            }
         }
-        drop(prepared);
         let (guest, paused) = (self.guest.clone(), self.options.paused);
         let timeline = self.timeline.clone();
         self.spawn_step(async move {
@@ -396,7 +414,7 @@ impl Session {
             | DestinationOutcome::LostPages(failure) => Some(failure.clone()),
         };
         let goodbye = failure.as_ref().map_or("done", |failure| failure.reason.as_str());
-        self.link.close(goodbye).await;
+        self.link.close(u32::from(failure.is_some()), goodbye).await;
         self.tasks.shutdown().await;
         if let Some(failure) = &failure {
             self.output.error(failure);
@@ -411,8 +429,8 @@ impl Session {
             _ => self.output.note(&format!("the journal of this side is {}", path.display())),
         }
         let codecs = self.counters.codecs();
-        let faults = self.prepared.lock().expect("no holder panics");
-        let faults = faults.as_ref().map(|prepared| prepared.faults.stats()).unwrap_or_default();
+        let prepared = self.prepared.lock().expect("no holder panics");
+        let faults = prepared.as_ref().map(|prepared| prepared.faults.stats());
         Report {
             role: Role::Destination,
             result: match outcome {
@@ -432,15 +450,10 @@ impl Session {
             precopy_rounds: self.rounds,
             remaining_pages_at_freeze: *self.remaining_at_freeze.lock().expect("no panics"),
             device_state_bytes: *self.device_state_bytes.lock().expect("no holder panics"),
-            remote_faults: faults.remote_faults,
-            local_faults: faults.local_faults,
+            remote_faults: faults.as_ref().map_or(0, |faults| faults.remote_faults),
+            local_faults: faults.as_ref().map_or(0, |faults| faults.local_faults),
             duplicate_pages: self.counters.duplicate_pages.load(Ordering::Relaxed),
-            fault_latency_us: Some(FaultLatency {
-                p50: faults.latency_us.p50,
-                p90: faults.latency_us.p90,
-                p99: faults.latency_us.p99,
-                max: faults.latency_us.max,
-            }),
+            fault_latency_us: faults.map(|faults| FaultLatency::of(&faults.remote_latency_us)),
             round_trip_ms: stats.min_rtt_us as f64 / 1e3,
             tracker: None,
             phases_ms: self.timeline.parts_ms(),

@@ -25,6 +25,9 @@ use crate::wire::message::{
     ToDestination, decode, encode,
 };
 
+/// The last message gets so long to reach the destination.
+const FAREWELL_GRACE: Duration = Duration::from_secs(2);
+
 /// What the operator asked for.
 #[derive(Clone, Debug)]
 pub struct SendOptions {
@@ -50,10 +53,9 @@ pub async fn send(
 ) -> Result<Report, Failure> {
     let mut signals = StopSignals::listen()?;
     let link = tokio::select! {
-        link = connect(ticket, transport) => link.map_err(|error| Failure {
-            hint: error.hint(),
-            reason: error.to_string(),
-        })?,
+        link = connect(ticket, transport) => {
+            link.map_err(|error| Failure::plain(error.to_string()))?
+        }
         () = signals.wait() => return Err(Failure::plain("cancelled by the operator")),
     };
     let journal = Journal::create(&options.state_dir, &ticket.migration.to_string(), "source")?;
@@ -424,7 +426,9 @@ impl Session {
             }
         };
         let goodbye = failure.as_ref().map_or("done", |failure| failure.reason.as_str());
-        self.link.close(goodbye).await;
+        // What was said last must arrive before the link is closed.
+        let _ = tokio::time::timeout(FAREWELL_GRACE, self.link.finish()).await;
+        self.link.close(u32::from(failure.is_some()), goodbye).await;
         self.tasks.shutdown().await;
         // Ends the tracking of the guest's writes.
         self.sender = None;
@@ -496,15 +500,5 @@ async fn answer_faults(link: &Link, frozen: &FrozenPages) -> Result<(), Failure>
         for reply in frozen.answer(&request.pages, request.whole, &mut reader) {
             link.send(Lane::FaultReply, reply).await?;
         }
-    }
-}
-
-/// The strategies by name, for options.
-pub fn parse_strategy(text: &str) -> Result<Strategy, String> {
-    match text {
-        "hybrid" => Ok(Strategy::Hybrid),
-        "precopy" => Ok(Strategy::Precopy),
-        "postcopy" => Ok(Strategy::Postcopy),
-        _ => Err("hybrid, precopy or postcopy".to_owned()),
     }
 }
