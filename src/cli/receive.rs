@@ -8,7 +8,7 @@ use clap::{ArgGroup, Args};
 
 use crate::engine::Failure;
 use crate::guest::DestinationGuest;
-use crate::guest::qemu::QemuDestination;
+use crate::guest::qemu::{QemuDestination, SpawnOptions};
 use crate::report::{Output, Report};
 use crate::session::destination::{ReceiveOptions, receive};
 use crate::session::journal::default_state_dir;
@@ -32,6 +32,10 @@ pub(super) struct Receive {
     /// Attach to a QEMU that already waits with `-incoming defer -S`.
     #[arg(long, value_name = "PATH")]
     qmp: Option<PathBuf>,
+    /// Where the output of the QEMU that is started goes; without this it can be read in
+    /// /proc/PID/fd/2 while that QEMU lives.
+    #[arg(long, value_name = "FILE", requires = "command")]
+    qemu_log: Option<PathBuf>,
     /// Leave the guest stopped when all of it has arrived.
     #[arg(long)]
     paused: bool,
@@ -61,7 +65,10 @@ impl Receive {
                 .map_err(|error| Failure::plain(error.to_string()))?;
         let guest: Box<dyn DestinationGuest> = match &self.qmp {
             Some(qmp) => Box::new(QemuDestination::attach(qmp)?),
-            None => Box::new(QemuDestination::spawn(&self.command)?),
+            None => Box::new(QemuDestination::spawn(&SpawnOptions {
+                command: self.command.iter().map(Into::into).collect(),
+                log: self.qemu_log.clone(),
+            })?),
         };
         output.ticket(&ticket.to_string());
         let options = ReceiveOptions {

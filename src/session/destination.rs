@@ -314,7 +314,7 @@ impl Session {
                 }
                 let memory = guest.with(|guest| guest.memory());
                 let userfault = Arc::new(guest.with(|guest| guest.userfault())?);
-                let table = Arc::new(PageTable::create(memory.pages())?);
+                let table = Arc::new(PageTable::anonymous(memory.pages())?);
                 let wanted = asked.clone();
                 let ask = move |page: PageIndex| {
                     let _ = wanted.send((page, false));

@@ -6,14 +6,13 @@ use std::sync::{Arc, Mutex};
 
 use bytes::Bytes;
 
-use super::rounds::{MESSAGE_BYTES, PageReader};
+use super::rounds::{BATCH_PAGES, MESSAGE_BYTES, PageReader};
 use crate::codec::BaseCache;
 use crate::engine::precopy::Remainder;
 use crate::engine::pusher::Pusher;
 use crate::memory::GuestMemory;
 use crate::page::{PageIndex, PageSet, Version};
 use crate::report::Counters;
-use crate::wire::limits::MAX_PAGES_PER_FRAME;
 
 /// The frozen guest.
 pub(super) struct FrozenPages {
@@ -61,11 +60,11 @@ impl FrozenPages {
     /// The next push message; `None` when every page was sent.
     pub(super) fn next_push(&self, reader: &mut PageReader) -> Option<Bytes> {
         let mut out = Vec::new();
-        let mut pages = Vec::with_capacity(MAX_PAGES_PER_FRAME);
+        let mut pages = Vec::with_capacity(BATCH_PAGES);
         while out.len() < MESSAGE_BYTES {
             {
                 let mut pusher = self.pusher.lock().expect("no holder panics");
-                pusher.take(MAX_PAGES_PER_FRAME, &mut pages);
+                pusher.take(BATCH_PAGES, &mut pages);
                 self.counters.remaining_pages.store(pusher.left(), Ordering::Relaxed);
             }
             if pages.is_empty() {
@@ -104,7 +103,7 @@ impl FrozenPages {
         for (mut pages, whole) in [(due, whole), (neighbours, false)] {
             pages.sort_unstable();
             pages.dedup();
-            for batch in pages.chunks(MAX_PAGES_PER_FRAME) {
+            for batch in pages.chunks(BATCH_PAGES) {
                 let mut out = Vec::new();
                 self.encode(batch, whole, reader, &mut out);
                 messages.push(Bytes::from(out));

@@ -15,14 +15,24 @@ use crate::engine::Failure;
 use crate::engine::policy::RoundSummary;
 use crate::engine::precopy::PrecopyPlan;
 use crate::memory::{DirtyTracker, GuestMemory, MemoryError};
-use crate::page::{PAGE_SIZE_BYTES, PageBytes, PageIndex, PageRange, PageSet, Version};
+use crate::page::{PAGE_SIZE_BYTES, PageBytes, PageIndex, PageRange, Version};
 use crate::report::Counters;
+use crate::transport::Lane;
 use crate::wire::limits::MAX_PAGES_PER_FRAME;
 use crate::wire::{FrameEncoder, PageToSend};
 
 /// A push message is closed when it has reached this size: small enough that one lost packet delays
 /// little, large enough that its stream costs nothing.
 pub(super) const MESSAGE_BYTES: usize = 96 << 10;
+
+/// Pages encoded together. LZ4 looks back 64 KiB, so more would gain nothing; and a message that was
+/// not yet full has room for one more batch of them, even raw, within the push lane's limit.
+pub(super) const BATCH_PAGES: usize = 32;
+
+const _: () = {
+    assert!(BATCH_PAGES <= MAX_PAGES_PER_FRAME);
+    assert!(MESSAGE_BYTES + BATCH_PAGES * (PAGE_SIZE_BYTES + 128) <= Lane::Push.limit_bytes());
+};
 
 /// Changed pages that are encoded for trial to learn what a changed page costs.
 const SAMPLE_PAGES: u64 = 256;
@@ -46,14 +56,14 @@ pub(super) struct PageReader {
 impl Default for PageReader {
     fn default() -> Self {
         PageReader {
-            copies: vec![[0; PAGE_SIZE_BYTES]; MAX_PAGES_PER_FRAME].into_boxed_slice(),
+            copies: vec![[0; PAGE_SIZE_BYTES]; BATCH_PAGES].into_boxed_slice(),
             encoder: FrameEncoder::default(),
         }
     }
 }
 
 impl PageReader {
-    /// Copies `pages` (at most [`MAX_PAGES_PER_FRAME`]) once and appends their frames to `out`. The
+    /// Copies `pages` (at most [`BATCH_PAGES`]) once and appends their frames to `out`. The
     /// copies can be had from [`Self::copies`] until the next call.
     pub(super) fn encode(
         &mut self,
@@ -63,6 +73,7 @@ impl PageReader {
         pages: &[PageIndex],
         out: &mut Vec<u8>,
     ) -> CodecCounts {
+        assert!(pages.len() <= BATCH_PAGES, "{} pages in a batch", pages.len());
         for (page, copy) in pages.iter().zip(self.copies.iter_mut()) {
             memory.read_page(*page, copy);
         }
@@ -157,7 +168,7 @@ impl RoundSender {
                 self.bases.forget(hole);
             }
             self.counters.add_frames(&counts);
-            for batch in full.chunks(MAX_PAGES_PER_FRAME) {
+            for batch in full.chunks(BATCH_PAGES) {
                 let RoundSender { memory, bases, reader, .. } = self;
                 let buffer = &mut outgoing.buffer;
                 let batch_counts = reader.encode(memory, Some(bases), version, batch, buffer);
@@ -166,7 +177,7 @@ impl RoundSender {
                 }
                 self.counters.add_frames(&batch_counts);
                 summary.sent_pages += batch.len() as u64;
-                counts.merge(&batch_counts);
+                counts += batch_counts;
                 outgoing.send_if_large();
             }
             summary.sent_bytes += counts.total_bytes();
@@ -190,8 +201,7 @@ impl RoundSender {
     pub(super) fn freeze(&mut self, version: Version) -> Result<FrozenPages, Failure> {
         let all = PageRange::new(0, self.memory.pages());
         self.collect(all)?;
-        let mut populated = PageSet::empty(self.memory.pages());
-        self.memory.populated(all, &mut populated)?;
+        let populated = self.memory.populated(all)?;
         let remainder = self.plan.remainder(&populated);
         let bases = std::mem::replace(&mut self.bases, BaseCache::new(0, self.memory.pages()));
         let (memory, counters) = (self.memory.clone(), self.counters.clone());
@@ -243,10 +253,13 @@ impl RoundSender {
         let step = self.plan.dirty_pages().div_ceil(SAMPLE_PAGES).max(1);
         let sample: Vec<PageIndex> =
             self.plan.dirty_mut().iter().step_by(step as usize).collect();
-        let populated: Vec<PageIndex> =
-            sample.iter().copied().filter(|page| self.memory.is_populated(*page)).collect();
+        let is_populated = |page: &PageIndex| {
+            let runs = self.memory.populated_runs(PageRange::new(page.0, page.0 + 1));
+            runs.is_ok_and(|runs| !runs.is_empty())
+        };
+        let populated: Vec<PageIndex> = sample.iter().copied().filter(is_populated).collect();
         let mut trial = Vec::new();
-        for batch in populated.chunks(MAX_PAGES_PER_FRAME) {
+        for batch in populated.chunks(BATCH_PAGES) {
             self.reader.encode(&self.memory, Some(&self.bases), next, batch, &mut trial);
         }
         (trial.len() as u64).checked_div(sample.len() as u64)

@@ -21,7 +21,7 @@ use crate::page::Version;
 use crate::report::{Counters, MigrationResult, Output, Report, Role};
 use crate::transport::{Lane, Link, Ticket, TransportOptions, connect};
 use crate::wire::message::{
-    FaultRequest, Flight, MAX_REQUEST_PAGES, PROTOCOL, PackedBytes, PackedSet, Strategy,
+    FaultRequest, Flight, MAX_REQUEST_PAGES, PROTOCOL, PackedBytes, PackedSet,
     ToDestination, decode, encode,
 };
 
