@@ -1,3 +1,5 @@
 //! farfault moves a running virtual machine to another host over QUIC.
 
+pub mod codec;
 pub mod page;
+pub mod wire;
