@@ -10,7 +10,7 @@
 //! | version | of the content of all pages here, 1 to [`Version::MAX`] |
 //! | pages | number of runs, then the runs: see `page_list` |
 //! | base | where pages build on older ones: the base version of all, or 0 and then that of each page |
-//! | words, checks | deltas only: number of changed words; then 4 bytes for each page, [`page_check`] |
+//! | words, checks | deltas only: number of changed words; then 4 bytes for each page, the low half of its xxh3-64, seeded with its index |
 //! | body length | where there is a body |
 //! | checksum | 8 bytes: xxh3-64 of the decoded body, seeded with the xxh3-64 of all fields before |
 //! | body | |
