@@ -1,3 +1,4 @@
 //! farfault moves a running virtual machine to another host over QUIC.
 
 pub mod page;
+pub mod transport;
