@@ -9,7 +9,7 @@ use nix::unistd::Pid;
 use super::super::commands::QueryStatus;
 use super::*;
 use crate::guest::{DestinationGuest, SourceGuest};
-use crate::memory::{GuestMemory, Userfault};
+use crate::memory::{GuestMemory, TrackerKind, Userfault};
 use crate::page::{PAGE_SIZE_BYTES, PageRange};
 
 /// Serves faults of the destination out of the source's RAM, in its own thread, while it lives.
@@ -61,10 +61,11 @@ impl Drop for FaultService {
 }
 
 /// With a second QMP socket of the user's.
-fn spawn_destination(ram: &Path, qmp: &Path) -> QemuDestination {
+fn spawn_destination(ram: &Path, qmp: &Path, more: &str) -> QemuDestination {
     let mut command = vec![QEMU.to_owned()];
     command.extend(words(COMMON));
     command.extend(machine("q35", ram));
+    command.extend(words(more));
     command.extend(["-qmp".to_owned(), format!("unix:{},server=on,wait=off", qmp.display())]);
     let command = command.into_iter().map(Into::into).collect();
     QemuDestination::spawn(&SpawnOptions { command, log: None }).expect("QEMU starts")
@@ -97,7 +98,7 @@ fn a_guest_runs_on_pages_that_come_by_fault_and_its_qemu_outlives_us() {
     let ram = ram_name();
     let directory = tempfile::tempdir().expect("a directory");
     let second = directory.path().join("qmp");
-    let mut destination = spawn_destination(&ram, &second);
+    let mut destination = spawn_destination(&ram, &second, "");
     let socket = destination.qmp_path().expect("it has a socket of ours");
     let (userfault, service) = loaded(&mut source, &mut destination);
     let while_loading = service.served();
@@ -136,7 +137,7 @@ fn a_discarded_qemu_ends_although_it_waits_for_a_page() {
     let ram = ram_name();
     let directory = tempfile::tempdir().expect("a directory");
     let second = directory.path().join("qmp");
-    let mut destination = spawn_destination(&ram, &second);
+    let mut destination = spawn_destination(&ram, &second, "");
     let (_userfault, service) = loaded(&mut source, &mut destination);
     drop(service);
     let mut other = Qmp::connect(&second).expect("a second monitor");
@@ -148,4 +149,24 @@ fn a_discarded_qemu_ends_although_it_waits_for_a_page() {
     assert!(matches!(answer, Err(QmpError::Closed { .. })), "{answer:?}");
     assert!(!ram.exists(), "no RAM file is left behind");
     source.resume().expect("it was paused, and stays so");
+}
+
+#[test]
+fn a_qemu_in_a_sandbox_and_of_another_user_moves_like_any_other() {
+    if skip() {
+        return;
+    }
+    let confined = "-runas nobody \
+        -sandbox on,obsolete=deny,spawn=deny,resourcecontrol=deny";
+    let from = TestQemu::machine("q35", confined);
+    let mut source = from.source().expect("a running guest can be moved");
+    let mut tracker = source.track(TrackerKind::WriteProtect).expect("its writes are followed");
+    tracker.arm().expect("it begins");
+    let ram = ram_name();
+    let directory = tempfile::tempdir().expect("a directory");
+    let mut destination = spawn_destination(&ram, &directory.path().join("qmp"), confined);
+    let (_userfault, _service) = loaded(&mut source, &mut destination);
+    destination.run().expect("it runs");
+    tracker.disarm().expect("it ends");
+    destination.discard().expect("it is gone");
 }
