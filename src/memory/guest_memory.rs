@@ -42,9 +42,9 @@ pub struct RegionBacking {
 /// The guest's threads, in this process or in another, read and write the same memory at any time,
 /// so no Rust reference to it is ever formed. Reads go word by word through relaxed atomics: that
 /// is a plain copy which the compiler may not assume to be free of races. Writes go through
-/// `pwrite(2)`, for two reasons: on a full tmpfs it gives `ENOSPC`, where a store through the
-/// mapping would kill the process with SIGBUS; and a page that is new costs less that way than a
-/// fault of the alias does.
+/// `pwrite(2)`: on a full tmpfs it gives `ENOSPC`, where a store through the mapping would kill the
+/// process with SIGBUS. It also is the faster way for a page that is new (5 us against 9 us, most of
+/// which is the fault of the alias; for one that is there it is 3 us against 0.6 us).
 #[derive(Debug)]
 pub struct GuestMemory {
     layout: MemoryLayout,
@@ -340,5 +340,33 @@ mod tests {
         backing.layout.size_bytes *= 2;
         let refused = GuestMemory::map(vec![backing], Access::ReadOnly);
         assert!(matches!(refused, Err(MemoryError::BackingTooSmall { .. })), "{refused:?}");
+    }
+
+    #[test]
+    fn a_full_file_system_is_an_error_and_not_a_signal() {
+        use nix::mount::{MntFlags, MsFlags, mount, umount2};
+
+        if !nix::unistd::geteuid().is_root() {
+            return;
+        }
+        let place = tempfile::tempdir().unwrap();
+        mount(Some("tmpfs"), place.path(), Some("tmpfs"), MsFlags::empty(), Some("size=16k"))
+            .unwrap();
+        let mut options = File::options();
+        options.read(true).write(true).create_new(true);
+        let file = options.open(place.path().join("ram")).unwrap();
+        file.set_len(64 * PAGE_SIZE_BYTES as u64).unwrap();
+        let layout =
+            RegionLayout { name: "ram".to_owned(), size_bytes: 64 * PAGE_SIZE_BYTES as u64 };
+        let backing = RegionBacking { layout, file, file_offset_bytes: 0 };
+        let memory = GuestMemory::map(vec![backing], Access::ReadWrite).unwrap();
+        let written: Result<Vec<_>, _> =
+            (0..64).map(|page| memory.write_page(PageIndex(page), &filled(1))).collect();
+        assert!(matches!(written, Err(MemoryError::NoSpace { .. })), "{written:?}");
+        let populated = memory.populated(PageRange::new(0, 64)).unwrap().len();
+        assert!((1..=4).contains(&populated), "{populated} pages in 16 KiB");
+        memory.write_page(PageIndex(0), &filled(2)).expect("a page that is there needs no room");
+        drop(memory);
+        umount2(place.path(), MntFlags::MNT_DETACH).unwrap();
     }
 }

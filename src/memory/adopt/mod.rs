@@ -1,7 +1,7 @@
 //! A running process whose memory we share: what it has mapped, and a userfaultfd inside it.
 //!
 //! Nothing has to be prepared in the process. A userfaultfd belongs to the address space that made it,
-//! so one system call must be made in the process's name ([`inject`]); its result is then copied
+//! so one system call must be made in the process's name (see `inject.rs`); its result is then copied
 //! here with `pidfd_getfd(2)`. The process's own copy stays open on purpose: as long as it does, faults
 //! that wait in the kernel go on waiting when farfault dies, and its successor finds it there.
 

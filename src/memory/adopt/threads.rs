@@ -61,6 +61,8 @@ pub(super) fn candidates(pid: u32, avoid: &[u32]) -> Result<Vec<u32>, MemoryErro
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::memory::testing::TestGuest;
+    use crate::memory::{GuestMemory, MemoryLayout, RegionLayout};
 
     #[test]
     fn a_name_with_parentheses_does_not_confuse() {
@@ -72,11 +74,17 @@ mod tests {
     }
 
     #[test]
-    fn the_main_thread_comes_last() {
-        let pid = std::process::id();
-        let threads = candidates(pid, &[]).unwrap();
-        assert_eq!(threads.last(), Some(&pid));
-        assert!(threads.len() > 1, "the test runner has threads");
-        assert_eq!(candidates(pid, &threads).unwrap(), [pid]);
+    fn the_main_thread_comes_last_and_vcpus_not_at_all() {
+        let region = RegionLayout { name: "ram".to_owned(), size_bytes: 4096 };
+        let memory = GuestMemory::create(&MemoryLayout::new(vec![region])).unwrap();
+        let mut guest = TestGuest::start(&memory);
+        assert_eq!(candidates(guest.pid(), &[]).unwrap(), [guest.pid()]);
+        // Three kinds that stay, none of the kind that starts threads of its own.
+        guest.start_threads(3);
+        let threads = candidates(guest.pid(), &[]).unwrap();
+        assert_eq!(threads.len(), 4);
+        assert_eq!(threads.last(), Some(&guest.pid()));
+        assert_eq!(candidates(guest.pid(), &threads[..2]).unwrap(), threads[2..]);
+        assert_eq!(candidates(guest.pid(), &threads).unwrap(), [guest.pid()]);
     }
 }

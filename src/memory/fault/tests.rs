@@ -51,7 +51,7 @@ impl Destination {
 }
 
 fn is_zero(page: PageIndex) -> bool {
-    page.0 % 5 == 0
+    page.0.is_multiple_of(5)
 }
 
 fn content(page: PageIndex, version: u16) -> PageBytes {
