@@ -15,6 +15,9 @@
 //!   blocks written and read back, random bytes, failures.
 //! * `fatal ...`: the guest cannot go on.
 //!
+//! It obeys single bytes on the first serial port: `v` makes it verify as fast as it can, `n` at the
+//! rate of its parameters again.
+//!
 //! One thread does the writing, the verification and the heartbeats. So a gap between heartbeats
 //! is a time in which the guest, which has one processor, did not get on.
 

@@ -3,7 +3,7 @@
 use std::str::FromStr;
 use std::time::{Duration, Instant};
 
-use crate::console::say;
+use crate::console::{self, say};
 use crate::device_io::Activity;
 use crate::memory::{BODY, COUNTER, Change, Fill, Filler, WORDS, WorkingSet};
 use crate::params::Params;
@@ -105,6 +105,11 @@ pub(crate) fn run(
             let ms = (now - start).as_millis();
             say!("hb {ms} {} {} {}", worker.operations, worker.sweeps, worker.errors);
             next_heartbeat = now.max(next_heartbeat + params.heartbeat);
+            match console::heard() {
+                Some(b'v') => verify_pace = Pace::new(0),
+                Some(b'n') => verify_pace = Pace::new(params.verify_rate),
+                _ => {}
+            }
         }
         if let Some(activity) = activity.filter(|_| now >= next_io) {
             say!("io {activity}");
