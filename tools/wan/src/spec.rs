@@ -219,7 +219,7 @@ impl FromStr for LinkSpec {
 
 impl fmt::Display for LinkSpec {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{},{:?}", self.rate, self.round_trip)?;
+        write!(f, "{},{}ms", self.rate, self.round_trip.as_nanos() as f64 / 1e6)?;
         if self.loss == Loss::NONE { Ok(()) } else { write!(f, ",{}", self.loss) }
     }
 }
@@ -267,6 +267,14 @@ mod tests {
         fn a_rate_that_is_printed_can_be_read_again(bits in 1_000u64..=1_000_000_000_000) {
             let rate = Rate::from_bits_per_s(bits).unwrap();
             prop_assert_eq!(rate.to_string().parse::<Rate>(), Ok(rate));
+        }
+
+        #[test]
+        fn a_link_that_is_printed_can_be_read_again(kbit in 1u64..1_000_000, us in 0u64..10_000_000) {
+            let rate = Rate::from_bits_per_s(kbit * 1000).unwrap();
+            let loss = Loss::from_probability(0.25).unwrap();
+            let link = LinkSpec { rate, round_trip: Duration::from_micros(us), loss };
+            prop_assert_eq!(link.to_string().parse::<LinkSpec>(), Ok(link));
         }
 
         #[test]
