@@ -16,6 +16,10 @@ impl Snapshot {
             collect(directory, &mut found);
         }
         collect(&temporary, &mut found);
+        // Journals of migrations that are not over.
+        for entry in std::fs::read_dir("/var/lib/farfault").into_iter().flatten().flatten() {
+            found.insert(entry.path().display().to_string());
+        }
         for entry in std::fs::read_dir("/proc").into_iter().flatten().flatten() {
             let is_process = entry.file_name().to_string_lossy().parse::<u32>().is_ok();
             let command_line = std::fs::read(entry.path().join("cmdline")).unwrap_or_default();
