@@ -2,7 +2,6 @@
 
 use std::io::Write;
 use std::sync::Mutex;
-use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
@@ -65,9 +64,6 @@ pub struct Output {
     bar: Mutex<Option<ProgressBar>>,
     phase: Mutex<Option<MigrationPhase>>,
 }
-
-/// How often progress is told.
-pub const PROGRESS_INTERVAL: Duration = Duration::from_millis(250);
 
 impl Output {
     /// JSON lines on stdout, or text: a progress line on stderr when that is a terminal, else one

@@ -13,11 +13,13 @@ use tokio::task::JoinSet;
 use super::arrivals::Arrivals;
 use super::journal::Journal;
 use super::rounds::ms;
-use super::{Noted, ProgressMeter, RoundLedger, Shared, StopSignals, Timeline, blocking};
+use super::{
+    Noted, PROGRESS_INTERVAL, ProgressMeter, RoundLedger, Shared, StopSignals, Timeline, blocking,
+};
 use crate::engine::destination::*;
 use crate::engine::{Failure, MigrationPhase};
 use crate::guest::{DestinationGuest, Shape};
-use crate::memory::{MemoryError, FaultOptions, FaultServer, Mapper, PageTable, Userfault};
+use crate::memory::{FaultOptions, FaultServer, Mapper, MemoryError, PageTable, Userfault};
 use crate::page::{PageIndex, Version};
 use crate::report::{Counters, FaultLatency, MigrationResult, Output, Report, Role};
 use crate::transport::{Lane, Link, Listener};
@@ -151,7 +153,7 @@ impl Session {
     async fn run(mut self, mut signals: StopSignals) -> Report {
         self.listen();
         let mut meter = ProgressMeter::new(self.pages_total);
-        let mut ticks = tokio::time::interval(Duration::from_millis(250));
+        let mut ticks = tokio::time::interval(PROGRESS_INTERVAL);
         while self.outcome.is_none() {
             tokio::select! {
                 Some(event) = self.happenings.recv() => self.handle(event).await,

@@ -131,6 +131,9 @@ impl Timeline {
     }
 }
 
+/// How often progress is told.
+const PROGRESS_INTERVAL: Duration = Duration::from_millis(250);
+
 /// Makes progress lines from counters.
 struct ProgressMeter {
     pages_total: u64,

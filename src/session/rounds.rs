@@ -14,7 +14,7 @@ use crate::codec::{BaseCache, CodecCounts};
 use crate::engine::Failure;
 use crate::engine::policy::RoundSummary;
 use crate::engine::precopy::PrecopyPlan;
-use crate::memory::{DirtyTracker, GuestMemory, MemoryError};
+use crate::memory::{DirtyTracker, GuestMemory, MemoryError, ReadWitness};
 use crate::page::{PAGE_SIZE_BYTES, PageBytes, PageIndex, PageRange, Version};
 use crate::report::Counters;
 use crate::transport::Lane;
@@ -43,6 +43,8 @@ pub(super) struct RoundSender {
     tracker: Option<Box<dyn DirtyTracker>>,
     plan: PrecopyPlan,
     bases: BaseCache,
+    /// Must be shown every copy that is sent, where the tracker compares contents.
+    witness: Option<Arc<ReadWitness>>,
     reader: PageReader,
     counters: Arc<Counters>,
 }
@@ -117,6 +119,7 @@ impl RoundSender {
             bases: BaseCache::new(base_cache_bytes, pages),
             memory,
             tracker: None,
+            witness: None,
             reader: PageReader::default(),
             counters,
         }
@@ -130,6 +133,7 @@ impl RoundSender {
     /// Follows the guest's writes from now on: before the first page is read.
     pub(super) fn track(&mut self, mut tracker: Box<dyn DirtyTracker>) -> Result<(), MemoryError> {
         tracker.arm()?;
+        self.witness = tracker.witness();
         self.tracker = Some(tracker);
         Ok(())
     }
@@ -169,11 +173,14 @@ impl RoundSender {
             }
             self.counters.add_frames(&counts);
             for batch in full.chunks(BATCH_PAGES) {
-                let RoundSender { memory, bases, reader, .. } = self;
+                let RoundSender { memory, bases, reader, witness, .. } = self;
                 let buffer = &mut outgoing.buffer;
                 let batch_counts = reader.encode(memory, Some(bases), version, batch, buffer);
                 for (page, copy) in batch.iter().zip(reader.copies()) {
                     remember(bases, *page, version, copy);
+                    if let Some(witness) = witness {
+                        witness.saw(*page, copy);
+                    }
                 }
                 self.counters.add_frames(&batch_counts);
                 summary.sent_pages += batch.len() as u64;
@@ -251,8 +258,7 @@ impl RoundSender {
     fn cost_of_a_dirty_page(&mut self, version: Version) -> Option<u64> {
         let next = version.next()?;
         let step = self.plan.dirty_pages().div_ceil(SAMPLE_PAGES).max(1);
-        let sample: Vec<PageIndex> =
-            self.plan.dirty_mut().iter().step_by(step as usize).collect();
+        let sample: Vec<PageIndex> = self.plan.dirty_mut().iter().step_by(step as usize).collect();
         let is_populated = |page: &PageIndex| {
             let runs = self.memory.populated_runs(PageRange::new(page.0, page.0 + 1));
             runs.is_ok_and(|runs| !runs.is_empty())
