@@ -153,6 +153,13 @@ impl GuestMemory {
         Ok(set)
     }
 
+    /// The maximal runs of pages in `range` that are not holes, in ascending order within each region.
+    pub fn populated_runs(&self, range: PageRange) -> Result<Vec<PageRange>, MemoryError> {
+        let mut runs = Vec::new();
+        self.for_each_populated_run(range, |run| runs.push(run))?;
+        Ok(runs)
+    }
+
     /// Calls `visit` with the maximal runs of pages in `range` that are not holes, in ascending order
     /// within each region.
     pub(super) fn for_each_populated_run(

@@ -187,8 +187,8 @@ impl PageTable {
         Some(PageRange { start, end })
     }
 
-    /// How many pages are at each stage, counted page by page (about 1 ms per million pages; a moving
-    /// picture while others change the table).
+    /// How many pages are at each stage, counted page by page: a moving picture while others change
+    /// the table.
     pub fn counts(&self) -> StageCounts {
         let mut counts = StageCounts::default();
         for word in self.words() {

@@ -1,0 +1,53 @@
+# The habits of this project. `just` lists them.
+
+_default:
+    @just --list --unsorted
+
+# Everything that a change must pass; migrations of real guests need root
+test *arguments:
+    ./tools/test {{arguments}}
+
+# One integration test, or those whose names contain a word, with their output
+lab-test name: release
+    cargo nextest run --package farfault-integration --no-capture {{name}}
+
+# Unit and property tests only: seconds, no root
+unit:
+    cargo test --workspace --lib --bins
+
+# Format, then lint
+lint:
+    cargo fmt --all
+    cargo clippy --workspace --all-targets -- -D warnings
+
+# The programs, optimised
+release:
+    cargo build --release --workspace --bins
+
+# Moves a guest between two namespaces over an emulated link, and shows what it felt (root)
+demo link="100Mbit,40ms": release
+    target/release/compare --link {{link}} --working-set 128 --methods farfault-hybrid
+
+# farfault's strategies and QEMU's own methods on the same link, as a table (root; 10 minutes)
+compare *arguments: release
+    target/release/compare {{arguments}}
+
+# A link between two new network namespaces, until Ctrl-D (root)
+wan link="100Mbit,40ms": release
+    target/release/wan --create --a left,10.0.0.1/30 --b right,10.0.0.2/30 --link {{link}}
+
+# The guest of the tests: target/guest/{vmlinuz,initrd}
+guest:
+    ./tools/build-guest
+
+# Benchmarks of the codecs
+bench *arguments:
+    cargo bench {{arguments}}
+
+# Fuzzes what the network can say (needs cargo-fuzz and a nightly toolchain)
+fuzz target *arguments:
+    cargo +nightly fuzz run {{target}} {{arguments}}
+
+# Documentation, as HTML
+doc:
+    RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --open

@@ -1,0 +1,256 @@
+//! The program under test, as a user runs it: `farfault receive` and `farfault send`, with `--json`.
+
+use std::io::{BufRead, BufReader, Read};
+use std::process::{Command, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::Value;
+
+use crate::lab::{ADDRESS_B, Lab};
+use crate::process::{Guarded, command_in, describe, wait_for, workspace_program};
+use crate::qemu::Guest;
+
+const READY_TIMEOUT: Duration = Duration::from_secs(30);
+/// After the end of the program, for what is still in its pipes.
+const PIPE_TIMEOUT: Duration = Duration::from_millis(500);
+
+#[derive(Debug, Default)]
+struct Output {
+    events: Mutex<Vec<Value>>,
+    /// Lines on standard output that are not JSON.
+    strange: Mutex<Vec<String>>,
+    errors: Mutex<String>,
+    open_pipes: AtomicU32,
+}
+
+/// A farfault that runs.
+#[derive(Debug)]
+pub struct Running {
+    process: Guarded,
+    output: Arc<Output>,
+}
+
+impl Running {
+    /// Starts farfault in a namespace. `wrapper` are words in front of it (`setpriv ...`).
+    pub fn start(netns: &str, wrapper: &[&str], arguments: &[&str]) -> Result<Self> {
+        let program = workspace_program("FARFAULT_BIN", "farfault")?;
+        let mut command = match wrapper.split_first() {
+            None => command_in(netns, program),
+            Some((first, rest)) => {
+                let mut command = command_in(netns, first);
+                command.args(rest).arg(program);
+                command
+            }
+        };
+        Self::spawn(command.args(arguments))
+    }
+
+    /// `farfault receive`, listening on the destination's address, which starts `guest`.
+    pub fn receive(lab: &Lab, guest: &Guest, options: &[&str]) -> Result<Self> {
+        let listen = format!("{ADDRESS_B}:0");
+        let mut arguments = vec!["receive", "--listen", &listen, "--json"];
+        arguments.extend(options);
+        arguments.push("--");
+        arguments.extend(guest.command_line().iter().map(String::as_str));
+        Self::start(lab.b().name(), &[], &arguments)
+    }
+
+    /// `farfault send` of a guest.
+    pub fn send(lab: &Lab, guest: &Guest, ticket: &str, options: &[&str]) -> Result<Self> {
+        let qmp = guest.qmp_path().display().to_string();
+        let mut arguments = vec!["send", "--qmp", &qmp, ticket, "--json"];
+        arguments.extend(options);
+        Self::start(lab.a().name(), &[], &arguments)
+    }
+
+    fn spawn(command: &mut Command) -> Result<Self> {
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut process = Guarded::spawn("farfault", command)?;
+        let stdout = process.child().stdout.take().context("stdout")?;
+        let stderr = process.child().stderr.take().context("stderr")?;
+        let output = Arc::new(Output { open_pipes: AtomicU32::new(2), ..Output::default() });
+        // These threads end with the pipes, which the QEMU that farfault starts may have inherited:
+        // no one waits for them.
+        let to = Arc::clone(&output);
+        std::thread::spawn(move || {
+            for line in BufReader::new(stdout).lines().map_while(Result::ok) {
+                match serde_json::from_str(&line) {
+                    Ok(event) => lock(&to.events).push(event),
+                    Err(_) => lock(&to.strange).push(line),
+                }
+            }
+            to.open_pipes.fetch_sub(1, Relaxed);
+        });
+        let to = Arc::clone(&output);
+        std::thread::spawn(move || {
+            let mut stderr = stderr;
+            let mut buffer = [0; 4096];
+            while let Ok(count @ 1..) = stderr.read(&mut buffer) {
+                lock(&to.errors).push_str(&String::from_utf8_lossy(&buffer[..count]));
+            }
+            to.open_pipes.fetch_sub(1, Relaxed);
+        });
+        Ok(Running { process, output })
+    }
+
+    /// Waits for an event for which `wanted` holds.
+    pub fn wait_for_event(
+        &mut self,
+        what: &str,
+        timeout: Duration,
+        wanted: impl Fn(&Value) -> bool,
+    ) -> Result<Value> {
+        let result = wait_for(what, timeout, || {
+            if let Some(event) = lock(&self.output.events).iter().find(|event| wanted(event)) {
+                return Ok(Some(event.clone()));
+            }
+            if let Some(status) = self.process.ended()? {
+                bail!("farfault has ended ({}) without {what}", describe(status));
+            }
+            Ok(None)
+        });
+        result.with_context(|| format!("farfault says: {}", lock(&self.output.errors)))
+    }
+
+    /// The ticket that `receive` prints when it is ready.
+    pub fn ticket(&mut self) -> Result<String> {
+        let event = self.wait_for_event("a ticket", READY_TIMEOUT, |e| e["event"] == "ticket")?;
+        Ok(event["ticket"].as_str().context("the ticket is not a string")?.to_owned())
+    }
+
+    /// Waits until it ends by itself.
+    pub fn wait(mut self, timeout: Duration) -> Result<Ended> {
+        let status = self.process.wait(timeout).with_context(|| {
+            let last = lock(&self.output.events).last().cloned().unwrap_or_default();
+            format!("the last event was {last}; it says: {}", lock(&self.output.errors))
+        })?;
+        let since = Instant::now();
+        while self.output.open_pipes.load(Relaxed) > 0 && since.elapsed() < PIPE_TIMEOUT {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        Ok(Ended {
+            status,
+            events: lock(&self.output.events).clone(),
+            strange: lock(&self.output.strange).clone(),
+            errors: lock(&self.output.errors).clone(),
+        })
+    }
+
+    /// Asks it to end, as a user does with Ctrl-C or an init with SIGTERM, and waits.
+    pub fn terminate(self, timeout: Duration) -> Result<Ended> {
+        let pid = nix::unistd::Pid::from_raw(self.process.pid() as i32);
+        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM)?;
+        self.wait(timeout)
+    }
+
+    /// Kills it without warning.
+    pub fn kill(&mut self) -> Result<()> {
+        self.process.kill()
+    }
+}
+
+/// A farfault that has ended.
+#[derive(Clone, Debug)]
+pub struct Ended {
+    /// How.
+    pub status: ExitStatus,
+    /// What it said with `--json`.
+    pub events: Vec<Value>,
+    strange: Vec<String>,
+    errors: String,
+}
+
+impl Ended {
+    /// Its report, given that it succeeded: exit status 0, nothing but JSON on standard output, and
+    /// the report last.
+    pub fn report(&self) -> Result<&Value> {
+        ensure!(
+            self.status.success(),
+            "farfault failed ({}): {}",
+            describe(self.status),
+            self.why()
+        );
+        ensure!(self.strange.is_empty(), "not JSON on standard output: {:?}", self.strange);
+        let last = self.events.last().context("no event at all")?;
+        ensure!(last["event"] == "report", "the last event is {last}, not a report");
+        Ok(last)
+    }
+
+    /// Why it failed, given that it did so as it should: a status that is not zero, and an error
+    /// event with a message. Gives that and its hint in one text.
+    pub fn failure(&self) -> Result<String> {
+        ensure!(!self.status.success(), "farfault succeeded where it must fail");
+        ensure!(self.status.code().is_some(), "farfault crashed: {}", describe(self.status));
+        ensure!(!self.errors.contains("panicked at"), "farfault panicked: {}", self.errors);
+        let mut errors = self.events.iter().filter(|event| event["event"] == "error");
+        let error =
+            errors.next_back().with_context(|| format!("no error event; {}", self.errors))?;
+        let text = |field: &str| error[field].as_str().unwrap_or_default();
+        ensure!(!text("message").is_empty(), "an error without a message: {error}");
+        Ok(format!("{}\n{}", text("message"), text("hint")))
+    }
+
+    /// The last phase that it has told of.
+    pub fn last_phase(&self) -> Option<&str> {
+        self.events.iter().rev().find(|event| event["event"] == "phase")?["phase"].as_str()
+    }
+
+    fn why(&self) -> String {
+        let errors = self.events.iter().filter(|event| event["event"] == "error");
+        let told: Vec<String> = errors.map(Value::to_string).collect();
+        format!("{} {}", told.join(" "), self.errors)
+    }
+}
+
+/// Both sides of a migration that succeeded.
+#[derive(Clone, Debug)]
+pub struct Moved {
+    /// When `send` was started.
+    pub started: Instant,
+    /// Until both had ended.
+    pub took: Duration,
+    /// The ticket, used now.
+    pub ticket: String,
+    /// Report of `send`.
+    pub source: Value,
+    /// Report of `receive`.
+    pub destination: Value,
+}
+
+/// Moves a guest; both sides must succeed within `timeout`.
+pub fn migrate(
+    lab: &Lab,
+    source: &Guest,
+    destination: &Guest,
+    receive_options: &[&str],
+    send_options: &[&str],
+    timeout: Duration,
+) -> Result<Moved> {
+    let mut receive = Running::receive(lab, destination, receive_options)?;
+    let ticket = receive.ticket()?;
+    let started = Instant::now();
+    let send = Running::send(lab, source, &ticket, send_options)?;
+    let sent = send.wait(timeout).context("send")?;
+    // A failure of one side is told together with what the other one says.
+    let received = receive.wait(if sent.status.success() { timeout } else { READY_TIMEOUT });
+    let took = started.elapsed();
+    let received = match (sent.report(), received) {
+        (Ok(_), received) => received.context("receive")?,
+        (Err(error), Ok(other)) => bail!("send: {error:#}\nreceive: {}", other.why()),
+        (Err(error), Err(other)) => bail!("send: {error:#}\nreceive: {other:#}"),
+    };
+    Ok(Moved {
+        started,
+        took,
+        ticket,
+        source: sent.report()?.clone(),
+        destination: received.report().context("receive")?.clone(),
+    })
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,174 @@
+//! What a test guest says, each line with the time at which the host heard it.
+
+use std::io::{ErrorKind, Read, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+
+use crate::process::wait_for;
+use crate::timeline::Beat;
+
+/// The guest writes byte by byte: reading once per this takes whole lines, and dates them this well.
+const READ_EVERY: Duration = Duration::from_micros(500);
+/// A guest says about 4 KB a second.
+const MAX_LINES: usize = 2_000_000;
+
+/// One line.
+#[derive(Clone, Debug)]
+pub struct Line {
+    /// When its end was read.
+    pub at: Instant,
+    /// Without the newline.
+    pub text: String,
+}
+
+/// A socket that a QEMU's debug console connects to, read by a thread.
+#[derive(Debug)]
+pub struct GuestLog {
+    lines: Arc<Mutex<Vec<Line>>>,
+    stop: Arc<AtomicBool>,
+    reader: Option<JoinHandle<()>>,
+}
+
+impl GuestLog {
+    /// Listens; QEMU connects when it starts.
+    pub fn listen(path: &Path) -> Result<Self> {
+        let listener =
+            UnixListener::bind(path).with_context(|| format!("listen on {}", path.display()))?;
+        listener.set_nonblocking(true)?;
+        let lines = Arc::new(Mutex::new(Vec::new()));
+        let stop = Arc::new(AtomicBool::new(false));
+        let (to, until) = (Arc::clone(&lines), Arc::clone(&stop));
+        let reader = std::thread::spawn(move || read_all(&listener, &to, &until));
+        Ok(GuestLog { lines, stop, reader: Some(reader) })
+    }
+
+    /// Everything so far.
+    pub fn lines(&self) -> Vec<Line> {
+        self.lines.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// All heartbeats so far.
+    pub fn beats(&self) -> Vec<Beat> {
+        self.lines().iter().filter_map(Beat::parse).collect()
+    }
+
+    /// The last heartbeat.
+    pub fn last_beat(&self) -> Option<Beat> {
+        let lines = self.lines.lock().unwrap_or_else(PoisonError::into_inner);
+        lines.iter().rev().find_map(Beat::parse)
+    }
+
+    /// The last line that begins so.
+    pub fn last_line(&self, start: &str) -> Option<Line> {
+        let lines = self.lines.lock().unwrap_or_else(PoisonError::into_inner);
+        lines.iter().rev().find(|line| line.text.starts_with(start)).cloned()
+    }
+
+    /// Lines of corruption, and of a guest that gave up: what makes a test fail.
+    pub fn complaints(&self) -> Vec<String> {
+        let bad = |text: &str| {
+            text.starts_with("CORRUPT") || text.starts_with("fatal") || text.contains(" failed: ")
+        };
+        self.lines().into_iter().map(|line| line.text).filter(|text| bad(text)).collect()
+    }
+
+    /// Waits until the guest works and has verified all its pages once.
+    pub fn wait_until_working(&self, timeout: Duration) -> Result<()> {
+        wait_for("the guest to boot and verify its pages once", timeout, || {
+            self.fail_on_complaints()?;
+            Ok(self.last_beat().filter(|beat| beat.sweeps >= 1).map(|_| ()))
+        })
+    }
+
+    /// Waits until the guest has verified all its pages `sweeps` times more, from the beginning.
+    pub fn wait_for_sweeps(&self, sweeps: u64, timeout: Duration) -> Result<()> {
+        let first = wait_for("a heartbeat", timeout, || Ok(self.last_beat()))?.sweeps;
+        wait_for("the guest to verify its pages", timeout, || {
+            self.fail_on_complaints()?;
+            // The sweep that is under way now began before.
+            Ok(self.last_beat().filter(|beat| beat.sweeps > first + sweeps).map(|_| ()))
+        })
+    }
+
+    fn fail_on_complaints(&self) -> Result<()> {
+        let complaints = self.complaints();
+        if let Some(first) = complaints.first() {
+            bail!("the guest complains, {} times: {first}", complaints.len());
+        }
+        Ok(())
+    }
+}
+
+impl Drop for GuestLog {
+    fn drop(&mut self) {
+        self.stop.store(true, Relaxed);
+        if let Some(reader) = self.reader.take() {
+            let _ = reader.join();
+        }
+    }
+}
+
+fn read_all(listener: &UnixListener, to: &Mutex<Vec<Line>>, stop: &AtomicBool) {
+    let mut stream: Option<UnixStream> = None;
+    let mut unfinished = Vec::new();
+    let mut buffer = [0; 65_536];
+    while !stop.load(Relaxed) {
+        std::thread::sleep(READ_EVERY);
+        if stream.is_none() {
+            stream = listener.accept().ok().map(|(stream, _)| stream);
+            if let Some(stream) = &stream {
+                let _ = stream.set_nonblocking(true);
+            }
+        }
+        let Some(open) = &mut stream else { continue };
+        match open.read(&mut buffer) {
+            Ok(0) => return,
+            Ok(count) => {
+                let at = Instant::now();
+                let mut lines = to.lock().unwrap_or_else(PoisonError::into_inner);
+                for byte in &buffer[..count] {
+                    if *byte != b'\n' {
+                        unfinished.push(*byte);
+                    } else if lines.len() < MAX_LINES {
+                        let text = String::from_utf8_lossy(&unfinished).into_owned();
+                        lines.push(Line { at, text });
+                        unfinished.clear();
+                    }
+                }
+            }
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+            Err(_) => return,
+        }
+    }
+}
+
+/// The guest's ear: its first serial port.
+#[derive(Debug)]
+pub struct GuestEar {
+    listener: UnixListener,
+    stream: Option<UnixStream>,
+}
+
+impl GuestEar {
+    /// Listens; QEMU connects when it starts.
+    pub fn listen(path: &Path) -> Result<Self> {
+        let listener =
+            UnixListener::bind(path).with_context(|| format!("listen on {}", path.display()))?;
+        Ok(GuestEar { listener, stream: None })
+    }
+
+    /// Says one byte; see the test guest for what it understands.
+    pub fn say(&mut self, byte: u8) -> Result<()> {
+        if self.stream.is_none() {
+            self.stream = Some(self.listener.accept().context("the guest's serial port")?.0);
+        }
+        let Some(stream) = &mut self.stream else { bail!("no serial port") };
+        stream.write_all(&[byte]).context("speak to the guest")
+    }
+}

@@ -1,0 +1,266 @@
+//! QEMU guests of a laboratory: the command line, the sockets, and the end.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+
+use crate::guest_log::{GuestEar, GuestLog};
+use crate::lab::{Lab, guest_image};
+use crate::process::{Guarded, command_in, kill_by_pid_file, wait_for};
+use crate::qmp::Qmp;
+
+const PROGRAM: &str = "qemu-system-x86_64";
+/// Under emulation, on a machine that is busy with other things.
+const BOOT_TIMEOUT: Duration = Duration::from_secs(60);
+const DISK_BYTES: u64 = 16 << 20;
+
+/// QEMU's machine types that are moved here.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Machine {
+    /// i440FX.
+    Pc,
+    /// With PCI Express.
+    Q35,
+    /// Without PCI.
+    Microvm,
+}
+
+impl Machine {
+    fn name(self) -> &'static str {
+        match self {
+            Machine::Pc => "pc",
+            Machine::Q35 => "q35",
+            Machine::Microvm => "microvm",
+        }
+    }
+
+    /// The suffix of virtio devices on its bus.
+    fn virtio(self) -> &'static str {
+        if self == Machine::Microvm { "device" } else { "pci" }
+    }
+}
+
+/// Where the guest's memory is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ram {
+    /// One shared file.
+    Shared,
+    /// Two shared files, a NUMA node each.
+    SharedTwoNodes,
+    /// QEMU's own memory, which no one else can see: QEMU's default.
+    Private,
+}
+
+/// A guest to be made; the same on both sides.
+#[derive(Clone, Debug)]
+pub struct GuestSpec {
+    /// Its machine type.
+    pub machine: Machine,
+    /// All its memory, in MiB.
+    pub memory_mib: u64,
+    /// Where that is.
+    pub ram: Ram,
+    /// Where the files of shared memory are made.
+    pub ram_directory: PathBuf,
+    /// With a virtio network card, disk and random number generator, all in use.
+    pub devices: bool,
+    /// What it does: `ff.*` words of the test guest.
+    pub work: String,
+}
+
+impl GuestSpec {
+    /// Shared memory, no devices, doing `work`.
+    pub fn new(machine: Machine, memory_mib: u64, work: &str) -> Self {
+        GuestSpec {
+            machine,
+            memory_mib,
+            ram: Ram::Shared,
+            ram_directory: PathBuf::from("/dev/shm"),
+            devices: false,
+            work: work.to_owned(),
+        }
+    }
+}
+
+/// A guest: prepared, and perhaps running.
+#[derive(Debug)]
+pub struct Guest {
+    /// What it says.
+    pub log: GuestLog,
+    /// What it hears.
+    pub ear: GuestEar,
+    name: String,
+    arguments: Vec<String>,
+    qmp: PathBuf,
+    monitor: PathBuf,
+    pid_file: PathBuf,
+    errors: PathBuf,
+    ram_files: Vec<PathBuf>,
+    process: Option<Guarded>,
+}
+
+impl Guest {
+    /// Makes the sockets and the command line; starts nothing. `name` is unique in the laboratory.
+    pub fn prepare(lab: &Lab, name: &str, spec: &GuestSpec) -> Result<Self> {
+        let (console, serial) =
+            (lab.path(&format!("{name}.console")), lab.path(&format!("{name}.tty")));
+        let mut guest = Guest {
+            log: GuestLog::listen(&console)?,
+            ear: GuestEar::listen(&serial)?,
+            name: name.to_owned(),
+            arguments: Vec::new(),
+            qmp: lab.path(&format!("{name}.qmp")),
+            monitor: lab.path(&format!("{name}.monitor")),
+            pid_file: lab.path(&format!("{name}.pid")),
+            errors: lab.path(&format!("{name}.stderr")),
+            ram_files: Vec::new(),
+            process: None,
+        };
+        let (kernel, initrd) = guest_image()?;
+        let machine = guest.memory_arguments(lab, spec);
+        guest.add(&["-machine", &machine, "-accel", "tcg,thread=single", "-cpu", "Westmere"]);
+        guest.add(&["-smp", "1", "-nodefaults", "-display", "none", "-no-reboot"]);
+        guest.add(&["-kernel", &text(&kernel), "-initrd", &text(&initrd)]);
+        let io = if spec.devices { " ff.io=1" } else { "" };
+        guest.add(&["-append", &format!("quiet panic=-1 {}{io}", spec.work)]);
+        guest.add(&["-chardev", &format!("socket,id=console,path={}", text(&console))]);
+        guest.add(&["-device", "isa-debugcon,iobase=0xe9,chardev=console"]);
+        guest.add(&["-chardev", &format!("socket,id=tty,path={}", text(&serial))]);
+        guest.add(&["-serial", "chardev:tty"]);
+        for socket in [guest.qmp.clone(), guest.monitor.clone()] {
+            guest.add(&["-qmp", &format!("unix:{},server=on,wait=off", text(&socket))]);
+        }
+        let pid_file = text(&guest.pid_file);
+        guest.add(&["-pidfile", &pid_file]);
+        if spec.devices {
+            guest.add_devices(lab, spec.machine)?;
+        }
+        Ok(guest)
+    }
+
+    /// Prepares a guest, starts it in the source's namespace, and waits until it has verified its
+    /// memory once.
+    pub fn boot(lab: &Lab, name: &str, spec: &GuestSpec) -> Result<Self> {
+        let mut guest = Self::prepare(lab, name, spec)?;
+        guest.start(lab.a().name(), &[])?;
+        let working = guest.log.wait_until_working(BOOT_TIMEOUT);
+        working.with_context(|| format!("guest {name}: {}", guest.errors()))?;
+        Ok(guest)
+    }
+
+    /// Starts it in a namespace, with further arguments.
+    pub fn start(&mut self, netns: &str, further: &[&str]) -> Result<()> {
+        let mut command = command_in(netns, PROGRAM);
+        command.args(&self.arguments[1..]).args(further);
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(File::create(&self.errors)?);
+        self.process = Some(Guarded::spawn(&self.name, &mut command)?);
+        wait_for("QEMU to open its monitor", BOOT_TIMEOUT, || {
+            if let Some(process) = &mut self.process
+                && process.ended()?.is_some()
+            {
+                bail!("QEMU has ended: {}", self.errors());
+            }
+            Ok(self.monitor.exists().then_some(()))
+        })
+    }
+
+    /// The whole command line, the program first.
+    pub fn command_line(&self) -> &[String] {
+        &self.arguments
+    }
+
+    /// The QMP socket for farfault.
+    pub fn qmp_path(&self) -> &Path {
+        &self.qmp
+    }
+
+    /// A connection to the other QMP socket, which is for the test alone.
+    pub fn monitor(&self) -> Result<Qmp> {
+        Qmp::connect(&self.monitor)
+    }
+
+    /// The files of its memory; none when that is private.
+    pub fn ram_files(&self) -> &[PathBuf] {
+        &self.ram_files
+    }
+
+    /// The process, if it was started here and not by farfault.
+    pub fn process(&mut self) -> Option<&mut Guarded> {
+        self.process.as_mut()
+    }
+
+    /// Ends it without warning, whoever has started it.
+    pub fn kill(&mut self) {
+        drop(self.process.take());
+        kill_by_pid_file(&self.pid_file);
+    }
+
+    /// What QEMU has written to its standard error.
+    pub fn errors(&self) -> String {
+        std::fs::read_to_string(&self.errors).unwrap_or_default().trim().to_owned()
+    }
+
+    fn add(&mut self, arguments: &[&str]) {
+        if self.arguments.is_empty() {
+            self.arguments.push(PROGRAM.to_owned());
+        }
+        self.arguments.extend(arguments.iter().map(|&argument| argument.to_owned()));
+    }
+
+    /// Adds the memory, and gives the value for `-machine`.
+    fn memory_arguments(&mut self, lab: &Lab, spec: &GuestSpec) -> String {
+        let machine = spec.machine.name();
+        self.add(&["-m", &format!("{}M", spec.memory_mib)]);
+        let nodes = match spec.ram {
+            Ram::Private => return machine.to_owned(),
+            Ram::Shared => 1,
+            Ram::SharedTwoNodes => 2,
+        };
+        for node in 0..nodes {
+            let file_name = format!("{}-{}-ram{node}", lab.name(), self.name);
+            let path = spec.ram_directory.join(file_name);
+            let mib = spec.memory_mib / nodes;
+            self.add(&[
+                "-object",
+                &format!(
+                    "memory-backend-file,id=ram{node},size={mib}M,mem-path={},share=on",
+                    text(&path)
+                ),
+            ]);
+            if nodes > 1 {
+                self.add(&["-numa", &format!("node,nodeid={node},memdev=ram{node}")]);
+            }
+            self.ram_files.push(path);
+        }
+        if nodes == 1 { format!("{machine},memory-backend=ram0") } else { machine.to_owned() }
+    }
+
+    fn add_devices(&mut self, lab: &Lab, machine: Machine) -> Result<()> {
+        // One disk for both sides, as from a storage that both hosts reach.
+        let disk = lab.path("disk");
+        let file = File::options().create(true).truncate(false).write(true).open(&disk)?;
+        file.set_len(DISK_BYTES)?;
+        let bus = machine.virtio();
+        let drive = format!("file={},format=raw,if=none,id=disk,file.locking=off", text(&disk));
+        self.add(&["-netdev", "user,id=net", "-device", &format!("virtio-net-{bus},netdev=net")]);
+        self.add(&["-drive", &drive, "-device", &format!("virtio-blk-{bus},drive=disk")]);
+        self.add(&["-device", &format!("virtio-rng-{bus}")]);
+        Ok(())
+    }
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        self.kill();
+        for file in &self.ram_files {
+            let _ = std::fs::remove_file(file);
+        }
+    }
+}
+
+fn text(path: &Path) -> String {
+    path.display().to_string()
+}

@@ -1,0 +1,258 @@
+//! Whole migrations of real QEMU guests with farfault.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use farfault_integration::farfault::{self, Moved, Running};
+use farfault_integration::lab::{ADDRESS_B, Lab};
+use farfault_integration::leftovers::Snapshot;
+use farfault_integration::process::wait_for;
+use farfault_integration::qemu::{Guest, GuestSpec, Machine, Ram};
+use farfault_integration::ram;
+use farfault_integration::timeline::Interruption;
+
+const LINK: &str = "500Mbit,10ms";
+const LIMIT: Duration = Duration::from_secs(90);
+const SPARSE: &str = "ff.ws=128M ff.pattern=sparse ff.rate=2000 ff.verify=50000";
+
+/// A guest that was moved, with everything around it still there.
+struct After {
+    source: Guest,
+    destination: Guest,
+    moved: Moved,
+    lab: Lab,
+}
+
+/// Boots a guest, moves it, and checks what must hold for every migration. `None`: skipped.
+fn move_guest(
+    spec: &GuestSpec,
+    receive_options: &[&str],
+    send_options: &[&str],
+) -> Result<Option<After>> {
+    let Some(lab) = Lab::start(LINK)? else { return Ok(None) };
+    let source = Guest::boot(&lab, "source", spec)?;
+    let destination = Guest::prepare(&lab, "destination", spec)?;
+    let moved =
+        farfault::migrate(&lab, &source, &destination, receive_options, send_options, LIMIT)?;
+    for (report, role) in [(&moved.source, "source"), (&moved.destination, "destination")] {
+        assert_eq!(report["role"], role, "{report}");
+        assert_eq!(report["result"], "migrated", "{report}");
+        let pages = spec.memory_mib * 256;
+        assert_eq!(report["pages_total"].as_u64(), Some(pages), "{report}");
+        for number in ["total_ms", "downtime_ms", "wire_sent_bytes", "wire_received_bytes"] {
+            assert!(report[number].is_number(), "{number} in {report}");
+        }
+    }
+    if let Some(at) = send_options.iter().position(|option| *option == "--strategy") {
+        assert_eq!(moved.source["strategy"], send_options[at + 1], "{}", moved.source);
+        assert_eq!(moved.destination["strategy"], send_options[at + 1], "{}", moved.destination);
+    }
+    Ok(Some(After { source, destination, moved, lab }))
+}
+
+impl After {
+    /// The guest runs on the destination only, and its memory is right.
+    fn guest_is_unharmed(&self) -> Result<()> {
+        let log = &self.destination.log;
+        log.wait_for_sweeps(2, LIMIT).context("on the destination")?;
+        let (before, after) = (self.source.log.beats(), log.beats());
+        let seen = Interruption::measure(&before, &after, self.moved.started)?;
+        eprintln!("{seen:?}\n{}\n{}", self.moved.source, self.moved.destination);
+        ensure!(self.source.log.complaints().is_empty(), "{:?}", self.source.log.complaints());
+        ensure!(after.last().map(|b| b.operations) > before.last().map(|b| b.operations));
+        assert_eq!(self.destination.monitor()?.status()?, "running");
+        Ok(())
+    }
+
+    /// Ends everything; neither farfault nor the laboratory may have left anything.
+    fn nothing_is_left(self, before: &Snapshot) -> Result<()> {
+        let lab_name = self.lab.name().to_owned();
+        let own: Vec<String> =
+            before.new_since().into_iter().filter(|what| !what.contains(&lab_name)).collect();
+        ensure!(own.is_empty(), "farfault has left {own:?}");
+        drop(self);
+        let left = before.new_since();
+        ensure!(left.is_empty(), "left behind: {left:?}");
+        Ok(())
+    }
+}
+
+/// A running guest moves, and everything is as it should be.
+fn moves_unharmed(spec: &GuestSpec, strategy: &str, more: &[&str]) -> Result<()> {
+    let before = Snapshot::take();
+    let send_options = [&["--strategy", strategy], more].concat();
+    let Some(after) = move_guest(spec, &[], &send_options)? else { return Ok(()) };
+    after.guest_is_unharmed()?;
+    assert_eq!(after.source.monitor()?.status()?, "postmigrate");
+    after.nothing_is_left(&before)
+}
+
+#[test]
+fn pc_moves_by_hybrid() -> Result<()> {
+    moves_unharmed(&GuestSpec::new(Machine::Pc, 512, SPARSE), "hybrid", &[])
+}
+
+#[test]
+fn pc_moves_by_precopy() -> Result<()> {
+    moves_unharmed(&GuestSpec::new(Machine::Pc, 256, SPARSE), "precopy", &[])
+}
+
+#[test]
+fn pc_moves_by_postcopy() -> Result<()> {
+    moves_unharmed(&GuestSpec::new(Machine::Pc, 256, SPARSE), "postcopy", &[])
+}
+
+#[test]
+fn q35_moves_by_hybrid() -> Result<()> {
+    let work = "ff.ws=128M ff.pattern=hotcold ff.rate=4000 ff.verify=50000";
+    moves_unharmed(&GuestSpec::new(Machine::Q35, 256, work), "hybrid", &[])
+}
+
+#[test]
+fn microvm_moves_by_hybrid() -> Result<()> {
+    let work = "ff.ws=128M ff.pattern=counter ff.rate=4000 ff.verify=50000";
+    moves_unharmed(&GuestSpec::new(Machine::Microvm, 256, work), "hybrid", &[])
+}
+
+#[test]
+fn microvm_moves_by_postcopy() -> Result<()> {
+    let work = "ff.ws=128M ff.pattern=half ff.rate=1000 ff.verify=50000";
+    moves_unharmed(&GuestSpec::new(Machine::Microvm, 256, work), "postcopy", &[])
+}
+
+#[test]
+fn a_guest_that_writes_whole_random_pages_moves_by_hybrid() -> Result<()> {
+    let work = "ff.ws=96M ff.pattern=random ff.rate=2000 ff.fill=random ff.verify=50000";
+    moves_unharmed(&GuestSpec::new(Machine::Pc, 256, work), "hybrid", &[])
+}
+
+#[test]
+fn an_idle_guest_moves_by_precopy() -> Result<()> {
+    let work = "ff.ws=64M ff.pattern=idle ff.verify=50000";
+    moves_unharmed(&GuestSpec::new(Machine::Q35, 256, work), "precopy", &[])
+}
+
+#[test]
+fn a_guest_of_4_gib_moves_by_hybrid() -> Result<()> {
+    moves_unharmed(&GuestSpec::new(Machine::Pc, 4096, SPARSE), "hybrid", &[])
+}
+
+#[test]
+fn a_guest_with_two_memory_nodes_moves_by_hybrid() -> Result<()> {
+    let mut spec = GuestSpec::new(Machine::Pc, 512, "ff.ws=320M ff.pattern=sparse ff.rate=2000");
+    spec.ram = Ram::SharedTwoNodes;
+    moves_unharmed(&spec, "hybrid", &[])
+}
+
+#[test]
+fn a_strict_handover_moves_a_guest_too() -> Result<()> {
+    let before = Snapshot::take();
+    let spec = GuestSpec::new(Machine::Pc, 256, SPARSE);
+    let Some(after) = move_guest(&spec, &[], &["--handover", "strict"])? else { return Ok(()) };
+    after.guest_is_unharmed()?;
+    after.nothing_is_left(&before)
+}
+
+/// Pings, blocks and random bytes so far; fails on an error of a device.
+fn device_counters(guest: &Guest) -> Result<[u64; 3]> {
+    let line = guest.log.last_line("io net").context("no word of devices")?.text;
+    let numbers: Vec<u64> = line.split(' ').filter_map(|word| word.parse().ok()).collect();
+    let [_sent, answered, blocks, random, errors] = numbers[..] else {
+        anyhow::bail!("{line:?}");
+    };
+    ensure!(errors == 0, "devices have failed: {line}");
+    Ok([answered, blocks, random])
+}
+
+fn devices_go_on(machine: Machine, strategy: &str) -> Result<()> {
+    let before = Snapshot::take();
+    let mut spec = GuestSpec::new(machine, 256, "ff.ws=64M ff.pattern=sparse ff.verify=50000");
+    spec.devices = true;
+    let Some(after) = move_guest(&spec, &[], &["--strategy", strategy])? else { return Ok(()) };
+    after.guest_is_unharmed()?;
+    let on_source = device_counters(&after.source)?;
+    wait_for("all devices to go on working", Duration::from_secs(20), || {
+        let now = device_counters(&after.destination)?;
+        let go_on = now.iter().zip(&on_source).all(|(now, then)| *now > then + 20);
+        Ok(go_on.then_some(()))
+    })?;
+    after.nothing_is_left(&before)
+}
+
+#[test]
+fn virtio_devices_in_use_go_on_after_a_hybrid_move_of_q35() -> Result<()> {
+    devices_go_on(Machine::Q35, "hybrid")
+}
+
+#[test]
+fn virtio_devices_in_use_go_on_after_a_postcopy_move_of_pc() -> Result<()> {
+    devices_go_on(Machine::Pc, "postcopy")
+}
+
+#[test]
+fn virtio_devices_in_use_go_on_after_a_hybrid_move_of_microvm() -> Result<()> {
+    devices_go_on(Machine::Microvm, "hybrid")
+}
+
+/// Without running the guest on the destination, both memories are the same, byte by byte.
+fn memories_are_equal(machine: Machine, strategy: &str) -> Result<()> {
+    let before = Snapshot::take();
+    let spec = GuestSpec::new(machine, 256, SPARSE);
+    let options = ["--strategy", strategy];
+    let Some(after) = move_guest(&spec, &["--paused"], &options)? else { return Ok(()) };
+    let status = after.destination.monitor()?.status()?;
+    assert!(["paused", "prelaunch"].contains(&status.as_str()), "{status}");
+    assert_eq!(after.destination.log.last_beat(), None, "the guest ran on the destination");
+    for (left, right) in after.source.ram_files().iter().zip(after.destination.ram_files()) {
+        assert_eq!(ram::compare(left, right)?, ram::Difference::default());
+    }
+    after.nothing_is_left(&before)
+}
+
+#[test]
+fn after_a_paused_hybrid_move_the_memory_files_are_equal() -> Result<()> {
+    memories_are_equal(Machine::Pc, "hybrid")
+}
+
+#[test]
+fn after_a_paused_precopy_move_the_memory_files_are_equal() -> Result<()> {
+    memories_are_equal(Machine::Q35, "precopy")
+}
+
+#[test]
+fn after_a_paused_postcopy_move_the_memory_files_are_equal() -> Result<()> {
+    memories_are_equal(Machine::Microvm, "postcopy")
+}
+
+#[test]
+fn with_quit_source_the_source_qemu_has_ended() -> Result<()> {
+    let before = Snapshot::take();
+    let spec = GuestSpec::new(Machine::Microvm, 256, SPARSE);
+    let Some(mut after) = move_guest(&spec, &[], &["--quit-source"])? else { return Ok(()) };
+    after.guest_is_unharmed()?;
+    let process = after.source.process().context("the source's process")?;
+    assert!(process.wait(Duration::from_secs(10))?.success());
+    after.nothing_is_left(&before)
+}
+
+#[test]
+fn a_qemu_that_waits_already_is_attached_to() -> Result<()> {
+    let before = Snapshot::take();
+    let Some(lab) = Lab::start(LINK)? else { return Ok(()) };
+    let spec = GuestSpec::new(Machine::Pc, 256, SPARSE);
+    let source = Guest::boot(&lab, "source", &spec)?;
+    let mut destination = Guest::prepare(&lab, "destination", &spec)?;
+    destination.start(lab.b().name(), &["-incoming", "defer", "-S"])?;
+    let listen = format!("{ADDRESS_B}:0");
+    let qmp = destination.qmp_path().display().to_string();
+    let arguments = ["receive", "--listen", &listen, "--json", "--qmp", &qmp];
+    let mut receive = Running::start(lab.b().name(), &[], &arguments)?;
+    let ticket = receive.ticket()?;
+    let send = Running::send(&lab, &source, &ticket, &[])?;
+    send.wait(LIMIT)?.report().context("send")?;
+    receive.wait(LIMIT)?.report().context("receive")?;
+    destination.log.wait_for_sweeps(2, LIMIT)?;
+    drop((source, destination, lab));
+    assert_eq!(before.new_since(), Vec::<String>::new());
+    Ok(())
+}

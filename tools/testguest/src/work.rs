@@ -1,0 +1,262 @@
+//! The main loop: the pattern at its rate, verification, and heartbeats.
+
+use std::str::FromStr;
+use std::time::{Duration, Instant};
+
+use crate::console::{self, say};
+use crate::device_io::Activity;
+use crate::memory::{BODY, COUNTER, Change, Fill, Filler, WORDS, WorkingSet};
+use crate::params::Params;
+use crate::random::Random;
+
+/// What the guest does to its pages; each operation is on one page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Pattern {
+    /// Nothing is written or read, but for verification.
+    Idle,
+    /// Four words at random places in a page at random.
+    Sparse,
+    /// The counter word, page after page in order.
+    Counter,
+    /// The first or the second half, with new text, of a page at random.
+    Half,
+    /// All of a page at random, with random bytes.
+    Random,
+    /// As `Sparse`, but nine of ten operations go to the first tenth of the pages.
+    HotCold,
+    /// Nothing is written; page after page is verified in order.
+    ReadSeq,
+    /// Nothing is written; pages at random are verified.
+    ReadRand,
+}
+
+impl FromStr for Pattern {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        Ok(match name {
+            "idle" => Pattern::Idle,
+            "sparse" => Pattern::Sparse,
+            "counter" => Pattern::Counter,
+            "half" => Pattern::Half,
+            "random" => Pattern::Random,
+            "hotcold" => Pattern::HotCold,
+            "readseq" => Pattern::ReadSeq,
+            "readrand" => Pattern::ReadRand,
+            _ => return Err(format!("ff.pattern={name} is not a pattern")),
+        })
+    }
+}
+
+/// Work that could not be done in time is forgotten beyond this: a guest that was stopped goes on at
+/// its rate, it does not catch up.
+const MAX_DEBT: Duration = Duration::from_millis(20);
+/// Pages handled between two looks at the clock: a heartbeat must not wait for long.
+const BATCH_PAGES: u64 = 16;
+/// CORRUPT lines at most; the count goes on in the heartbeats.
+const MAX_CORRUPT_LINES: u64 = 100;
+const IO_REPORT_EVERY: Duration = Duration::from_millis(100);
+
+/// Page operations that are due by now.
+struct Pace {
+    per_second: u64,
+    since: Instant,
+    /// Nanoseconds not yet turned into pages, times the rate.
+    credit: u128,
+}
+
+impl Pace {
+    fn new(per_second: u64) -> Self {
+        Pace { per_second, since: Instant::now(), credit: 0 }
+    }
+
+    fn due(&mut self, now: Instant) -> u64 {
+        if self.per_second == 0 {
+            return BATCH_PAGES;
+        }
+        let second = 1_000_000_000;
+        self.credit += (now - self.since).as_nanos() * u128::from(self.per_second);
+        self.since = now;
+        let debt = (MAX_DEBT.as_nanos() * u128::from(self.per_second)).max(second);
+        self.credit = self.credit.min(debt);
+        let pages = (self.credit / second).min(u128::from(BATCH_PAGES));
+        self.credit -= pages * second;
+        pages as u64
+    }
+
+    fn flat_out(&self) -> bool {
+        self.per_second == 0
+    }
+}
+
+pub(crate) fn run(
+    params: &Params,
+    set: WorkingSet,
+    activity: Option<&Activity>,
+) -> Result<(), String> {
+    let start = Instant::now();
+    let mut worker = Worker::new(params, set);
+    let idle = params.pattern == Pattern::Idle;
+    let (mut pace, mut verify_pace) = (Pace::new(params.rate), Pace::new(params.verify_rate));
+    let (mut next_heartbeat, mut next_io) = (start, start);
+    loop {
+        let now = Instant::now();
+        if now >= next_heartbeat {
+            let ms = (now - start).as_millis();
+            say!("hb {ms} {} {} {}", worker.operations, worker.sweeps, worker.errors);
+            next_heartbeat = now.max(next_heartbeat + params.heartbeat);
+            match console::heard() {
+                Some(b'v') => verify_pace = Pace::new(0),
+                Some(b'n') => verify_pace = Pace::new(params.verify_rate),
+                _ => {}
+            }
+        }
+        if let Some(activity) = activity.filter(|_| now >= next_io) {
+            say!("io {activity}");
+            next_io = now + IO_REPORT_EVERY;
+        }
+        let due = if idle { 0 } else { pace.due(now) };
+        let verify_due = verify_pace.due(now);
+        (0..due).for_each(|_| worker.operate());
+        (0..verify_due).for_each(|_| worker.verify_next());
+        let busy = verify_pace.flat_out() || (!idle && pace.flat_out());
+        if due + verify_due == 0 && !busy {
+            let until = next_heartbeat.saturating_duration_since(now);
+            std::thread::sleep(until.min(Duration::from_millis(1)));
+        }
+    }
+}
+
+struct Worker {
+    pattern: Pattern,
+    set: WorkingSet,
+    random: Random,
+    text: Filler,
+    /// Where the patterns that go in order are.
+    position: usize,
+    operations: u64,
+    verified: usize,
+    sweeps: u64,
+    errors: u64,
+    errors_before_sweep: u64,
+}
+
+impl Worker {
+    fn new(params: &Params, set: WorkingSet) -> Self {
+        Worker {
+            pattern: params.pattern,
+            set,
+            random: Random::new(params.seed ^ 0xffff_0000),
+            text: Filler::new(Fill::Text, params.seed ^ 0xffff),
+            position: 0,
+            operations: 0,
+            verified: 0,
+            sweeps: 0,
+            errors: 0,
+            errors_before_sweep: 0,
+        }
+    }
+
+    fn operate(&mut self) {
+        self.operations += 1;
+        let pages = self.set.len();
+        let in_order = self.position;
+        self.position = (self.position + 1) % pages;
+        let at_random = self.random.below(pages as u64) as usize;
+        let random = &mut self.random;
+        match self.pattern {
+            Pattern::Idle => {}
+            Pattern::Sparse => self.set.write(at_random, |page| sparse(page, random)),
+            Pattern::HotCold => {
+                let tenth = (pages / 10).max(1) as u64;
+                let hot = random.below(10) < 9;
+                let index = if hot { random.below(tenth) as usize } else { at_random };
+                self.set.write(index, |page| sparse(page, random));
+            }
+            Pattern::Counter => {
+                self.set.write(in_order, |page| page.set(COUNTER, page.get(COUNTER) + 1));
+            }
+            Pattern::Half => {
+                let middle = WORDS / 2;
+                let range = if random.below(2) == 0 { BODY..middle } else { middle..WORDS };
+                let mut words = [0; WORDS / 2];
+                let words = &mut words[..range.len()];
+                self.text.fill(words);
+                let change = |page: &mut Change<'_>| {
+                    range.zip(words.iter()).for_each(|(at, word)| page.set(at, *word));
+                };
+                self.set.write(at_random, change);
+            }
+            Pattern::Random => self.set.write(at_random, |page| {
+                (BODY..WORDS).for_each(|at| page.set(at, random.next()));
+            }),
+            Pattern::ReadSeq => self.verify(in_order),
+            Pattern::ReadRand => self.verify(at_random),
+        }
+    }
+
+    fn verify_next(&mut self) {
+        self.verify(self.verified);
+        self.verified += 1;
+        if self.verified == self.set.len() {
+            self.verified = 0;
+            self.sweeps += 1;
+            let (pages, new) = (self.set.len(), self.errors - self.errors_before_sweep);
+            self.errors_before_sweep = self.errors;
+            if new == 0 {
+                say!("sweep {} pages {pages} ok", self.sweeps);
+            } else {
+                say!("sweep {} pages {pages} errors {new}", self.sweeps);
+            }
+        }
+    }
+
+    fn verify(&mut self, index: usize) {
+        if let Err(what) = self.set.verify(index) {
+            self.errors += 1;
+            if self.errors <= MAX_CORRUPT_LINES {
+                say!("CORRUPT page {index}: {what}");
+            }
+        }
+    }
+}
+
+fn sparse(page: &mut Change<'_>, random: &mut Random) {
+    for _ in 0..4 {
+        let at = BODY + random.below((WORDS - BODY) as u64) as usize;
+        page.set(at, random.next());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_pattern_leaves_pages_that_verify() {
+        for name in
+            ["idle", "sparse", "counter", "half", "random", "hotcold", "readseq", "readrand"]
+        {
+            let params =
+                Params::parse(&format!("ff.ws=64K ff.pattern={name} ff.fill=text")).unwrap();
+            let set = WorkingSet::filled(params.pages(), params.fill, params.seed).unwrap();
+            let mut worker = Worker::new(&params, set);
+            (0..200).for_each(|_| worker.operate());
+            for index in 0..worker.set.len() {
+                assert_eq!(worker.set.verify(index), Ok(()), "{name}");
+            }
+            assert_eq!(worker.errors, 0, "{name}");
+        }
+    }
+
+    #[test]
+    fn a_pace_gives_its_rate_and_forgets_long_pauses() {
+        let mut pace = Pace::new(2000);
+        let start = pace.since;
+        let pages: u64 = (1..=1000).map(|ms| pace.due(start + Duration::from_millis(ms))).sum();
+        assert_eq!(pages, 2000);
+        let after_pause = start + Duration::from_secs(100);
+        let caught_up: u64 = (0..100).map(|_| pace.due(after_pause)).sum();
+        assert_eq!(caught_up, 40);
+    }
+}
