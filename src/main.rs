@@ -1,1 +1,7 @@
-fn main() {}
+//! The `farfault` command.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    farfault::cli::main()
+}

@@ -5,12 +5,14 @@
 //! tracking, sending, faults) is the engine's work. All methods block; the session calls them from a
 //! thread where that does no harm.
 
+pub mod qemu;
+
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use crate::memory::{DirtyTracker, GuestMemory, MemoryLayout, TrackerKind, Userfault};
+use crate::memory::{DirtyTracker, GuestMemory, MemoryError, MemoryLayout, TrackerKind, Userfault};
 
 /// Largest device state that a guest may hand over.
 pub const DEVICE_STATE_LIMIT_BYTES: usize = 256 << 20;
@@ -63,6 +65,12 @@ pub struct GuestError {
     pub message: String,
     /// What a person can do about it.
     pub hint: Option<String>,
+}
+
+impl From<MemoryError> for GuestError {
+    fn from(error: MemoryError) -> Self {
+        GuestError { hint: error.hint(), message: error.to_string() }
+    }
 }
 
 /// The guest on the host that it leaves.

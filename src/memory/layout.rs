@@ -72,4 +72,16 @@ impl MemoryLayout {
         }
         None
     }
+
+    /// Cuts `range` where regions meet: index of the region and the pages in it, never empty. Pages
+    /// beyond the guest are left out.
+    pub fn split(&self, range: PageRange) -> impl Iterator<Item = (usize, PageRange)> + '_ {
+        let mut first = 0;
+        self.regions.iter().enumerate().filter_map(move |(index, region)| {
+            let (start, end) = (first, first + region.pages());
+            first = end;
+            let piece = PageRange::new(range.start.0.max(start), range.end.0.min(end));
+            (!piece.is_empty()).then_some((index, piece))
+        })
+    }
 }

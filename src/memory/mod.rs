@@ -1,6 +1,27 @@
 //! Guest memory as farfault sees it from outside: regions and their alias mappings, holes, dirty
 //! tracking, the page table of the destination, fault handling, and the adoption of a running process.
 
+pub mod adopt;
+mod error;
+mod fault;
+mod guest_memory;
 mod layout;
+mod probe;
+mod sys;
+mod table;
+#[cfg(test)]
+mod testing;
+mod tracker;
+mod userfault;
 
+pub use error::MemoryError;
+pub use fault::{FaultOptions, FaultServer, FaultStats, Mapper};
+pub use guest_memory::{Access, GuestMemory, RegionBacking};
 pub use layout::{MemoryLayout, RegionLayout};
+pub use probe::{Capability, HostCapabilities, Status};
+pub use table::{Claim, PageState, PageTable, Stage, StageCounts, Want};
+pub use tracker::{
+    DirtyTracker, HashScan, ReadWitness, TRACK_FEATURES, TrackerKind, UnknownTracker, WriteProtect,
+    open_tracker,
+};
+pub use userfault::{FAULT_FEATURES, Fault, FaultKind, Userfault};

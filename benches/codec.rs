@@ -1,0 +1,163 @@
+//! Speed of each codec on made-up pages: text-like content, and sparse changes of it. Throughput is
+//! in bytes of pages, whatever the coded size, which is printed with each name.
+
+use std::hint::black_box;
+use std::time::Duration;
+
+use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use farfault::codec::delta::WordMask;
+use farfault::codec::is_zero;
+use farfault::page::{PAGE_SIZE_BYTES, PageBytes, PageIndex, Version};
+use farfault::wire::encode::{DeltaCodec, PageCodec};
+use farfault::wire::limits::MAX_PAGES_PER_FRAME;
+use farfault::wire::{CodecChoice, DecodeScratch, Frame, FrameEncoder, PageToSend};
+use xxhash_rust::xxh3::xxh3_64;
+
+/// 16 MiB: more than the second-level cache of any machine.
+const PAGES: usize = 4096;
+const BASE: Version = Version(1);
+const NOW: Version = Version(2);
+
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, bound: usize) -> usize {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        (self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 33) as usize % bound
+    }
+}
+
+/// Pages of words from a vocabulary of 4,000, which compress about as guest memory does.
+fn text_pages() -> Vec<PageBytes> {
+    let mut random = Random(1);
+    let mut letters = |length: usize| -> Vec<u8> {
+        (0..length).map(|_| b"etaoinshrdlucmfwypvbgkjqxz"[random.below(26)]).collect()
+    };
+    let vocabulary: Vec<Vec<u8>> = (0..4000).map(|i| letters(2 + i % 9)).collect();
+    let mut random = Random(2);
+    let mut pages = vec![[b' '; PAGE_SIZE_BYTES]; PAGES];
+    for page in &mut pages {
+        let mut at = 0;
+        while at < PAGE_SIZE_BYTES {
+            // Half of the words come from the first hundred.
+            let range = if random.below(2) == 0 { 100 } else { vocabulary.len() };
+            let word = &vocabulary[random.below(range)];
+            let length = word.len().min(PAGE_SIZE_BYTES - at);
+            page[at..at + length].copy_from_slice(&word[..length]);
+            at += length + 1;
+        }
+    }
+    pages
+}
+
+/// The same pages later: in each, up to 16 words at random places have a new value, mostly small.
+fn changed(pages: &[PageBytes]) -> Vec<PageBytes> {
+    let mut random = Random(3);
+    let mut pages = pages.to_vec();
+    for page in &mut pages {
+        for _ in 0..=random.below(16) {
+            let word = random.below(PAGE_SIZE_BYTES / 8) * 8;
+            let value = (random.below(1 << 20) as u64).to_le_bytes();
+            page[word..word + 8].copy_from_slice(&value);
+        }
+    }
+    pages
+}
+
+fn to_send<'a>(pages: &'a [PageBytes], bases: Option<&'a [PageBytes]>) -> Vec<PageToSend<'a>> {
+    let pages = pages.iter().enumerate();
+    let send = pages.map(|(i, bytes)| PageToSend {
+        page: PageIndex(i as u64),
+        bytes,
+        base: bases.map(|bases| (BASE, &bases[i])),
+    });
+    send.collect()
+}
+
+fn encode_all(encoder: &mut FrameEncoder, pages: &[PageToSend<'_>], out: &mut Vec<u8>) {
+    out.clear();
+    for batch in pages.chunks(MAX_PAGES_PER_FRAME) {
+        encoder.encode(NOW, batch, out);
+    }
+}
+
+fn decode_all(wire: &[u8], bases: &[PageBytes], scratch: &mut DecodeScratch) {
+    let mut rest = wire;
+    while !rest.is_empty() {
+        let (frame, left) = Frame::parse(rest, PAGES as u64).expect("our own frame");
+        let decoded = frame.decode(scratch, |_, base, into| {
+            *into = bases[base.page.0 as usize];
+            true
+        });
+        black_box(decoded.expect("our own frame").get(0));
+        rest = left;
+    }
+}
+
+fn codecs(criterion: &mut Criterion) {
+    let old = text_pages();
+    let new = changed(&old);
+    let whole = to_send(&old, None);
+    let deltas = to_send(&new, Some(&old));
+    let mut group = criterion.benchmark_group("codec");
+    group.throughput(Throughput::Bytes((PAGES * PAGE_SIZE_BYTES) as u64));
+
+    let page_codecs = [PageCodec::Raw, PageCodec::Lz4];
+    let delta_codecs = [DeltaCodec::Plain, DeltaCodec::Lz4];
+    let as_page = |page| CodecChoice { page, delta: DeltaCodec::Off };
+    let as_delta = |delta| CodecChoice { page: PageCodec::Raw, delta };
+    let cases = page_codecs
+        .map(|codec| (format!("whole/{codec:?}"), as_page(codec), &whole))
+        .into_iter()
+        .chain(delta_codecs.map(|codec| (format!("delta/{codec:?}"), as_delta(codec), &deltas)));
+    for (name, choice, pages) in cases {
+        let mut encoder = FrameEncoder::new(choice);
+        let mut wire = Vec::new();
+        encode_all(&mut encoder, pages, &mut wire);
+        let size = format!("{} bytes a page", wire.len() / PAGES);
+        group.bench_function(BenchmarkId::new(format!("{name}/encode"), &size), |bench| {
+            bench.iter(|| encode_all(&mut encoder, pages, &mut wire));
+        });
+        let mut scratch = DecodeScratch::default();
+        group.bench_function(BenchmarkId::new(format!("{name}/decode"), &size), |bench| {
+            bench.iter(|| decode_all(&wire, &old, &mut scratch));
+        });
+    }
+    group.finish();
+}
+
+fn scans(criterion: &mut Criterion) {
+    let old = text_pages();
+    let new = changed(&old);
+    let zeros = vec![[0u8; PAGE_SIZE_BYTES]; PAGES];
+    let mut group = criterion.benchmark_group("scan");
+    group.throughput(Throughput::Bytes((PAGES * PAGE_SIZE_BYTES) as u64));
+    group.bench_function("zero test", |bench| {
+        bench.iter(|| zeros.iter().filter(|page| is_zero(black_box(page))).count());
+    });
+    group.bench_function("xxh3-64", |bench| {
+        bench.iter(|| old.iter().fold(0, |all, page| all ^ xxh3_64(black_box(page))));
+    });
+    group.bench_function("changed-word mask", |bench| {
+        let pairs = || old.iter().zip(&new);
+        bench.iter(|| pairs().map(|(old, new)| WordMask::between(old, new).count()).sum::<usize>());
+    });
+    // What the machine can do at all: read one buffer, write another.
+    let mut copy = zeros.clone();
+    group.bench_function("memory copy", |bench| {
+        bench.iter(|| copy.copy_from_slice(black_box(&old)));
+    });
+    group.finish();
+}
+
+fn quick() -> Criterion {
+    Criterion::default()
+        .sample_size(10)
+        .warm_up_time(Duration::from_millis(200))
+        .measurement_time(Duration::from_secs(1))
+}
+
+criterion_group! { name = benches; config = quick(); targets = codecs, scans }
+criterion_main!(benches);

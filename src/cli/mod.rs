@@ -1,0 +1,128 @@
+//! The command line: one file per subcommand; only argument parsing and wording.
+
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use clap::{Parser, Subcommand};
+
+use crate::engine::Failure;
+use crate::report::{MigrationResult, Output, Report};
+
+mod doctor;
+mod receive;
+mod send;
+
+/// Moves a running virtual machine to another host over QUIC.
+///
+/// On the destination run `farfault receive`; it prints a ticket. On the source run `farfault send`
+/// with that ticket. The guest keeps running all the while but for a fraction of a second.
+#[derive(Debug, Parser)]
+#[command(name = "farfault", version, arg_required_else_help = true)]
+struct Arguments {
+    /// What is logged on stderr: error, warn, info, debug, trace, or a filter such as
+    /// `farfault::transport=debug`.
+    #[arg(long, global = true, default_value = "warn", value_name = "LEVEL")]
+    log_level: String,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Waits for a guest: prints a ticket for `farfault send`.
+    Receive(receive::Receive),
+    /// Moves a running QEMU guest to a waiting receiver.
+    Send(send::Send),
+    /// Tells what this host can do, and how to mend what it cannot.
+    Doctor(doctor::Doctor),
+}
+
+/// Parses the arguments, runs the command, and gives the process's exit status: 0 only when all that
+/// was asked for is done.
+pub fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let filter = match tracing_subscriber::EnvFilter::try_new(&arguments.log_level) {
+        Ok(filter) => filter,
+        Err(error) => {
+            eprintln!("farfault: error: --log-level '{}': {error}", arguments.log_level);
+            return ExitCode::from(2);
+        }
+    };
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    match arguments.command {
+        Command::Receive(receive) => run_migration(receive.json, |output| receive.run(output)),
+        Command::Send(send) => run_migration(send.json, |output| send.run(output)),
+        Command::Doctor(doctor) => doctor.run(),
+    }
+}
+
+/// Runs one side of a migration on a runtime of its own and tells its end.
+fn run_migration<F>(json: bool, side: impl FnOnce(Arc<Output>) -> F) -> ExitCode
+where
+    F: Future<Output = Result<Report, Failure>>,
+{
+    let output = Arc::new(Output::new(json));
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            output.error(&Failure::plain(format!("no threads or descriptors left: {error}")));
+            return ExitCode::FAILURE;
+        }
+    };
+    let result = runtime.block_on(side(output.clone()));
+    // Threads that wait for a peer which is gone must not keep the process.
+    runtime.shutdown_background();
+    match result {
+        Ok(report) => {
+            output.report(&report);
+            match report.result {
+                MigrationResult::Migrated => ExitCode::SUCCESS,
+                _ => ExitCode::FAILURE,
+            }
+        }
+        Err(failure) => {
+            output.error(&failure);
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// clap's view of a parser from [`crate::units`].
+fn rate(text: &str) -> Result<u64, String> {
+    crate::units::parse_rate(text).map_err(|error| error.to_string())
+}
+
+fn bytes(text: &str) -> Result<u64, String> {
+    crate::units::parse_bytes(text).map_err(|error| error.to_string())
+}
+
+fn duration(text: &str) -> Result<std::time::Duration, String> {
+    crate::units::parse_duration(text).map_err(|error| error.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_arguments_are_consistent() {
+        Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn what_follows_two_dashes_is_left_to_qemu() {
+        let line = "farfault receive --listen 10.0.0.2 -- qemu-system-x86_64 -m 1G -S";
+        let arguments = Arguments::try_parse_from(line.split(' ')).unwrap();
+        let Command::Receive(receive) = arguments.command else { panic!("receive") };
+        assert_eq!(receive.command, ["qemu-system-x86_64", "-m", "1G", "-S"]);
+    }
+
+    #[test]
+    fn a_receiver_needs_a_guest() {
+        assert!(Arguments::try_parse_from(["farfault", "receive"]).is_err());
+        let both = "farfault receive --qmp a.sock -- qemu-system-x86_64";
+        assert!(Arguments::try_parse_from(both.split(' ')).is_err());
+    }
+}

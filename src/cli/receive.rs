@@ -1,0 +1,95 @@
+//! `farfault receive`
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use clap::{ArgGroup, Args};
+
+use crate::engine::Failure;
+use crate::guest::DestinationGuest;
+use crate::guest::qemu::{QemuDestination, SpawnOptions};
+use crate::report::{Output, Report};
+use crate::session::destination::{ReceiveOptions, receive};
+use crate::session::journal::default_state_dir;
+use crate::transport::{Listener, TransportOptions};
+
+/// Port used unless another is asked for: 0xFA17.
+const DEFAULT_PORT: u16 = 64023;
+
+/// Waits for a guest: prints a ticket for `farfault send`.
+#[derive(Debug, Args)]
+#[command(group(ArgGroup::new("guest").required(true).args(["qmp", "command"])))]
+pub(super) struct Receive {
+    /// Address to listen at, with or without a port (UDP); a wildcard address is told to the sender as
+    /// the addresses of this host.
+    #[arg(long, value_name = "ADDR[:PORT]", default_value = "[::]", value_parser = listen_address)]
+    listen: SocketAddr,
+    /// Address that the ticket names instead of those of this host, for a host behind a translating
+    /// router; may be given several times.
+    #[arg(long, value_name = "ADDR:PORT")]
+    advertise: Vec<SocketAddr>,
+    /// Attach to a QEMU that already waits with `-incoming defer -S`.
+    #[arg(long, value_name = "PATH")]
+    qmp: Option<PathBuf>,
+    /// Where the output of the QEMU that is started goes; without this it can be read in
+    /// /proc/PID/fd/2 while that QEMU lives.
+    #[arg(long, value_name = "FILE", requires = "command")]
+    qemu_log: Option<PathBuf>,
+    /// Leave the guest stopped when all of it has arrived.
+    #[arg(long)]
+    paused: bool,
+    /// Where the journal is kept while the migration runs [default: /var/lib/farfault for root].
+    #[arg(long, value_name = "DIR")]
+    state_dir: Option<PathBuf>,
+    /// One JSON object a line on stdout instead of text.
+    #[arg(long)]
+    pub(super) json: bool,
+    /// The QEMU to start, with the source's options; `-incoming defer` and `-S` are added.
+    #[arg(last = true, value_name = "QEMU COMMAND LINE")]
+    pub(super) command: Vec<String>,
+}
+
+fn listen_address(text: &str) -> Result<SocketAddr, String> {
+    let bare = text.trim_start_matches('[').trim_end_matches(']');
+    text.parse()
+        .or_else(|_| bare.parse().map(|ip| SocketAddr::new(ip, DEFAULT_PORT)))
+        .map_err(|_| "write it like 10.0.0.2, 10.0.0.2:4711 or [::]:4711".to_owned())
+}
+
+impl Receive {
+    pub(super) async fn run(self, output: Arc<Output>) -> Result<Report, Failure> {
+        let advertised = self.advertise.clone();
+        let (listener, ticket) =
+            Listener::bind(self.listen, advertised, &TransportOptions::default())
+                .map_err(|error| Failure::plain(error.to_string()))?;
+        let guest: Box<dyn DestinationGuest> = match &self.qmp {
+            Some(qmp) => Box::new(QemuDestination::attach(qmp)?),
+            None => Box::new(QemuDestination::spawn(&SpawnOptions {
+                command: self.command.iter().map(Into::into).collect(),
+                log: self.qemu_log.clone(),
+            })?),
+        };
+        output.ticket(&ticket.to_string());
+        let options = ReceiveOptions {
+            state_dir: self.state_dir.clone().unwrap_or_else(default_state_dir),
+            paused: self.paused,
+        };
+        let migration = ticket.migration.to_string();
+        receive(guest, &listener, &migration, options, output).await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_address_may_come_without_a_port() {
+        let port = |text| listen_address(text).map(|address| address.port());
+        assert_eq!(port("10.0.0.2"), Ok(DEFAULT_PORT));
+        assert_eq!(port("[::]"), Ok(DEFAULT_PORT));
+        assert_eq!(port("[::1]:7"), Ok(7));
+        assert!(listen_address("host.example:7").unwrap_err().contains("10.0.0.2:4711"));
+    }
+}

@@ -1,0 +1,142 @@
+//! `farfault send`
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use clap::Args;
+
+use super::{bytes, duration, rate};
+use crate::engine::Failure;
+use crate::engine::policy::SwitchoverPolicy;
+use crate::engine::source::{SourceConfig, SourceTimeouts};
+use crate::guest::qemu::QemuSource;
+use crate::memory::TrackerKind;
+use crate::report::{Output, Report};
+use crate::session::journal::default_state_dir;
+use crate::session::source::{SendOptions, send};
+use crate::transport::{Ticket, TransportOptions};
+use crate::wire::message::{HandoverForm, Strategy};
+
+/// Moves a running QEMU guest to a waiting receiver.
+#[derive(Debug, Args)]
+pub(super) struct Send {
+    /// The running QEMU's QMP socket.
+    #[arg(long, value_name = "PATH")]
+    qmp: PathBuf,
+    /// What `farfault receive` printed; `-` reads it from standard input, which keeps it out of the list
+    /// of processes.
+    ticket: String,
+    /// hybrid: short pre-copy, then the guest runs on the other side and its last pages follow.
+    /// precopy: everything before. postcopy: everything after.
+    #[arg(long, value_enum, default_value_t)]
+    strategy: StrategyName,
+    /// one-flight: the decision travels with the device state (half a round trip of downtime).
+    /// strict: the destination loads first and says so (one and a half).
+    #[arg(long, value_enum, default_value_t)]
+    handover: HandoverName,
+    /// How long the guest may stand still. When what is left can be sent within this, the migration
+    /// ends without post-copy.
+    #[arg(long, value_name = "TIME", default_value = "300ms", value_parser = duration)]
+    downtime: Duration,
+    /// Hard limit of what is sent, such as 100Mbit.
+    #[arg(long, value_name = "RATE", value_parser = rate)]
+    bandwidth: Option<u64>,
+    /// Most pre-copy rounds; auto goes by the trend.
+    #[arg(long, value_name = "auto|N", default_value = "auto", value_parser = rounds)]
+    precopy_rounds: Rounds,
+    /// Memory for copies of sent pages, against which changed pages are sent as deltas.
+    #[arg(long, value_name = "SIZE", default_value = "512MiB", value_parser = bytes)]
+    base_cache: u64,
+    /// How the guest's writes are followed: auto takes the fastest that the kernel has.
+    #[arg(long, value_name = "auto|write-protect|hash-scan", default_value = "auto")]
+    tracker: TrackerKind,
+    /// End the source's QEMU when the guest runs at the destination with all its pages; otherwise it is
+    /// left stopped.
+    #[arg(long)]
+    quit_source: bool,
+    /// Where the journal is kept while the migration runs [default: /var/lib/farfault for root].
+    #[arg(long, value_name = "DIR")]
+    state_dir: Option<PathBuf>,
+    /// One JSON object a line on stdout instead of text.
+    #[arg(long)]
+    pub(super) json: bool,
+}
+
+#[derive(Clone, Copy, Debug, Default, clap::ValueEnum)]
+enum StrategyName {
+    #[default]
+    Hybrid,
+    Precopy,
+    Postcopy,
+}
+
+#[derive(Clone, Copy, Debug, Default, clap::ValueEnum)]
+enum HandoverName {
+    #[default]
+    OneFlight,
+    Strict,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Rounds(Option<u16>);
+
+/// More rounds than this are beyond what a page's version can count.
+const MAX_ROUNDS: u16 = 1000;
+
+fn rounds(text: &str) -> Result<Rounds, String> {
+    match text {
+        "auto" => Ok(Rounds(None)),
+        _ => match text.parse() {
+            Ok(number) if (1..=MAX_ROUNDS).contains(&number) => Ok(Rounds(Some(number))),
+            _ => Err(format!("auto, or a number from 1 to {MAX_ROUNDS}")),
+        },
+    }
+}
+
+impl Send {
+    pub(super) async fn run(self, output: Arc<Output>) -> Result<Report, Failure> {
+        let ticket = self.ticket()?;
+        let transport = TransportOptions {
+            bandwidth_limit_bytes_per_s: self.bandwidth,
+            ..TransportOptions::default()
+        };
+        let options = SendOptions {
+            engine: SourceConfig {
+                strategy: match self.strategy {
+                    StrategyName::Hybrid => Strategy::Hybrid,
+                    StrategyName::Precopy => Strategy::Precopy,
+                    StrategyName::Postcopy => Strategy::Postcopy,
+                },
+                handover: match self.handover {
+                    HandoverName::OneFlight => HandoverForm::OneFlight,
+                    HandoverName::Strict => HandoverForm::Strict,
+                },
+                policy: SwitchoverPolicy {
+                    downtime_budget: self.downtime,
+                    max_rounds: self.precopy_rounds.0,
+                },
+                timeouts: SourceTimeouts::default(),
+            },
+            base_cache_bytes: usize::try_from(self.base_cache).unwrap_or(usize::MAX),
+            tracker: self.tracker,
+            state_dir: self.state_dir.clone().unwrap_or_else(default_state_dir),
+            quit_source: self.quit_source,
+        };
+        let guest = QemuSource::attach(&self.qmp)?;
+        send(Box::new(guest), &ticket, &transport, options, output).await
+    }
+
+    fn ticket(&self) -> Result<Ticket, Failure> {
+        let mut text = self.ticket.clone();
+        if text == "-" {
+            text.clear();
+            std::io::stdin().read_line(&mut text).map_err(|error| {
+                Failure::plain(format!("the ticket cannot be read from standard input: {error}"))
+            })?;
+        }
+        text.trim().parse().map_err(|error: crate::transport::TicketError| {
+            Failure::new(error.to_string(), "copy the whole word that farfault receive printed")
+        })
+    }
+}

@@ -1,0 +1,414 @@
+//! The destination's half of the handover. Methods as in [`super::source`].
+//!
+//! What the guest's owner relies on: [`DestinationAction::RunGuest`] comes only after the source has
+//! said `Commit` and [`DestinationRecord::Committed`] is on disk; `Refused` is said only when the
+//! guest has not run here and, since the refusal is on disk first, never will.
+
+use std::collections::VecDeque;
+
+use serde::{Deserialize, Serialize};
+
+use super::{Failure, MigrationPhase};
+use crate::guest::Shape;
+use crate::page::{PageIndex, Version};
+use crate::wire::message::{PROTOCOL, RunWhen, Strategy, ToDestination, ToSource};
+
+/// A line of the destination's journal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DestinationRecord {
+    /// A guest is being received; it runs at the source.
+    Started,
+    /// The source's decision has arrived: the guest runs here from now on.
+    Committed,
+    /// The guest has not run here and never will.
+    Refused,
+    /// Every page has arrived.
+    Complete,
+}
+
+/// What happened.
+#[derive(Clone, Debug)]
+pub enum DestinationEvent {
+    /// A message of the source.
+    Message(ToDestination),
+    /// Answers [`DestinationAction::Prepare`].
+    Prepared,
+    /// Answers [`DestinationAction::AwaitRound`]: every message of the round was applied, except for
+    /// these pages.
+    RoundApplied {
+        /// The round.
+        round: Version,
+        /// Pages to be sent whole.
+        rejected: Vec<PageIndex>,
+    },
+    /// Answers [`DestinationAction::AwaitFlight`]: it is here and the page table knows what is missing.
+    FlightArrived,
+    /// Every page has come: after the flight, once.
+    PagesComplete,
+    /// Answers [`DestinationAction::LoadDeviceState`].
+    Loaded,
+    /// Answers [`DestinationAction::Journal`]: the record is on disk.
+    Journaled(DestinationRecord),
+    /// Answers [`DestinationAction::RunGuest`].
+    Running,
+    /// Answers [`DestinationAction::ReleaseGuest`] and [`DestinationAction::DiscardGuest`].
+    Released,
+    /// A step here has failed.
+    Failed(Failure),
+    /// The source cannot be reached any more.
+    LinkLost(Failure),
+    /// The operator wants the migration to end.
+    Cancelled,
+}
+
+/// What to do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum DestinationAction {
+    /// Send on the control lane.
+    Send(ToSource),
+    /// Compare shapes, register memory, serve faults.
+    Prepare {
+        /// The guest that wants to move.
+        shape: Box<Shape>,
+        /// How.
+        strategy: Strategy,
+    },
+    /// Tell when this many messages of the round have been applied.
+    AwaitRound {
+        /// The round.
+        round: Version,
+        /// Its messages.
+        messages: u64,
+    },
+    /// Tell when the flight has come.
+    AwaitFlight(Version),
+    /// Give the guest its device state.
+    LoadDeviceState,
+    /// Write to the journal and to disk.
+    Journal(DestinationRecord),
+    /// Let the guest run here.
+    RunGuest,
+    /// All is done: let go of the guest, which stays as it is.
+    ReleaseGuest,
+    /// The guest never ran here: end its monitor if it is ours.
+    DiscardGuest,
+    /// The migration is over.
+    End(DestinationOutcome),
+}
+
+/// How a migration ended, seen from the destination.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum DestinationOutcome {
+    /// The guest runs here with all its pages.
+    Migrated,
+    /// The guest has not run here and never will.
+    Refused(Failure),
+    /// The guest was ready to run here and the source's word did not come: it stays loaded and stopped.
+    InDoubt(Failure),
+    /// The guest runs here, and some of its pages have not arrived: threads that touch them wait.
+    LostPages(Failure),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    Waiting,
+    Preparing,
+    /// Pre-copy.
+    Receiving,
+    /// The offer is here, the flight is not.
+    Offered,
+    Loading,
+    /// Loaded: could run as far as we are concerned.
+    Loaded,
+    Committing,
+    Starting,
+    Postcopy,
+    Completing,
+    Discarding,
+    Ended,
+}
+
+/// The destination's half of the handover; see the module.
+#[derive(Debug)]
+pub struct DestinationMachine {
+    state: State,
+    run_when: RunWhen,
+    committed: bool,
+    complete: bool,
+    ready_said: bool,
+    link_lost: bool,
+    releasing: bool,
+    /// Discarding because of this.
+    failure: Option<Failure>,
+    actions: VecDeque<DestinationAction>,
+}
+
+impl Default for DestinationMachine {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl DestinationMachine {
+    /// A destination that has just been reached by an authenticated source.
+    pub fn new() -> Self {
+        DestinationMachine {
+            state: State::Waiting,
+            run_when: RunWhen::Loaded,
+            committed: false,
+            complete: false,
+            ready_said: false,
+            link_lost: false,
+            releasing: false,
+            failure: None,
+            actions: VecDeque::new(),
+        }
+    }
+
+    /// Where the migration stands.
+    pub fn phase(&self) -> MigrationPhase {
+        match self.state {
+            State::Waiting => MigrationPhase::Connect,
+            State::Preparing => MigrationPhase::Prepare,
+            State::Receiving => MigrationPhase::Precopy,
+            State::Offered | State::Loading | State::Loaded => MigrationPhase::Offer,
+            State::Committing | State::Starting => MigrationPhase::Commit,
+            State::Postcopy | State::Completing => MigrationPhase::Postcopy,
+            State::Discarding | State::Ended => MigrationPhase::Done,
+        }
+    }
+
+    /// The next action; `None` until another event comes.
+    pub fn poll(&mut self) -> Option<DestinationAction> {
+        self.actions.pop_front()
+    }
+
+    /// Takes in an event.
+    pub fn handle(&mut self, event: DestinationEvent) {
+        match event {
+            DestinationEvent::Message(message) => self.handle_message(message),
+            DestinationEvent::Prepared => {
+                if self.state == State::Preparing {
+                    self.state = State::Receiving;
+                    self.act(DestinationAction::Send(ToSource::Prepared));
+                }
+            }
+            DestinationEvent::RoundApplied { round, rejected } => {
+                if self.state == State::Receiving {
+                    self.act(DestinationAction::Send(ToSource::RoundAck { round, rejected }));
+                }
+            }
+            DestinationEvent::FlightArrived => {
+                if self.state == State::Offered {
+                    self.state = State::Loading;
+                    self.act(DestinationAction::LoadDeviceState);
+                }
+            }
+            DestinationEvent::PagesComplete => {
+                self.complete = true;
+                match self.state {
+                    State::Postcopy => self.finish(),
+                    _ => self.run_when_due(),
+                }
+            }
+            DestinationEvent::Loaded => {
+                if self.state == State::Loading {
+                    self.state = State::Loaded;
+                    self.run_when_due();
+                }
+            }
+            DestinationEvent::Journaled(record) => self.handle_journaled(record),
+            DestinationEvent::Running => {
+                if self.state == State::Starting {
+                    self.state = State::Postcopy;
+                    self.act(DestinationAction::Send(ToSource::Running));
+                    if self.complete {
+                        self.finish();
+                    }
+                }
+            }
+            DestinationEvent::Released => match self.state {
+                State::Completing => self.end(DestinationOutcome::Migrated),
+                State::Discarding => {
+                    let failure = self.failure.take();
+                    let failure = failure.unwrap_or_else(|| Failure::plain("given up"));
+                    self.end(DestinationOutcome::Refused(failure));
+                }
+                _ => {}
+            },
+            DestinationEvent::Failed(failure) => self.fail(failure),
+            DestinationEvent::LinkLost(failure) => self.lose_link(failure),
+            DestinationEvent::Cancelled => {
+                if !self.may_have_run() && !self.committed {
+                    self.fail(Failure::plain("cancelled at the destination"));
+                }
+            }
+        }
+    }
+
+    fn handle_message(&mut self, message: ToDestination) {
+        match (message, self.state) {
+            (ToDestination::Hello { protocol, shape, strategy }, State::Waiting) => {
+                self.state = State::Preparing;
+                if protocol == PROTOCOL {
+                    self.act(DestinationAction::Journal(DestinationRecord::Started));
+                    self.act(DestinationAction::Prepare { shape, strategy });
+                } else {
+                    let reason = format!(
+                        "the source speaks protocol {protocol}, the destination {PROTOCOL}"
+                    );
+                    self.fail(Failure::new(reason, "install the same farfault on both hosts"));
+                }
+            }
+            (ToDestination::RoundEnd { round, messages }, State::Receiving) => {
+                self.act(DestinationAction::AwaitRound { round, messages });
+            }
+            (ToDestination::Offer { final_version, run_when }, State::Receiving) => {
+                self.state = State::Offered;
+                self.run_when = run_when;
+                self.act(DestinationAction::AwaitFlight(final_version));
+            }
+            (ToDestination::Commit, State::Offered | State::Loading | State::Loaded)
+                if !self.committed =>
+            {
+                self.committed = true;
+                self.run_when_due();
+            }
+            // A source that has said Commit does not take it back; one that tries is not believed.
+            (ToDestination::Abort { reason }, _) if !self.committed => {
+                self.discard(Failure::plain(format!("the source gave up: {reason}")));
+            }
+            (ToDestination::Bye { .. }, State::Completing) => {
+                self.release();
+            }
+            (_, State::Discarding | State::Ended) => {}
+            (message, state) => {
+                let kind = message_name(&message);
+                self.fail(Failure::plain(format!("the source said {kind} while {state:?}")));
+            }
+        }
+    }
+
+    fn run_when_due(&mut self) {
+        let due = match self.run_when {
+            RunWhen::Loaded => true,
+            RunWhen::Complete => self.complete,
+        };
+        if self.state != State::Loaded || !due {
+            return;
+        }
+        if self.committed {
+            self.state = State::Committing;
+            self.act(DestinationAction::Journal(DestinationRecord::Committed));
+        } else if !self.ready_said {
+            self.ready_said = true;
+            self.act(DestinationAction::Send(ToSource::Ready));
+        }
+    }
+
+    fn handle_journaled(&mut self, record: DestinationRecord) {
+        match (record, self.state) {
+            (DestinationRecord::Committed, State::Committing) => {
+                self.state = State::Starting;
+                self.act(DestinationAction::RunGuest);
+            }
+            (DestinationRecord::Refused, State::Discarding) => {
+                if let Some(Failure { reason, hint }) = self.failure.clone() {
+                    self.act(DestinationAction::Send(ToSource::Refused { reason, hint }));
+                }
+                self.act(DestinationAction::DiscardGuest);
+            }
+            (DestinationRecord::Complete, State::Completing) if self.link_lost => self.release(),
+            (DestinationRecord::Complete, State::Completing) => {
+                self.act(DestinationAction::Send(ToSource::Done));
+            }
+            _ => {}
+        }
+    }
+
+    fn finish(&mut self) {
+        self.state = State::Completing;
+        self.act(DestinationAction::Journal(DestinationRecord::Complete));
+    }
+
+    fn release(&mut self) {
+        if !std::mem::replace(&mut self.releasing, true) {
+            self.act(DestinationAction::ReleaseGuest);
+        }
+    }
+
+    fn may_have_run(&self) -> bool {
+        matches!(self.state, State::Starting | State::Postcopy | State::Completing)
+    }
+
+    fn fail(&mut self, failure: Failure) {
+        match self.state {
+            State::Ended => {}
+            // The refusal could not be written or the monitor not ended: nothing ran all the same.
+            State::Discarding => self.end(DestinationOutcome::Refused(failure)),
+            // Only our own exit has failed: the guest is complete and runs.
+            State::Completing => self.end(DestinationOutcome::Migrated),
+            State::Starting => {
+                let reason = format!("the guest is loaded but did not start: {failure}");
+                let hint = "continue it here by hand; the source will not run it any more";
+                self.end(DestinationOutcome::InDoubt(Failure::new(reason, hint)));
+            }
+            State::Postcopy => self.end(DestinationOutcome::LostPages(failure)),
+            _ => self.discard(failure),
+        }
+    }
+
+    fn discard(&mut self, failure: Failure) {
+        if matches!(self.state, State::Discarding | State::Ended) {
+            return;
+        }
+        self.failure = Some(failure);
+        self.state = State::Discarding;
+        self.act(DestinationAction::Journal(DestinationRecord::Refused));
+    }
+
+    fn lose_link(&mut self, failure: Failure) {
+        if std::mem::replace(&mut self.link_lost, true) {
+            return;
+        }
+        match self.state {
+            State::Ended | State::Discarding => {}
+            // Decided, and nothing more is needed from the source.
+            State::Loading | State::Loaded | State::Committing | State::Starting
+                if self.committed && self.complete => {}
+            // Complete and running; the source's Bye is only a courtesy.
+            State::Completing => self.release(),
+            State::Committing | State::Starting | State::Postcopy => {
+                self.end(DestinationOutcome::LostPages(failure));
+            }
+            // The decision may have been made and lost on the way.
+            State::Offered | State::Loading | State::Loaded if !self.committed => {
+                let hint = "ask the source: if it says that the guest runs there, end this one; \
+                            the source lets it run on when it has not decided";
+                self.end(DestinationOutcome::InDoubt(Failure::new(failure.reason, hint)));
+            }
+            _ => self.discard(failure),
+        }
+    }
+
+    fn end(&mut self, outcome: DestinationOutcome) {
+        self.state = State::Ended;
+        self.act(DestinationAction::End(outcome));
+    }
+
+    fn act(&mut self, action: DestinationAction) {
+        self.actions.push_back(action);
+    }
+}
+
+fn message_name(message: &ToDestination) -> &'static str {
+    match message {
+        ToDestination::Hello { .. } => "Hello",
+        ToDestination::RoundEnd { .. } => "RoundEnd",
+        ToDestination::Offer { .. } => "Offer",
+        ToDestination::Commit => "Commit",
+        ToDestination::Abort { .. } => "Abort",
+        ToDestination::Bye { .. } => "Bye",
+    }
+}

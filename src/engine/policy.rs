@@ -1,0 +1,176 @@
+//! When to stop pre-copy: decided on the *encoded* remainder, since a page that was changed in a few
+//! words costs a few bytes, however many such pages there are.
+
+use std::time::Duration;
+
+use super::Failure;
+use crate::wire::message::{RunWhen, Strategy};
+
+/// What a pre-copy round has shown.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RoundSummary {
+    /// Push messages of the round.
+    pub messages: u64,
+    /// Pages sent in the round that were not holes.
+    pub sent_pages: u64,
+    /// Their size on the wire.
+    pub sent_bytes: u64,
+    /// From the round's begin until all was handed to the transport.
+    pub duration: Duration,
+    /// Pages that the guest has changed since their last sending.
+    pub dirty_pages: u64,
+    /// How many bytes a changed page costs, as far as this is known: from deltas sent so far.
+    pub bytes_per_dirty_page: Option<u64>,
+    /// What the link carries.
+    pub link_bytes_per_s: u64,
+    /// The link's round trip.
+    pub round_trip: Duration,
+}
+
+impl RoundSummary {
+    /// How long the changed pages would take to send. Before the first delta is known, a changed page
+    /// counts as a whole one of average size.
+    pub fn remainder(&self) -> Duration {
+        let whole = self.sent_bytes.checked_div(self.sent_pages).unwrap_or(4096);
+        let bytes = self.dirty_pages.saturating_mul(self.bytes_per_dirty_page.unwrap_or(whole));
+        Duration::from_secs_f64(bytes as f64 / self.link_bytes_per_s.max(1) as f64)
+    }
+}
+
+/// The operator's limits.
+#[derive(Clone, Copy, Debug)]
+pub struct SwitchoverPolicy {
+    /// How long the guest may stand still at the switchover.
+    pub downtime_budget: Duration,
+    /// Most pre-copy rounds; `None` leaves it to the trend.
+    pub max_rounds: Option<u16>,
+}
+
+/// Rounds after which a pre-copy that may only end by fitting the budget gives up.
+pub const PRECOPY_ROUNDS: u16 = 60;
+
+/// Rounds after which a hybrid migration switches over whatever the trend.
+pub const HYBRID_ROUNDS: u16 = 8;
+
+/// What comes after a round.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Next {
+    /// Send the pages that have changed.
+    AnotherRound,
+    /// Stop the guest.
+    Switchover(RunWhen),
+    /// Pre-copy alone will not end.
+    GiveUp(Failure),
+}
+
+/// Of the downtime budget, the part for stopping, saving and loading the guest rather than for pages.
+const FIXED_DOWNTIME: Duration = Duration::from_millis(40);
+
+/// A round that leaves more than this share of the remainder before it does not converge.
+const SHRINK: f64 = 0.75;
+
+impl SwitchoverPolicy {
+    /// What comes after round number `rounds` (from 1 on).
+    ///
+    /// A remainder that fits the downtime budget ends the migration without post-copy, in either
+    /// strategy: it is the safer end. Otherwise hybrid goes on while rounds pay, that is while the
+    /// changes made during the next round (which takes as long as the remainder) are expected to be
+    /// less than what is left now.
+    pub fn after_round(&self, strategy: Strategy, rounds: u16, round: &RoundSummary) -> Next {
+        let remainder = round.remainder();
+        let fixed = FIXED_DOWNTIME + round.round_trip / 2;
+        if remainder + fixed <= self.downtime_budget || round.dirty_pages == 0 {
+            return Next::Switchover(RunWhen::Complete);
+        }
+        match strategy {
+            Strategy::Precopy => {
+                if rounds >= self.max_rounds.unwrap_or(PRECOPY_ROUNDS) {
+                    return Next::GiveUp(Failure::new(
+                        format!(
+                            "pre-copy does not converge: after {rounds} rounds {} pages are still \
+                             changed, {} ms of sending, and the guest may stand still for {} ms",
+                            round.dirty_pages,
+                            remainder.as_millis(),
+                            self.downtime_budget.as_millis(),
+                        ),
+                        "use --strategy hybrid, or allow more with --downtime",
+                    ));
+                }
+                Next::AnotherRound
+            }
+            Strategy::Hybrid => {
+                let limit = self.max_rounds.unwrap_or(HYBRID_ROUNDS);
+                // Changes come at the rate of the last round; the next one takes `remainder` plus
+                // the round trip of its acknowledgement.
+                let last_s = round.duration.as_secs_f64().max(0.001);
+                let next_s = (remainder + round.round_trip).as_secs_f64();
+                let shrinks = next_s / last_s < SHRINK;
+                if rounds < limit && shrinks {
+                    Next::AnotherRound
+                } else {
+                    Next::Switchover(RunWhen::Loaded)
+                }
+            }
+            Strategy::Postcopy => Next::Switchover(RunWhen::Loaded),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const POLICY: SwitchoverPolicy =
+        SwitchoverPolicy { downtime_budget: Duration::from_millis(300), max_rounds: None };
+
+    fn round(dirty_pages: u64, bytes_per_dirty_page: u64, duration_ms: u64) -> RoundSummary {
+        RoundSummary {
+            messages: 1,
+            sent_pages: 100_000,
+            sent_bytes: 100_000_000,
+            duration: Duration::from_millis(duration_ms),
+            dirty_pages,
+            bytes_per_dirty_page: Some(bytes_per_dirty_page),
+            link_bytes_per_s: 12_500_000,
+            round_trip: Duration::from_millis(40),
+        }
+    }
+
+    #[test]
+    fn a_remainder_that_fits_the_budget_ends_without_post_copy() {
+        let small = round(5000, 300, 10_000);
+        for strategy in [Strategy::Hybrid, Strategy::Precopy] {
+            let next = POLICY.after_round(strategy, 1, &small);
+            assert_eq!(next, Next::Switchover(RunWhen::Complete));
+        }
+    }
+
+    #[test]
+    fn hybrid_goes_on_while_rounds_shrink_and_then_switches_over() {
+        let shrinking = round(100_000, 300, 10_000);
+        assert_eq!(POLICY.after_round(Strategy::Hybrid, 1, &shrinking), Next::AnotherRound);
+        let stuck = round(100_000, 300, 2_500);
+        let next = POLICY.after_round(Strategy::Hybrid, 2, &stuck);
+        assert_eq!(next, Next::Switchover(RunWhen::Loaded));
+        let next = POLICY.after_round(Strategy::Hybrid, HYBRID_ROUNDS, &shrinking);
+        assert_eq!(next, Next::Switchover(RunWhen::Loaded));
+    }
+
+    #[test]
+    fn pre_copy_that_does_not_converge_gives_up_and_says_what_to_do() {
+        let stuck = round(100_000, 300, 2_500);
+        assert_eq!(POLICY.after_round(Strategy::Precopy, 5, &stuck), Next::AnotherRound);
+        let Next::GiveUp(failure) = POLICY.after_round(Strategy::Precopy, PRECOPY_ROUNDS, &stuck)
+        else {
+            panic!("must give up");
+        };
+        assert!(failure.hint.unwrap().contains("hybrid"));
+    }
+
+    #[test]
+    fn an_idle_guest_needs_no_more_rounds_on_any_link() {
+        let idle = RoundSummary { link_bytes_per_s: 0, ..round(0, 0, 1000) };
+        let next = POLICY.after_round(Strategy::Hybrid, 1, &idle);
+        assert_eq!(next, Next::Switchover(RunWhen::Complete));
+    }
+}

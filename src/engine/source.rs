@@ -1,0 +1,476 @@
+//! The source's half of the handover.
+//!
+//! The machine has three kinds of methods: getters, [`SourceMachine::handle`] (an event comes in)
+//! and [`SourceMachine::poll`] (the next action goes out). An action that takes time is answered by
+//! an event of its own.
+//!
+//! What the guest's owner relies on: [`SourceAction::Send`] of `Commit` comes only after
+//! [`SourceRecord::Decided`] is on disk, and once it may have been sent, [`SourceAction::ResumeGuest`]
+//! is only given when the destination itself has said `Refused`, which it says only when the guest
+//! has not run there and never will.
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use super::policy::{Next, RoundSummary, SwitchoverPolicy};
+use super::{Failure, MigrationPhase};
+use crate::page::Version;
+use crate::wire::message::{HandoverForm, RunWhen, Strategy, ToDestination, ToSource};
+
+/// Longest time for each wait for the other side; generous, since a busy host swaps.
+#[derive(Clone, Copy, Debug)]
+pub struct SourceTimeouts {
+    /// From Hello to Prepared.
+    pub prepare: Duration,
+    /// From the end of a round to its acknowledgement, beyond what is still queued.
+    pub round: Duration,
+    /// From the offer to Ready or Running.
+    pub load: Duration,
+}
+
+impl Default for SourceTimeouts {
+    fn default() -> Self {
+        SourceTimeouts {
+            prepare: Duration::from_secs(60),
+            round: Duration::from_secs(60),
+            load: Duration::from_secs(60),
+        }
+    }
+}
+
+/// What the operator asked for.
+#[derive(Clone, Debug)]
+pub struct SourceConfig {
+    /// How the guest moves.
+    pub strategy: Strategy,
+    /// Who must have said what before it runs on the other side.
+    pub handover: HandoverForm,
+    /// When to stop pre-copy.
+    pub policy: SwitchoverPolicy,
+    /// Limits of waiting.
+    pub timeouts: SourceTimeouts,
+}
+
+/// A line of the source's journal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum SourceRecord {
+    /// A migration has begun; the guest runs here.
+    Started,
+    /// The guest may run at the destination; it never runs here again, unless Void follows.
+    Decided,
+    /// The decision is void: the destination was never told of it, or has refused.
+    Void,
+    /// The guest runs at the destination.
+    Running,
+    /// Every page has arrived: the copy here is not needed any more.
+    Complete,
+}
+
+/// What happened.
+#[derive(Clone, Debug)]
+pub enum SourceEvent {
+    /// The link is up and both ends are authenticated.
+    Connected(Box<ToDestination>),
+    /// A message of the destination.
+    Message(ToSource),
+    /// Answers [`SourceAction::SendRound`]: everything is handed to the transport.
+    RoundSent(RoundSummary),
+    /// Answers [`SourceAction::Freeze`].
+    Frozen,
+    /// Answers [`SourceAction::SendRemainder`] once all of it is handed to the transport.
+    RemainderSent,
+    /// Answers [`SourceAction::Journal`]: the record is on disk.
+    Journaled(SourceRecord),
+    /// Answers [`SourceAction::ResumeGuest`].
+    Resumed,
+    /// Answers [`SourceAction::ReleaseGuest`].
+    Released,
+    /// A step here has failed.
+    Failed(Failure),
+    /// The destination cannot be reached any more.
+    LinkLost(Failure),
+    /// The operator wants the migration to end.
+    Cancelled,
+    /// Time has passed; look at the deadline.
+    Tick,
+}
+
+/// What to do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum SourceAction {
+    /// Send on the control lane.
+    Send(ToDestination),
+    /// Send a pre-copy round, page contents at this version.
+    SendRound(Version),
+    /// These pages of the round were rejected by the destination: send them whole next time.
+    ForgetPages(Vec<crate::page::PageIndex>),
+    /// Stop the guest, take the final dirty set and the device state.
+    Freeze(Version),
+    /// Send the flight on the state lane.
+    SendFlight,
+    /// Push the missing pages and answer fault requests.
+    SendRemainder,
+    /// Write to the journal and to disk.
+    Journal(SourceRecord),
+    /// Let the guest run on here.
+    ResumeGuest,
+    /// The guest runs elsewhere for good: let go of it.
+    ReleaseGuest,
+    /// The migration is over.
+    End(SourceOutcome),
+}
+
+/// How a migration ended, seen from the source.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum SourceOutcome {
+    /// The guest runs at the destination with all its pages.
+    Migrated,
+    /// The guest runs on here.
+    Stayed(Failure),
+    /// The source has decided and does not know whether the guest runs at the destination: it stays
+    /// stopped here until a person or a reconnect tells.
+    InDoubt(Failure),
+    /// The guest runs at the destination, but not all its pages have arrived.
+    LostPages(Failure),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    Connecting,
+    Preparing,
+    /// Sending a round.
+    Sending(Version),
+    /// The round is sent; waiting for its acknowledgement.
+    Draining(Version, RoundSummary),
+    /// Waiting for the session to stop the guest and collect.
+    Freezing(Version, RunWhen),
+    /// Offered, not decided.
+    Offered,
+    /// Writing the decision.
+    Deciding,
+    /// Decided and told.
+    Committed,
+    /// The destination runs the guest.
+    Postcopy,
+    Completing,
+    /// The decision is being made void on disk, then the guest is resumed.
+    Voiding,
+    /// The guest is being resumed, then the migration ends.
+    Resuming,
+    Ended,
+}
+
+/// The source's half of the handover; see the module.
+#[derive(Debug)]
+pub struct SourceMachine {
+    config: SourceConfig,
+    state: State,
+    frozen: bool,
+    ready: bool,
+    remainder_sent: bool,
+    failure: Option<Failure>,
+    deadline: Option<Duration>,
+    actions: VecDeque<SourceAction>,
+    rounds: u16,
+}
+
+impl SourceMachine {
+    /// A migration that has not begun.
+    pub fn new(config: SourceConfig) -> Self {
+        SourceMachine {
+            config,
+            state: State::Connecting,
+            frozen: false,
+            ready: false,
+            remainder_sent: false,
+            failure: None,
+            deadline: None,
+            actions: VecDeque::new(),
+            rounds: 0,
+        }
+    }
+
+    /// Where the migration stands.
+    pub fn phase(&self) -> MigrationPhase {
+        match self.state {
+            State::Connecting => MigrationPhase::Connect,
+            State::Preparing => MigrationPhase::Prepare,
+            State::Sending(_) | State::Draining(..) => MigrationPhase::Precopy,
+            State::Freezing(..) => MigrationPhase::Freeze,
+            State::Offered | State::Deciding => MigrationPhase::Offer,
+            State::Committed => MigrationPhase::Commit,
+            State::Postcopy | State::Completing => MigrationPhase::Postcopy,
+            State::Voiding | State::Resuming | State::Ended => MigrationPhase::Done,
+        }
+    }
+
+    /// Pre-copy rounds begun.
+    pub fn rounds(&self) -> u16 {
+        self.rounds
+    }
+
+    /// When [`SourceEvent::Tick`] is wanted at the latest, on the clock of [`Self::handle`].
+    pub fn deadline(&self) -> Option<Duration> {
+        self.deadline
+    }
+
+    /// The next action; `None` until another event comes.
+    pub fn poll(&mut self) -> Option<SourceAction> {
+        self.actions.pop_front()
+    }
+
+    /// Takes in an event; `now` is any clock that does not go back.
+    pub fn handle(&mut self, now: Duration, event: SourceEvent) {
+        match event {
+            SourceEvent::Connected(hello) => {
+                if self.state == State::Connecting {
+                    self.state = State::Preparing;
+                    self.deadline = Some(now + self.config.timeouts.prepare);
+                    self.act(SourceAction::Journal(SourceRecord::Started));
+                    self.act(SourceAction::Send(*hello));
+                }
+            }
+            SourceEvent::Message(message) => self.handle_message(message),
+            SourceEvent::RoundSent(summary) => {
+                if let State::Sending(round) = self.state {
+                    let messages = summary.messages;
+                    self.act(SourceAction::Send(ToDestination::RoundEnd { round, messages }));
+                    self.state = State::Draining(round, summary);
+                    self.deadline = Some(now + self.config.timeouts.round);
+                }
+            }
+            SourceEvent::Frozen => self.handle_frozen(now),
+            SourceEvent::RemainderSent => {
+                self.remainder_sent = true;
+                self.decide_when_due();
+            }
+            SourceEvent::Journaled(record) => self.handle_journaled(now, record),
+            SourceEvent::Resumed => {
+                if self.state == State::Resuming {
+                    let failure = self.failure.take();
+                    let failure = failure.unwrap_or_else(|| Failure::plain("cancelled"));
+                    self.end(SourceOutcome::Stayed(failure));
+                }
+            }
+            SourceEvent::Released => {
+                if self.state == State::Completing {
+                    self.end(SourceOutcome::Migrated);
+                }
+            }
+            SourceEvent::Failed(failure) => self.fail(failure, true),
+            SourceEvent::LinkLost(failure) => self.fail(failure, false),
+            SourceEvent::Cancelled => {
+                if !self.decided() {
+                    self.fail(Failure::plain("cancelled by the operator"), true);
+                }
+            }
+            SourceEvent::Tick => self.handle_tick(now),
+        }
+    }
+
+    /// True from the moment the destination may know of the decision: the guest must not be resumed
+    /// here any more unless the destination refuses it.
+    pub fn decided(&self) -> bool {
+        matches!(self.state, State::Committed | State::Postcopy | State::Completing)
+    }
+
+    fn handle_message(&mut self, message: ToSource) {
+        match (message, self.state) {
+            (ToSource::Prepared, State::Preparing) => match self.config.strategy {
+                Strategy::Postcopy => self.freeze(Version(1), RunWhen::Loaded),
+                Strategy::Hybrid | Strategy::Precopy => self.start_round(Version(1)),
+            },
+            (ToSource::RoundAck { round, rejected }, State::Draining(sent, summary))
+                if round == sent =>
+            {
+                let rejected_pages = rejected.len() as u64;
+                if !rejected.is_empty() {
+                    self.act(SourceAction::ForgetPages(rejected));
+                }
+                let Some(next) = round.next() else {
+                    return self.fail(Failure::plain("no more pre-copy rounds are possible"), true);
+                };
+                let summary =
+                    RoundSummary { dirty_pages: summary.dirty_pages + rejected_pages, ..summary };
+                match self.config.policy.after_round(self.config.strategy, self.rounds, &summary) {
+                    Next::AnotherRound => self.start_round(next),
+                    Next::Switchover(run_when) => self.freeze(next, run_when),
+                    Next::GiveUp(failure) => self.fail(failure, true),
+                }
+            }
+            (ToSource::Ready, State::Offered) => {
+                self.ready = true;
+                self.decide_when_due();
+            }
+            // The one-flight decision was on its way already.
+            (ToSource::Ready, State::Deciding | State::Committed) => self.ready = true,
+            (ToSource::Running, State::Committed) => {
+                self.state = State::Postcopy;
+                self.deadline = None;
+                self.act(SourceAction::Journal(SourceRecord::Running));
+            }
+            (ToSource::Done, State::Postcopy) => {
+                self.state = State::Completing;
+                self.act(SourceAction::Journal(SourceRecord::Complete));
+            }
+            (ToSource::Refused { reason, hint }, _) => self.handle_refused(reason, hint),
+            (message, state) => {
+                let failure =
+                    Failure::plain(format!("the destination said {message:?} while {state:?}"));
+                self.fail(failure, true);
+            }
+        }
+    }
+
+    fn handle_refused(&mut self, reason: String, hint: Option<String>) {
+        let failure = Failure { reason: format!("the destination refused: {reason}"), hint };
+        match self.state {
+            State::Deciding | State::Committed => self.void(failure),
+            // A guest that has run there cannot be refused: do not believe it.
+            State::Postcopy | State::Completing => self.end(SourceOutcome::LostPages(failure)),
+            _ => self.fail(failure, false),
+        }
+    }
+
+    fn start_round(&mut self, round: Version) {
+        self.state = State::Sending(round);
+        self.rounds += 1;
+        self.deadline = None;
+        self.act(SourceAction::SendRound(round));
+    }
+
+    fn freeze(&mut self, final_version: Version, run_when: RunWhen) {
+        self.state = State::Freezing(final_version, run_when);
+        self.frozen = true;
+        self.deadline = None;
+        self.act(SourceAction::Freeze(final_version));
+    }
+
+    fn handle_frozen(&mut self, now: Duration) {
+        let State::Freezing(final_version, run_when) = self.state else { return };
+        self.act(SourceAction::Send(ToDestination::Offer { final_version, run_when }));
+        self.act(SourceAction::SendFlight);
+        self.act(SourceAction::SendRemainder);
+        self.state = State::Offered;
+        self.deadline = Some(now + self.config.timeouts.load);
+        if run_when == RunWhen::Loaded {
+            // Nothing more to wait for before a one-flight decision.
+            self.remainder_sent = true;
+        }
+        self.decide_when_due();
+    }
+
+    fn decide_when_due(&mut self) {
+        let due = match self.config.handover {
+            HandoverForm::OneFlight => self.remainder_sent,
+            HandoverForm::Strict => self.ready,
+        };
+        if due && self.state == State::Offered {
+            self.state = State::Deciding;
+            self.act(SourceAction::Journal(SourceRecord::Decided));
+        }
+    }
+
+    fn handle_journaled(&mut self, now: Duration, record: SourceRecord) {
+        match (record, self.state) {
+            (SourceRecord::Decided, State::Deciding) => {
+                self.state = State::Committed;
+                self.deadline = Some(now + self.config.timeouts.load);
+                self.act(SourceAction::Send(ToDestination::Commit));
+            }
+            (SourceRecord::Void, State::Voiding) => self.resume(),
+            (SourceRecord::Complete, State::Completing) => {
+                self.act(SourceAction::Send(ToDestination::Bye { downtime_us: None }));
+                self.act(SourceAction::ReleaseGuest);
+            }
+            _ => {}
+        }
+    }
+
+    fn handle_tick(&mut self, now: Duration) {
+        if self.deadline.is_none_or(|deadline| now < deadline) {
+            return;
+        }
+        self.deadline = None;
+        let what = match self.state {
+            State::Preparing => "did not prepare its guest",
+            State::Draining(..) => "did not acknowledge a pre-copy round",
+            _ => "did not load the guest",
+        };
+        self.fail(Failure::plain(format!("the destination {what} in time")), true);
+    }
+
+    /// A failure that is not the destination's refusal. `tell`: the link still works.
+    fn fail(&mut self, failure: Failure, tell: bool) {
+        match self.state {
+            State::Ended => {}
+            // The link is of no use any more; a step that failed is the resume itself.
+            State::Resuming if !tell => {}
+            State::Resuming => {
+                let first = self.failure.take().map_or(String::new(), |f| format!(" (after: {f})"));
+                let reason = format!("the guest could not be let run on here: {failure}{first}");
+                let hint = "look at the monitor and continue the guest by hand";
+                self.end(SourceOutcome::Stayed(Failure::new(reason, hint)));
+            }
+            // The destination has not been told, so it cannot run the guest.
+            State::Deciding => {
+                if tell {
+                    let reason = failure.reason.clone();
+                    self.act(SourceAction::Send(ToDestination::Abort { reason }));
+                }
+                self.void(failure);
+            }
+            // That the journal could not be written does not keep the guest from running on.
+            State::Voiding if tell => self.resume(),
+            State::Voiding => {}
+            State::Committed => {
+                let hint = "the guest is stopped here and may run at the destination: look there \
+                            first; only if it neither runs nor will run there, let it run on here";
+                self.end(SourceOutcome::InDoubt(Failure::new(failure.reason, hint)));
+            }
+            State::Postcopy => self.end(SourceOutcome::LostPages(failure)),
+            // Every page is there and the guest runs there: what failed here is only our own exit.
+            State::Completing => self.end(SourceOutcome::Migrated),
+            _ => {
+                if tell {
+                    let reason = failure.reason.clone();
+                    self.act(SourceAction::Send(ToDestination::Abort { reason }));
+                }
+                if self.frozen {
+                    self.failure = Some(failure);
+                    self.resume();
+                } else {
+                    self.end(SourceOutcome::Stayed(failure));
+                }
+            }
+        }
+    }
+
+    /// Takes the decision back. On disk before the guest runs here again, so that the journal does not
+    /// forbid what has happened.
+    fn void(&mut self, failure: Failure) {
+        self.failure = Some(failure);
+        self.state = State::Voiding;
+        self.deadline = None;
+        self.act(SourceAction::Journal(SourceRecord::Void));
+    }
+
+    fn resume(&mut self) {
+        self.state = State::Resuming;
+        self.deadline = None;
+        self.act(SourceAction::ResumeGuest);
+    }
+
+    fn end(&mut self, outcome: SourceOutcome) {
+        self.state = State::Ended;
+        self.deadline = None;
+        self.act(SourceAction::End(outcome));
+    }
+
+    fn act(&mut self, action: SourceAction) {
+        self.actions.push_back(action);
+    }
+}

@@ -1,0 +1,168 @@
+//! Device state out of one QEMU and into another, and what each is like afterwards.
+
+use std::fs;
+
+use super::super::commands::{QueryCapabilities, QueryParameters, QueryStatus};
+use super::*;
+use crate::guest::{DestinationGuest, SourceGuest};
+use crate::memory::{GuestMemory, TrackerKind};
+use crate::page::{PAGE_SIZE_BYTES, PageBytes, PageIndex, PageRange, PageSet};
+
+fn status(qmp: &mut Qmp) -> String {
+    qmp.execute(&QueryStatus {}).expect("QEMU answers").status
+}
+
+#[test]
+fn a_rehearsal_leaves_the_guest_running_and_the_settings_as_they_were() {
+    if skip() {
+        return;
+    }
+    let qemu = TestQemu::machine("q35", "-vga std -device virtio-rng-pci");
+    let settings = |qmp: &mut Qmp| {
+        let capabilities = qmp.execute(&QueryCapabilities {}).expect("QEMU answers");
+        (capabilities, qmp.execute(&QueryParameters {}).expect("QEMU answers"))
+    };
+    let mut qmp = qemu.qmp();
+    qmp.human("migrate_set_capability auto-converge on").expect("QEMU takes it");
+    let before = settings(&mut qmp);
+    drop(qmp);
+    let mut source = qemu.source().expect("a running guest can be moved");
+    let mut sizes = Vec::new();
+    for _ in 0..3 {
+        source.pause().expect("it stops");
+        source.pause().expect("stopping twice is harmless");
+        sizes.push(source.save_device_state().expect("it hands over its state").len());
+        source.resume().expect("it runs on");
+        source.resume().expect("resuming twice is harmless");
+    }
+    // 16 MiB of video memory travel in it, and none of the 64 MiB of RAM; zero pages are short.
+    assert!(sizes.iter().all(|size| (10 << 10..24 << 20).contains(size)), "{sizes:?}");
+    drop(source);
+    let mut qmp = qemu.qmp();
+    assert_eq!(status(&mut qmp), "running");
+    assert_eq!(settings(&mut qmp), before);
+}
+
+#[test]
+fn a_guest_that_its_owner_paused_stays_paused() {
+    if skip() {
+        return;
+    }
+    let qemu = TestQemu::machine("q35", "-S");
+    let mut source = qemu.source().expect("a paused guest can be moved");
+    assert!(!source.was_running());
+    source.pause().expect("harmless");
+    source.save_device_state().expect("it hands over its state");
+    source.resume().expect("nothing to do");
+    drop(source);
+    assert_ne!(status(&mut qemu.qmp()), "running");
+}
+
+#[test]
+fn a_guest_moves_to_another_qemu() {
+    if skip() {
+        return;
+    }
+    for kind in ["pc", "q35", "microvm"] {
+        let from = TestQemu::machine(kind, "");
+        thread::sleep(Duration::from_millis(300));
+        let to = TestQemu::machine(kind, "-incoming defer -S");
+        let mut source = from.source().expect("a running guest can be moved");
+        let mut destination = to.destination().expect("a waiting QEMU can take a guest");
+        source.pause().expect("it stops");
+        let state = source.save_device_state().expect("it hands over its state");
+        fs::copy(&from.ram_files[0], &to.ram_files[0]).expect("RAM files can be copied");
+        let too_early = destination.run().expect_err("nothing to run yet");
+        assert!(too_early.message.contains("before its device state"));
+        destination.load_device_state(&state).expect("it takes the state");
+        destination.run().expect("it runs");
+        destination.release().expect("it is let go");
+        source.release(false).expect("it stays, stopped");
+        drop((source, destination));
+        assert_eq!(status(&mut from.qmp()), "postmigrate", "{kind}");
+        assert_eq!(status(&mut to.qmp()), "running", "{kind}");
+        let (message, _) = refused(from.source());
+        assert!(message.contains("migrated before"), "{message}");
+    }
+}
+
+#[test]
+fn a_state_that_does_not_fit_is_told_and_the_source_runs_on() {
+    if skip() {
+        return;
+    }
+    let from = TestQemu::machine("q35", "-device virtio-rng-pci,id=rng");
+    let mut source = from.source().expect("a running guest can be moved");
+    source.pause().expect("it stops");
+    let state = source.save_device_state().expect("it hands over its state");
+    let ram = ram_name();
+    let mut command = vec![QEMU.to_owned()];
+    command.extend(words(COMMON));
+    command.extend(machine("q35", &ram));
+    let options =
+        SpawnOptions { command: command.into_iter().map(Into::into).collect(), log: None };
+    let mut destination = QemuDestination::spawn(&options).expect("it starts");
+    let error = destination.load_device_state(&state).expect_err("it lacks a device");
+    assert!(error.message.contains("virtio-rng"), "{}", error.message);
+    destination.discard().expect("it is gone");
+    assert!(!ram.exists());
+    source.resume().expect("it runs on");
+    drop(source);
+    assert_eq!(status(&mut from.qmp()), "running");
+}
+
+/// All RAM as it reads now, without filling its holes.
+fn snapshot(memory: &GuestMemory) -> Vec<PageBytes> {
+    let content = memory.populated(PageRange::new(0, memory.pages())).expect("holes told");
+    let mut pages = vec![[0; PAGE_SIZE_BYTES]; memory.pages() as usize];
+    content.iter().for_each(|page| memory.read_page(page, &mut pages[page.0 as usize]));
+    pages
+}
+
+#[test]
+fn the_writes_of_a_guest_are_followed_and_the_guest_is_left_as_it_was() {
+    if skip() {
+        return;
+    }
+    let qemu = TestQemu::machine("q35", "-qmp unix:second,server=on,wait=off");
+    let second = qemu.directory.path().join("second");
+    wait_until("the second monitor is there", || second.exists());
+    let mut monitor = Qmp::connect(&second).expect("a second monitor");
+    for kind in [TrackerKind::Auto, TrackerKind::HashScan] {
+        let mut source = qemu.source().expect("a running guest can be moved");
+        let memory = source.memory();
+        let all = PageRange::new(0, memory.pages());
+        let mut tracker = source.track(kind).expect("its writes can be followed");
+        tracker.arm().expect("it begins");
+        let before = snapshot(&memory);
+        let mut changed = PageSet::empty(memory.pages());
+        monitor.human("system_reset").expect("the firmware starts anew");
+        wait_until("the firmware writes", || {
+            tracker.collect(all, &mut changed).expect("changes are told");
+            !changed.is_empty()
+        });
+        source.pause().expect("it stops");
+        tracker.collect(all, &mut changed).expect("changes are told");
+        let after = snapshot(&memory);
+        let differs = |page: &PageIndex| before[page.0 as usize] != after[page.0 as usize];
+        let missed: Vec<_> =
+            all.pages().filter(differs).filter(|page| !changed.contains(*page)).collect();
+        assert!(missed.is_empty(), "{}: {missed:?}", tracker.name());
+        assert!(all.pages().any(|page| differs(&page)), "the firmware changes RAM at its start");
+        tracker.disarm().expect("it ends");
+        source.resume().expect("it runs on");
+        drop((tracker, source));
+        assert_eq!(status(&mut monitor), "running");
+    }
+}
+
+#[test]
+fn a_source_that_is_released_for_good_ends() {
+    if skip() {
+        return;
+    }
+    let mut qemu = TestQemu::machine("q35", "");
+    let mut source = qemu.source().expect("a running guest can be moved");
+    source.release(true).expect("it ends");
+    wait_until("QEMU has ended", || qemu.child.try_wait().expect("a child").is_some());
+}

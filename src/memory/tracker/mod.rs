@@ -1,0 +1,117 @@
+//! Dirty tracking: which pages has the guest changed?
+
+mod hash_scan;
+mod write_protect;
+
+use std::fmt;
+use std::str::FromStr;
+use std::sync::Arc;
+
+use userfaultfd::{FeatureFlags, Uffd};
+
+use super::{GuestMemory, HostCapabilities, MemoryError};
+use crate::page::{PageRange, PageSet};
+
+pub use hash_scan::{HashScan, ReadWitness};
+pub use write_protect::{TRACK_FEATURES, WriteProtect};
+
+/// Follows a guest's writes.
+pub trait DirtyTracker: Send {
+    /// Its name, as [`TrackerKind`] spells it.
+    fn name(&self) -> &'static str;
+
+    /// From now on; called once, before the first read of any page.
+    fn arm(&mut self) -> Result<(), MemoryError>;
+
+    /// Adds to `into` every page of `range` whose content may have changed since it was last collected
+    /// (or armed), and starts to watch those anew, before this returns: so who reads a page after
+    /// this, and the guest writes to it again, gets it in the next collection. Pages that became
+    /// holes, and holes that became data, are among them.
+    fn collect(&mut self, range: PageRange, into: &mut PageSet) -> Result<(), MemoryError>;
+
+    /// A tracker that compares contents must know which bytes the caller has read: between two
+    /// collections a page may change, be read, and change back. Where this gives a witness, every copy
+    /// that is sent must be shown to it.
+    fn witness(&self) -> Option<Arc<ReadWitness>> {
+        None
+    }
+
+    /// Stops tracking and leaves the process as it was. Also done on drop.
+    fn disarm(&mut self) -> Result<(), MemoryError>;
+}
+
+/// Which tracker to use.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum TrackerKind {
+    /// Write protection where the kernel has it, otherwise the hash scan.
+    #[default]
+    Auto,
+    /// Asynchronous write protection by userfaultfd, Linux 6.7.
+    WriteProtect,
+    /// Hashes of all pages, any kernel.
+    HashScan,
+}
+
+const NAMES: [(TrackerKind, &str); 3] = [
+    (TrackerKind::Auto, "auto"),
+    (TrackerKind::WriteProtect, "write-protect"),
+    (TrackerKind::HashScan, "hash-scan"),
+];
+
+impl fmt::Display for TrackerKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let name = NAMES.iter().find(|(kind, _)| kind == self).map_or("", |(_, name)| name);
+        f.pad(name)
+    }
+}
+
+/// No tracker has that name.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("no dirty tracker {0:?}: auto, write-protect or hash-scan")]
+pub struct UnknownTracker(String);
+
+impl FromStr for TrackerKind {
+    type Err = UnknownTracker;
+
+    fn from_str(text: &str) -> Result<Self, UnknownTracker> {
+        let found = NAMES.iter().find(|(_, name)| *name == text);
+        found.map(|(kind, _)| *kind).ok_or_else(|| UnknownTracker(text.to_owned()))
+    }
+}
+
+/// Makes the tracker for a guest whose process `pid` has its RAM regions mapped at `addresses`, in
+/// layout order. `uffd` gives a userfaultfd of that process with the features asked for; it is
+/// called at most once, and not at all for a hash scan.
+///
+/// # Errors
+/// With [`TrackerKind::WriteProtect`] what stands in its way. [`TrackerKind::Auto`] falls back to the
+/// hash scan instead, with a warning when the kernel would have been able.
+pub fn open_tracker(
+    kind: TrackerKind,
+    memory: Arc<GuestMemory>,
+    pid: u32,
+    addresses: &[u64],
+    uffd: impl FnOnce(FeatureFlags) -> Result<Uffd, MemoryError>,
+) -> Result<Box<dyn DirtyTracker>, MemoryError> {
+    let able = HostCapabilities::can_write_protect();
+    let write_protect = |memory: &Arc<GuestMemory>| {
+        WriteProtect::new(Arc::clone(memory), pid, addresses, uffd(TRACK_FEATURES)?)
+    };
+    match kind {
+        TrackerKind::WriteProtect if !able => {
+            Err(MemoryError::MissingFeature { feature: "asynchronous write tracking".to_owned() })
+        }
+        TrackerKind::WriteProtect => Ok(Box::new(write_protect(&memory)?)),
+        TrackerKind::Auto if able => match write_protect(&memory) {
+            Ok(tracker) => Ok(Box::new(tracker)),
+            Err(error) => {
+                tracing::warn!(%error, "no write tracking in the guest's process: scanning hashes");
+                Ok(Box::new(HashScan::new(memory)))
+            }
+        },
+        TrackerKind::Auto | TrackerKind::HashScan => Ok(Box::new(HashScan::new(memory))),
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,36 @@
+//! Counters that the session's threads share.
+
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crate::codec::CodecCounts;
+
+/// What has happened so far, on one side.
+#[derive(Debug, Default)]
+pub struct Counters {
+    codecs: Mutex<CodecCounts>,
+    /// Pages whose content went (source) or came (destination).
+    pub pages: AtomicU64,
+    /// Pages that the destination does not have yet, as far as this side knows.
+    pub remaining_pages: AtomicU64,
+    /// Fault requests answered (source) or sent (destination).
+    pub remote_faults: AtomicU64,
+    /// Pages that came a second time and were dropped (destination).
+    pub duplicate_pages: AtomicU64,
+}
+
+impl Counters {
+    /// Adds what some frames held.
+    pub fn add_frames(&self, counts: &CodecCounts) {
+        self.pages.fetch_add(counts.total_pages(), Ordering::Relaxed);
+        let mut codecs = self.codecs.lock().expect("no holder panics");
+        for (codec, pages, bytes) in counts.used() {
+            codecs.add(codec, pages, bytes);
+        }
+    }
+
+    /// Pages and bytes by codec so far.
+    pub fn codecs(&self) -> CodecCounts {
+        self.codecs.lock().expect("no holder panics").clone()
+    }
+}

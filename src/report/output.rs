@@ -1,0 +1,184 @@
+//! Where a command's output goes: progress for a person on stderr, or JSON lines on stdout.
+
+use std::io::Write;
+use std::sync::Mutex;
+use std::time::Duration;
+
+use indicatif::{ProgressBar, ProgressStyle};
+use serde::Serialize;
+
+use super::Report;
+use crate::engine::{Failure, MigrationPhase};
+use crate::units::{format_bytes, format_rate};
+
+/// A line of `--json`.
+#[derive(Debug, Serialize)]
+#[serde(tag = "event", rename_all = "lowercase")]
+pub enum Event<'a> {
+    /// The receiver waits; give this to the sender.
+    Ticket {
+        /// One word.
+        ticket: &'a str,
+    },
+    /// A phase has begun.
+    Phase {
+        /// Which.
+        phase: MigrationPhase,
+    },
+    /// How far it is.
+    Progress(Progress),
+    /// Why it did not work.
+    Error {
+        /// What was wrong.
+        message: &'a str,
+        /// What to do.
+        hint: Option<&'a str>,
+    },
+    /// The last line.
+    Report(&'a Report),
+}
+
+/// How far a migration is.
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+pub struct Progress {
+    /// Since the link's first message.
+    pub elapsed_ms: u64,
+    /// Pages whose content went or came, counted each time.
+    pub pages: u64,
+    /// Pages of guest RAM.
+    pub pages_total: u64,
+    /// Pages that the destination lacks, as far as this side knows.
+    pub remaining_pages: u64,
+    /// Sent by this side so far.
+    pub wire_sent_bytes: u64,
+    /// Received by this side so far.
+    pub wire_received_bytes: u64,
+    /// Both directions, since the last progress line.
+    pub rate_bytes_per_s: u64,
+    /// Remote faults so far.
+    pub remote_faults: u64,
+}
+
+/// The output of one command.
+pub struct Output {
+    json: bool,
+    bar: Mutex<Option<ProgressBar>>,
+    phase: Mutex<Option<MigrationPhase>>,
+}
+
+/// How often progress is told.
+pub const PROGRESS_INTERVAL: Duration = Duration::from_millis(250);
+
+impl Output {
+    /// JSON lines on stdout, or text: a progress line on stderr when that is a terminal, else one
+    /// line a phase.
+    pub fn new(json: bool) -> Self {
+        Output { json, bar: Mutex::new(None), phase: Mutex::new(None) }
+    }
+
+    /// True when stdout carries JSON lines.
+    pub fn is_json(&self) -> bool {
+        self.json
+    }
+
+    /// Tells the ticket: alone on its line.
+    pub fn ticket(&self, ticket: &str) {
+        if self.json {
+            self.emit(&Event::Ticket { ticket });
+        } else {
+            println(ticket);
+        }
+    }
+
+    /// A phase has begun.
+    pub fn phase(&self, phase: MigrationPhase) {
+        let mut last = self.phase.lock().expect("no holder panics");
+        if last.replace(phase) == Some(phase) {
+            return;
+        }
+        if self.json {
+            self.emit(&Event::Phase { phase });
+            return;
+        }
+        if phase == MigrationPhase::Done {
+            if let Some(bar) = self.bar.lock().expect("no holder panics").take() {
+                bar.finish_and_clear();
+            }
+            return;
+        }
+        let mut bar = self.bar.lock().expect("no holder panics");
+        let bar = bar.get_or_insert_with(new_bar);
+        if bar.is_hidden() {
+            eprintln!("farfault: {}", phase.name());
+        } else {
+            bar.set_prefix(phase.name());
+        }
+    }
+
+    /// How far it is.
+    pub fn progress(&self, progress: Progress) {
+        if self.json {
+            self.emit(&Event::Progress(progress));
+        } else if let Some(bar) = &*self.bar.lock().expect("no holder panics") {
+            let done = progress.pages_total.saturating_sub(progress.remaining_pages);
+            bar.set_length(progress.pages_total);
+            bar.set_position(done);
+            bar.set_message(format!(
+                "{} left, {} on the wire, {}, {} faults",
+                format_bytes(progress.remaining_pages * crate::page::PAGE_SIZE_BYTES as u64),
+                format_bytes(progress.wire_sent_bytes + progress.wire_received_bytes),
+                format_rate(progress.rate_bytes_per_s as f64),
+                progress.remote_faults,
+            ));
+        }
+    }
+
+    /// Something for a person that is no event.
+    pub fn note(&self, text: &str) {
+        match &*self.bar.lock().expect("no holder panics") {
+            Some(bar) if !bar.is_hidden() => bar.println(text),
+            _ => eprintln!("farfault: {text}"),
+        }
+    }
+
+    /// Why it did not work.
+    pub fn error(&self, failure: &Failure) {
+        if let Some(bar) = self.bar.lock().expect("no holder panics").take() {
+            bar.finish_and_clear();
+        }
+        if self.json {
+            self.emit(&Event::Error { message: &failure.reason, hint: failure.hint.as_deref() });
+        }
+        eprintln!("farfault: error: {}", failure.reason);
+        if let Some(hint) = &failure.hint {
+            eprintln!("farfault: hint: {hint}");
+        }
+    }
+
+    /// The end.
+    pub fn report(&self, report: &Report) {
+        self.phase(MigrationPhase::Done);
+        if self.json {
+            self.emit(&Event::Report(report));
+        } else {
+            println(&report.to_string());
+        }
+    }
+
+    fn emit(&self, event: &Event<'_>) {
+        println(&serde_json::to_string(event).expect("events are plain data"));
+    }
+}
+
+/// A reader that has gone away must not stop a migration half way: unlike `println!`, no panic.
+fn println(line: &str) {
+    let mut out = std::io::stdout().lock();
+    let _ = writeln!(out, "{}", line.trim_end());
+    let _ = out.flush();
+}
+
+fn new_bar() -> ProgressBar {
+    let style = "{prefix:>9} [{bar:30}] {percent:>3} % {msg}";
+    let style = ProgressStyle::with_template(style).expect("the template is fixed");
+    ProgressBar::new(0).with_style(style.progress_chars("=> "))
+}

@@ -1,0 +1,288 @@
+//! The destination's pages: what arrives is claimed in the page table, decoded, checked, written
+//! through the alias, and only then given to the guest.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock, RwLock};
+
+use crate::codec::CodecCounts;
+use crate::engine::Failure;
+use crate::memory::{Claim, FaultServer, GuestMemory, MemoryError, PageState, PageTable, Stage};
+use crate::page::{PageIndex, PageRange, PageSet, Version};
+use crate::report::Counters;
+use crate::wire::{Base, DecodeScratch, DecodedPage, Frame, FrameError};
+
+/// What one message has brought.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(super) struct Applied {
+    /// The version of its pages; the same for all its frames.
+    pub(super) version: Version,
+    /// Pages that must be sent whole: a checksum did not match, or the base is not here.
+    pub(super) rejected: Vec<PageIndex>,
+}
+
+/// A message that cannot be applied, which ends the migration.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum ApplyError {
+    /// Not a sequence of frames.
+    #[error(transparent)]
+    Frame(#[from] FrameError),
+    /// The memory here failed: full, most likely.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// Frames of several versions in one message, or none.
+    #[error("a message of the source mixes versions, or is empty")]
+    Mixed,
+    /// A version that is not being sent.
+    #[error("the source sent pages of version {0:?}, which is over or was never begun")]
+    Version(Version),
+}
+
+impl From<ApplyError> for Failure {
+    fn from(error: ApplyError) -> Self {
+        match error {
+            ApplyError::Memory(error) => error.into(),
+            other => Failure::plain(other.to_string()),
+        }
+    }
+}
+
+/// Applies messages of pages; shared by the threads that do so.
+pub(super) struct Arrivals {
+    memory: Arc<GuestMemory>,
+    table: Arc<PageTable>,
+    faults: OnceLock<Arc<FaultServer>>,
+    /// The final version, once the table knows which pages are still needed. Read-locked while a
+    /// message is applied: the switchover must not fall between a page's claim and its end.
+    switchover: RwLock<Option<Version>>,
+    /// Pages that must still come, after the switchover.
+    remaining: AtomicU64,
+    counters: Arc<Counters>,
+}
+
+impl Arrivals {
+    pub(super) fn new(
+        memory: Arc<GuestMemory>,
+        table: Arc<PageTable>,
+        counters: Arc<Counters>,
+    ) -> Self {
+        Arrivals {
+            memory,
+            table,
+            faults: OnceLock::new(),
+            switchover: RwLock::new(None),
+            remaining: AtomicU64::new(0),
+            counters,
+        }
+    }
+
+    /// Who maps pages for the guest. Set once, before the first message.
+    pub(super) fn serve_with(&self, faults: Arc<FaultServer>) {
+        assert!(self.faults.set(faults).is_ok(), "set once");
+    }
+
+    /// True when the switchover has come and no page is missing any more.
+    pub(super) fn is_complete(&self) -> bool {
+        let switchover = self.switchover.read().expect("no holder panics");
+        switchover.is_some() && self.remaining.load(Ordering::Acquire) == 0
+    }
+
+    /// Applies a push message or a fault reply.
+    pub(super) fn apply(
+        &self,
+        message: &[u8],
+        scratch: &mut DecodeScratch,
+    ) -> Result<Applied, ApplyError> {
+        let switchover = self.switchover.read().expect("no holder panics");
+        let mut applied = Applied::default();
+        let mut rest = message;
+        while !rest.is_empty() {
+            let (frame, behind) = Frame::parse(rest, self.memory.pages())?;
+            if applied.version != Version::NONE && frame.version() != applied.version {
+                return Err(ApplyError::Mixed);
+            }
+            applied.version = frame.version();
+            if switchover.is_some_and(|version| frame.version() != version) {
+                return Err(ApplyError::Version(frame.version()));
+            }
+            let mut counts = CodecCounts::default();
+            counts.add(frame.codec(), frame.page_count(), frame.len_bytes() as u64);
+            self.counters.add_frames(&counts);
+            let last = switchover.is_some();
+            match frame.zero_runs() {
+                Some(runs) => {
+                    for run in runs {
+                        self.apply_zero_run(run, frame.version(), last)?;
+                    }
+                }
+                None => self.apply_frame(&frame, last, scratch, &mut applied.rejected)?,
+            }
+            rest = behind;
+        }
+        if applied.version == Version::NONE {
+            return Err(ApplyError::Mixed);
+        }
+        Ok(applied)
+    }
+
+    fn apply_frame(
+        &self,
+        frame: &Frame<'_>,
+        last: bool,
+        scratch: &mut DecodeScratch,
+        rejected: &mut Vec<PageIndex>,
+    ) -> Result<(), ApplyError> {
+        let version = frame.version();
+        let mut claims: Vec<Option<(PageIndex, PageState)>> = Vec::new();
+        for entry in frame.pages() {
+            let claimed = match self.table.claim(entry.page, version) {
+                Claim::Claimed { previous } => {
+                    let fits = entry.base.is_none_or(|base| {
+                        previous.stage == Stage::Stale && previous.version == base.version
+                    });
+                    if !fits {
+                        self.table.abandon(entry.page, previous);
+                        rejected.push(entry.page);
+                    }
+                    fits.then_some((entry.page, previous))
+                }
+                // Busy: another copy of the same content is being applied by another thread.
+                Claim::AlreadyThere | Claim::Busy => {
+                    self.counters.duplicate_pages.fetch_add(1, Ordering::Relaxed);
+                    None
+                }
+            };
+            claims.push(claimed);
+        }
+        let base_of = |position: usize, base: Base, into: &mut crate::page::PageBytes| {
+            let wanted = claims[position].is_some();
+            if wanted {
+                self.memory.read_page(base.page, into);
+            }
+            wanted
+        };
+        let pages = match frame.decode(scratch, base_of) {
+            Ok(pages) => pages,
+            Err(error) => {
+                for (page, previous) in claims.into_iter().flatten() {
+                    self.table.abandon(page, previous);
+                    rejected.push(page);
+                }
+                // Flipped bits are mended by sending again; anything else is not a frame.
+                return match error {
+                    FrameError::Checksum | FrameError::Body(_) => Ok(()),
+                    other => Err(other.into()),
+                };
+            }
+        };
+        let mut arrived = Vec::new();
+        let mut claims = claims.into_iter().enumerate();
+        while let Some((position, claim)) = claims.next() {
+            let Some((page, previous)) = claim else { continue };
+            let written = match pages.get(position) {
+                DecodedPage::Bytes(bytes) => self.memory.write_page(page, bytes).map(|()| false),
+                DecodedPage::Unchanged => Ok(previous.zero),
+                DecodedPage::Zero => self.make_hole(page, previous).map(|()| true),
+                DecodedPage::NoBase | DecodedPage::WrongBase => {
+                    self.table.abandon(page, previous);
+                    rejected.push(page);
+                    continue;
+                }
+            };
+            match written {
+                Ok(zero) => {
+                    self.table.finish(page, version, zero, last);
+                    self.count_arrival(last);
+                    arrived.push(page);
+                }
+                Err(error) => {
+                    self.table.spoil(page);
+                    for (page, previous) in claims.by_ref().filter_map(|(_, claim)| claim) {
+                        self.table.abandon(page, previous);
+                    }
+                    return Err(error.into());
+                }
+            }
+        }
+        if last {
+            self.map(&arrived)?;
+        }
+        Ok(())
+    }
+
+    fn apply_zero_run(
+        &self,
+        run: PageRange,
+        version: Version,
+        last: bool,
+    ) -> Result<(), MemoryError> {
+        for page in run.pages() {
+            match self.table.claim(page, version) {
+                Claim::Claimed { previous } => {
+                    if let Err(error) = self.make_hole(page, previous) {
+                        self.table.spoil(page);
+                        return Err(error);
+                    }
+                    let waited_for = self.table.finish(page, version, true, last);
+                    self.count_arrival(last);
+                    if last && waited_for {
+                        self.map(&[page])?;
+                    }
+                }
+                Claim::AlreadyThere | Claim::Busy => {
+                    self.counters.duplicate_pages.fetch_add(1, Ordering::Relaxed);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn make_hole(&self, page: PageIndex, previous: PageState) -> Result<(), MemoryError> {
+        // Nothing was ever written to an absent page, and a zero one is a hole already.
+        if previous.stage == Stage::Absent || previous.zero {
+            return Ok(());
+        }
+        self.memory.punch_hole(PageRange::new(page.0, page.0 + 1))
+    }
+
+    fn map(&self, pages: &[PageIndex]) -> Result<(), MemoryError> {
+        match self.faults.get() {
+            Some(faults) => faults.map_arrived(pages),
+            None => Ok(()),
+        }
+    }
+
+    fn count_arrival(&self, last: bool) {
+        if last {
+            let left = self.remaining.fetch_sub(1, Ordering::AcqRel) - 1;
+            self.counters.remaining_pages.store(left, Ordering::Relaxed);
+        }
+    }
+
+    /// The switchover: from here on exactly the pages of `need` must still come, at `version`, those
+    /// of `zero` are zero, and all others are as the guest left them. Gives how many must come.
+    pub(super) fn switch_over(
+        &self,
+        version: Version,
+        need: &PageSet,
+        zero: &PageSet,
+    ) -> Result<u64, ApplyError> {
+        let mut switchover = self.switchover.write().expect("no holder panics");
+        // Pages sent after the freeze may have overtaken the flight; they are here as any other.
+        let mut missing = need.clone();
+        for page in need.iter() {
+            let state = self.table.state(page);
+            if state.stage == Stage::Stale && state.version == version {
+                missing.remove(page);
+            }
+        }
+        for run in zero.runs() {
+            self.apply_zero_run(run, version, false)?;
+        }
+        let waited_for = self.table.freeze(&missing)?;
+        self.remaining.store(missing.len(), Ordering::Release);
+        self.counters.remaining_pages.store(missing.len(), Ordering::Relaxed);
+        *switchover = Some(version);
+        self.map(&waited_for)?;
+        Ok(missing.len())
+    }
+}

@@ -1,0 +1,551 @@
+//! The host that the guest goes to.
+
+use std::path::PathBuf;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use tokio::runtime::Handle;
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+
+use super::arrivals::Arrivals;
+use super::journal::Journal;
+use super::rounds::ms;
+use super::{Noted, ProgressMeter, RoundLedger, Shared, StopSignals, Timeline, blocking};
+use crate::engine::destination::*;
+use crate::engine::{Failure, MigrationPhase};
+use crate::guest::{DestinationGuest, Shape};
+use crate::memory::{MemoryError, FaultOptions, FaultServer, Mapper, PageTable, Userfault};
+use crate::page::{PageIndex, Version};
+use crate::report::{Counters, FaultLatency, MigrationResult, Output, Report, Role};
+use crate::transport::{Lane, Link, Listener};
+use crate::wire::DecodeScratch;
+use crate::wire::message::{
+    FaultRequest, Flight, MAX_REJECTED_PAGES, MAX_REQUEST_PAGES, Strategy, ToDestination, ToSource,
+    decode, encode,
+};
+
+/// What the operator asked for.
+#[derive(Clone, Debug)]
+pub struct ReceiveOptions {
+    /// Where the journal is kept.
+    pub state_dir: PathBuf,
+    /// Leave the guest stopped, with all its pages, instead of letting it run.
+    pub paused: bool,
+}
+
+/// Waits for a sender and receives its guest into `guest`. The report is there even when the
+/// migration fails; an error means that no sender came.
+pub async fn receive(
+    guest: Box<dyn DestinationGuest>,
+    listener: &Listener,
+    migration: &str,
+    options: ReceiveOptions,
+    output: Arc<Output>,
+) -> Result<Report, Failure> {
+    let mut signals = StopSignals::listen()?;
+    let guest = Shared::new(guest);
+    let accepted = tokio::select! {
+        link = listener.accept(None) => link.map_err(|error| Failure::plain(error.to_string())),
+        () = signals.wait() => Err(Failure::plain("cancelled at the destination")),
+    };
+    let begun = accepted.and_then(|link| {
+        Ok((link, Journal::create(&options.state_dir, migration, "destination")?))
+    });
+    match begun {
+        Ok((link, journal)) => {
+            let session = Session::new(guest, link, options, journal, output);
+            Ok(session.run(signals).await)
+        }
+        Err(failure) => {
+            guest.call(|guest| guest.discard()).await?;
+            Err(failure)
+        }
+    }
+}
+
+/// A refusal gets so long to reach the source before the link is closed.
+const REFUSAL_GRACE: Duration = Duration::from_secs(5);
+
+/// A fault lane's request as it leaves the fault reader.
+type Asked = (PageIndex, bool);
+
+/// What is there once the guest's memory is registered.
+struct Prepared {
+    arrivals: Arc<Arrivals>,
+    userfault: Arc<Userfault>,
+    faults: Arc<FaultServer>,
+}
+
+struct Session {
+    guest: Shared<dyn DestinationGuest>,
+    pages_total: u64,
+    link: Link,
+    machine: DestinationMachine,
+    options: ReceiveOptions,
+    output: Arc<Output>,
+    timeline: Arc<Timeline>,
+    counters: Arc<Counters>,
+    prepared: Arc<Mutex<Option<Prepared>>>,
+    ledger: Arc<Mutex<RoundLedger>>,
+    /// Pages to be asked for, and the task's end of it until it starts. Bounded by the guest: a page is
+    /// asked for once.
+    asked: mpsc::UnboundedSender<Asked>,
+    asking: Option<mpsc::UnboundedReceiver<Asked>>,
+    mapper: Option<Mapper>,
+    device_state: Arc<Mutex<Option<Vec<u8>>>>,
+    journal: Arc<Mutex<Journal>>,
+    happened: mpsc::UnboundedSender<DestinationEvent>,
+    happenings: mpsc::UnboundedReceiver<DestinationEvent>,
+    tasks: JoinSet<()>,
+    strategy: Strategy,
+    rounds: u16,
+    downtime_us: Option<u64>,
+    device_state_bytes: Arc<Mutex<u64>>,
+    remaining_at_freeze: Arc<Mutex<u64>>,
+    outcome: Option<DestinationOutcome>,
+}
+
+impl Session {
+    fn new(
+        guest: Shared<dyn DestinationGuest>,
+        link: Link,
+        options: ReceiveOptions,
+        journal: Journal,
+        output: Arc<Output>,
+    ) -> Self {
+        let pages_total = guest.with(|guest| guest.memory().pages());
+        // Events come from a handful of tasks that each wait for their answer: the queue is short.
+        let (happened, happenings) = mpsc::unbounded_channel();
+        let (asked, asking) = mpsc::unbounded_channel();
+        Session {
+            asked,
+            asking: Some(asking),
+            guest,
+            pages_total,
+            link,
+            machine: DestinationMachine::new(),
+            options,
+            output,
+            timeline: Arc::new(Timeline::new()),
+            counters: Arc::new(Counters::default()),
+            prepared: Arc::default(),
+            ledger: Arc::default(),
+            mapper: None,
+            device_state: Arc::default(),
+            journal: Arc::new(Mutex::new(journal)),
+            happened,
+            happenings,
+            tasks: JoinSet::new(),
+            strategy: Strategy::Hybrid,
+            rounds: 0,
+            downtime_us: None,
+            device_state_bytes: Arc::default(),
+            remaining_at_freeze: Arc::default(),
+            outcome: None,
+        }
+    }
+
+    async fn run(mut self, mut signals: StopSignals) -> Report {
+        self.listen();
+        let mut meter = ProgressMeter::new(self.pages_total);
+        let mut ticks = tokio::time::interval(Duration::from_millis(250));
+        while self.outcome.is_none() {
+            tokio::select! {
+                Some(event) = self.happenings.recv() => self.handle(event).await,
+                () = signals.wait() => self.handle(DestinationEvent::Cancelled).await,
+                _ = ticks.tick() => {
+                    if let Some(failure) = self.fault_failure() {
+                        self.handle(DestinationEvent::Failed(failure)).await;
+                    }
+                    let progress = meter.read(&self.timeline, &self.counters, &self.link);
+                    self.output.progress(progress);
+                }
+            }
+        }
+        self.finish().await
+    }
+
+    /// What keeps the fault reader from its work for good.
+    fn fault_failure(&self) -> Option<Failure> {
+        let prepared = self.prepared.lock().expect("no holder panics");
+        let error = prepared.as_ref()?.faults.take_failure()?;
+        matches!(error, MemoryError::ProcessGone).then(|| error.into())
+    }
+
+    /// Takes messages of the source.
+    fn listen(&mut self) {
+        let (link, happened) = (self.link.clone(), self.happened.clone());
+        self.tasks.spawn(async move {
+            loop {
+                let event = match link.control_recv().await {
+                    Ok(bytes) => match decode(&bytes) {
+                        Ok(message) => DestinationEvent::Message(message),
+                        Err(error) => DestinationEvent::Failed(error.into()),
+                    },
+                    Err(error) => {
+                        let _ = happened.send(DestinationEvent::LinkLost(error.into()));
+                        return;
+                    }
+                };
+                if happened.send(event).is_err() {
+                    return;
+                }
+            }
+        });
+    }
+
+    async fn handle(&mut self, event: DestinationEvent) {
+        match &event {
+            DestinationEvent::Message(ToDestination::Bye { downtime_us }) => {
+                self.downtime_us = *downtime_us;
+            }
+            DestinationEvent::Message(ToDestination::RoundEnd { round, .. }) => {
+                self.rounds = round.0;
+            }
+            _ => {}
+        }
+        self.machine.handle(event);
+        self.timeline.enter(self.machine.phase(), &self.output);
+        while let Some(action) = self.machine.poll() {
+            self.act(action).await;
+        }
+    }
+
+    async fn act(&mut self, action: DestinationAction) {
+        match action {
+            DestinationAction::Send(message) => {
+                if let Err(error) = self.link.control_send(encode(&message).into()).await {
+                    let _ = self.happened.send(DestinationEvent::LinkLost(error.into()));
+                }
+                // After a refusal the guest is discarded and the link closed: let it arrive first.
+                if matches!(message, ToSource::Refused { .. }) {
+                    let _ = tokio::time::timeout(REFUSAL_GRACE, self.link.finish()).await;
+                }
+            }
+            DestinationAction::Prepare { shape, strategy } => {
+                self.strategy = strategy;
+                self.prepare(*shape);
+            }
+            DestinationAction::AwaitRound { round, messages } => {
+                let noted = self.ledger.lock().expect("no holder panics").expect(round, messages);
+                if let Err(failure) = tell_round(noted, &self.happened, &self.asked) {
+                    let _ = self.happened.send(DestinationEvent::Failed(failure));
+                }
+            }
+            DestinationAction::AwaitFlight(version) => self.await_flight(version),
+            DestinationAction::LoadDeviceState => {
+                let (guest, state) = (self.guest.clone(), self.device_state.clone());
+                let timeline = self.timeline.clone();
+                self.spawn_step(async move {
+                    let state = state.lock().expect("no holder panics").take().unwrap_or_default();
+                    let begin = Instant::now();
+                    guest.call(move |guest| guest.load_device_state(&state)).await?;
+                    timeline.part("offer.load", begin.elapsed());
+                    Ok(DestinationEvent::Loaded)
+                });
+            }
+            DestinationAction::Journal(record) => {
+                let journal = self.journal.clone();
+                self.spawn_step(async move {
+                    blocking(move || journal.lock().expect("no holder panics").record(&record))
+                        .await
+                        .map(|()| DestinationEvent::Journaled(record))
+                });
+            }
+            DestinationAction::RunGuest => self.run_guest(),
+            DestinationAction::ReleaseGuest => {
+                let (guest, prepared) = (self.guest.clone(), self.prepared.clone());
+                let mapper = self.mapper.take();
+                self.spawn_step(async move {
+                    blocking(move || {
+                        drop(mapper);
+                        if let Some(prepared) = &*prepared.lock().expect("no holder panics") {
+                            prepared.userfault.release()?;
+                        }
+                        Ok(())
+                    })
+                    .await?;
+                    guest.call(|guest| guest.release()).await?;
+                    Ok(DestinationEvent::Released)
+                });
+            }
+            DestinationAction::DiscardGuest => {
+                let guest = self.guest.clone();
+                self.spawn_step(async move {
+                    guest.call(|guest| guest.discard()).await?;
+                    Ok(DestinationEvent::Released)
+                });
+            }
+            DestinationAction::End(outcome) => self.outcome = Some(outcome),
+        }
+    }
+
+    fn spawn_step(
+        &mut self,
+        step: impl Future<Output = Result<DestinationEvent, Failure>> + Send + 'static,
+    ) {
+        let happened = self.happened.clone();
+        self.tasks.spawn(async move {
+            let event = step.await.unwrap_or_else(DestinationEvent::Failed);
+            let _ = happened.send(event);
+        });
+    }
+
+    /// Compares shapes, registers the guest's memory, and starts the threads that serve it.
+    fn prepare(&mut self, source: Shape) {
+        let (guest, link) = (self.guest.clone(), self.link.clone());
+        let (counters, ledger) = (self.counters.clone(), self.ledger.clone());
+        let (prepared, happened) = (self.prepared.clone(), self.happened.clone());
+        let (asked, handle) = (self.asked.clone(), Handle::current());
+        if let Some(asking) = self.asking.take() {
+            self.tasks.spawn(ask(link.clone(), asking, counters.clone()));
+        }
+        self.spawn_step(async move {
+            blocking(move || {
+                let differences = source.differences(&guest.with(|guest| guest.shape().clone()));
+                if !differences.is_empty() {
+                    return Err(Failure::new(
+                        format!("the two guests are not of one shape: {}", differences.join("; ")),
+                        "start the destination with the command line of the source",
+                    ));
+                }
+                let memory = guest.with(|guest| guest.memory());
+                let userfault = Arc::new(guest.with(|guest| guest.userfault())?);
+                let table = Arc::new(PageTable::anonymous(memory.pages())?);
+                let wanted = asked.clone();
+                let ask = move |page: PageIndex| {
+                    let _ = wanted.send((page, false));
+                };
+                let service = FaultServer::start(
+                    userfault.clone(),
+                    table.clone(),
+                    FaultOptions::default(),
+                    ask,
+                )?;
+                let faults = Arc::new(service);
+                let arrivals = Arc::new(Arrivals::new(memory, table.clone(), counters));
+                arrivals.serve_with(faults.clone());
+                for lane in [Lane::Push, Lane::FaultReply] {
+                    let applier = Applier {
+                        lane,
+                        link: link.clone(),
+                        arrivals: arrivals.clone(),
+                        ledger: ledger.clone(),
+                        asked: asked.clone(),
+                        happened: happened.clone(),
+                    };
+                    applier.start(handle.clone())?;
+                }
+                let ready = Prepared { arrivals, userfault, faults };
+                *prepared.lock().expect("no holder panics") = Some(ready);
+                Ok(DestinationEvent::Prepared)
+            })
+            .await
+        });
+    }
+
+    fn await_flight(&mut self, offered: Version) {
+        let (link, prepared) = (self.link.clone(), self.prepared.clone());
+        let (device_state, happened) = (self.device_state.clone(), self.happened.clone());
+        let (state_bytes, remaining) =
+            (self.device_state_bytes.clone(), self.remaining_at_freeze.clone());
+        let (pages, timeline) = (self.pages_total, self.timeline.clone());
+        let (ledger, asked) = (self.ledger.clone(), self.asked.clone());
+        self.spawn_step(async move {
+            let bytes = link.recv(Lane::State).await?;
+            blocking(move || {
+                let begin = Instant::now();
+                let flight: Flight = decode(&bytes)?;
+                if flight.final_version != offered {
+                    return Err(Failure::plain("the flight is not the one that was offered"));
+                }
+                let (need, zero) = (flight.need.unpack(pages)?, flight.zero.unpack(pages)?);
+                *device_state.lock().expect("no holder panics") = Some(flight.device_state()?);
+                *state_bytes.lock().expect("no holder panics") = bytes.len() as u64;
+                *remaining.lock().expect("no holder panics") = need.len();
+                let prepared = prepared.lock().expect("no holder panics");
+                let arrivals = &prepared.as_ref().expect("prepared before the offer").arrivals;
+                let missing = arrivals.switch_over(offered, &need, &zero)?;
+                for page in ledger.lock().expect("no holder panics").close() {
+                    let _ = asked.send((page, true));
+                }
+                timeline.part("offer.switch_over", begin.elapsed());
+                if missing == 0 {
+                    let _ = happened.send(DestinationEvent::PagesComplete);
+                }
+                Ok(DestinationEvent::FlightArrived)
+            })
+            .await
+        });
+    }
+
+    fn run_guest(&mut self) {
+        if let Some(Prepared { faults, .. }) = &*self.prepared.lock().expect("no holder panics") {
+            match Mapper::start(faults) {
+                Ok(mapper) => self.mapper = Some(mapper),
+                // The guest then faults for each page, slower but as right.
+                Err(error) => tracing::warn!("pages are not mapped in the background: {error}"),
+            }
+        }
+        let (guest, paused) = (self.guest.clone(), self.options.paused);
+        let timeline = self.timeline.clone();
+        self.spawn_step(async move {
+            let begin = Instant::now();
+            if !paused {
+                guest.call(|guest| guest.run()).await?;
+            }
+            timeline.part("commit.run", begin.elapsed());
+            Ok(DestinationEvent::Running)
+        });
+    }
+
+    async fn finish(mut self) -> Report {
+        let outcome = self.outcome.take().expect("the loop ends with an outcome");
+        self.timeline.enter(MigrationPhase::Done, &self.output);
+        let total_ms = ms(self.timeline.elapsed());
+        let stats = self.link.stats();
+        let failure = match &outcome {
+            DestinationOutcome::Migrated => None,
+            DestinationOutcome::Refused(failure)
+            | DestinationOutcome::InDoubt(failure)
+            | DestinationOutcome::LostPages(failure) => Some(failure.clone()),
+        };
+        let goodbye = failure.as_ref().map_or("done", |failure| failure.reason.as_str());
+        self.link.close(u32::from(failure.is_some()), goodbye).await;
+        self.tasks.shutdown().await;
+        if let Some(failure) = &failure {
+            self.output.error(failure);
+        }
+        let path = self.journal.lock().expect("no holder panics").path().to_owned();
+        match &outcome {
+            DestinationOutcome::Migrated | DestinationOutcome::Refused(_) => {
+                if let Err(error) = std::fs::remove_file(&path) {
+                    tracing::warn!("the journal {} stays behind: {error}", path.display());
+                }
+            }
+            _ => self.output.note(&format!("the journal of this side is {}", path.display())),
+        }
+        let codecs = self.counters.codecs();
+        let prepared = self.prepared.lock().expect("no holder panics");
+        let faults = prepared.as_ref().map(|prepared| prepared.faults.stats());
+        Report {
+            role: Role::Destination,
+            result: match outcome {
+                DestinationOutcome::Migrated => MigrationResult::Migrated,
+                DestinationOutcome::Refused(_) => MigrationResult::Stayed,
+                DestinationOutcome::InDoubt(_) => MigrationResult::InDoubt,
+                DestinationOutcome::LostPages(_) => MigrationResult::LostPages,
+            },
+            strategy: self.strategy,
+            total_ms,
+            downtime_ms: self.downtime_us.map(|us| ms(Duration::from_micros(us))),
+            wire_sent_bytes: stats.sent_bytes,
+            wire_received_bytes: stats.received_bytes,
+            pages_total: self.pages_total,
+            pages_by_codec: codecs.used().map(|(codec, pages, _)| (codec.name(), pages)).collect(),
+            bytes_by_codec: codecs.used().map(|(codec, _, bytes)| (codec.name(), bytes)).collect(),
+            precopy_rounds: self.rounds,
+            remaining_pages_at_freeze: *self.remaining_at_freeze.lock().expect("no panics"),
+            device_state_bytes: *self.device_state_bytes.lock().expect("no holder panics"),
+            remote_faults: faults.as_ref().map_or(0, |faults| faults.remote_faults),
+            local_faults: faults.as_ref().map_or(0, |faults| faults.local_faults),
+            duplicate_pages: self.counters.duplicate_pages.load(Ordering::Relaxed),
+            fault_latency_us: faults.map(|faults| FaultLatency::of(&faults.remote_latency_us)),
+            round_trip_ms: stats.min_rtt_us as f64 / 1e3,
+            tracker: None,
+            phases_ms: self.timeline.parts_ms(),
+        }
+    }
+}
+
+/// A thread that applies what comes on one lane.
+struct Applier {
+    lane: Lane,
+    link: Link,
+    arrivals: Arc<Arrivals>,
+    ledger: Arc<Mutex<RoundLedger>>,
+    asked: mpsc::UnboundedSender<Asked>,
+    happened: mpsc::UnboundedSender<DestinationEvent>,
+}
+
+impl Applier {
+    fn start(self, handle: Handle) -> Result<(), Failure> {
+        let thread = std::thread::Builder::new().name(format!("apply-{:?}", self.lane));
+        thread
+            .spawn(move || {
+                let mut scratch = DecodeScratch::default();
+                // The link's end is told by the control lane.
+                while let Ok(message) = handle.block_on(self.link.recv(self.lane)) {
+                    if let Err(failure) = self.apply(message, &mut scratch) {
+                        let _ = self.happened.send(DestinationEvent::Failed(failure));
+                        return;
+                    }
+                }
+            })
+            .map(drop)
+            .map_err(|error| Failure::plain(format!("no thread could be started: {error}")))
+    }
+
+    fn apply(&self, message: Bytes, scratch: &mut DecodeScratch) -> Result<(), Failure> {
+        let was_complete = self.arrivals.is_complete();
+        let applied = self.arrivals.apply(&message, scratch)?;
+        let mut ledger = self.ledger.lock().expect("no holder panics");
+        let noted = ledger.note(applied.version, applied.rejected);
+        drop(ledger);
+        tell_round(noted, &self.happened, &self.asked)?;
+        if !was_complete && self.arrivals.is_complete() {
+            let _ = self.happened.send(DestinationEvent::PagesComplete);
+        }
+        Ok(())
+    }
+}
+
+fn tell_round(
+    noted: Noted,
+    happened: &mpsc::UnboundedSender<DestinationEvent>,
+    asked: &mpsc::UnboundedSender<Asked>,
+) -> Result<(), Failure> {
+    match noted {
+        Noted::Waiting => {}
+        Noted::RoundDone(round, rejected) => {
+            if rejected.len() > MAX_REJECTED_PAGES {
+                let text = format!("{} pages of round {} were spoilt", rejected.len(), round.0);
+                return Err(Failure::plain(text));
+            }
+            let _ = happened.send(DestinationEvent::RoundApplied { round, rejected });
+        }
+        Noted::AskAgain(pages) => {
+            for page in pages {
+                let _ = asked.send((page, true));
+            }
+        }
+        Noted::OutOfTurn => {
+            return Err(Failure::plain("the source sent pages or ended a round out of turn"));
+        }
+    }
+    Ok(())
+}
+
+/// Sends fault requests, those that have gathered while the last was sent together.
+async fn ask(link: Link, mut asking: mpsc::UnboundedReceiver<Asked>, counters: Arc<Counters>) {
+    let mut gathered = Vec::new();
+    while asking.recv_many(&mut gathered, MAX_REQUEST_PAGES).await > 0 {
+        counters.remote_faults.fetch_add(gathered.len() as u64, Ordering::Relaxed);
+        for whole in [false, true] {
+            let pages: Vec<PageIndex> =
+                gathered.iter().filter(|asked| asked.1 == whole).map(|asked| asked.0).collect();
+            if pages.is_empty() {
+                continue;
+            }
+            let request = encode(&FaultRequest { pages, whole });
+            // The link's end is told by the control lane.
+            if link.send(Lane::FaultRequest, request.into()).await.is_err() {
+                return;
+            }
+        }
+        gathered.clear();
+    }
+}

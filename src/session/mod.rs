@@ -1,0 +1,288 @@
+//! One migration, driven: the engine's decisions carried out against a guest, its memory, a link and
+//! the disk.
+//!
+//! * [`source`] and [`destination`] face each other: each runs its engine's machine on the events of
+//!   the link, of its own threads and of the operator.
+//! * `rounds` and `frozen` are the source's pages before and after the guest was stopped,
+//!   `arrivals` the destination's.
+//! * [`journal`] is what a side must not forget.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use tokio::signal::unix::{SignalKind, signal};
+
+use crate::engine::{Failure, MigrationPhase};
+use crate::guest::GuestError;
+use crate::memory::MemoryError;
+use crate::page::{PageIndex, Version};
+use crate::report::{Counters, Output, Progress};
+use crate::transport::{Link, LinkError};
+
+mod arrivals;
+pub mod destination;
+mod frozen;
+pub mod journal;
+mod rounds;
+pub mod source;
+
+impl From<GuestError> for Failure {
+    fn from(error: GuestError) -> Self {
+        Failure { reason: error.message, hint: error.hint }
+    }
+}
+
+impl From<MemoryError> for Failure {
+    fn from(error: MemoryError) -> Self {
+        Failure { hint: error.hint(), reason: error.to_string() }
+    }
+}
+
+impl From<LinkError> for Failure {
+    fn from(error: LinkError) -> Self {
+        Failure::plain(error.to_string())
+    }
+}
+
+impl From<crate::wire::message::MessageError> for Failure {
+    fn from(error: crate::wire::message::MessageError) -> Self {
+        Failure::plain(error.to_string())
+    }
+}
+
+/// A guest shared between the session and the threads on which its blocking methods run.
+struct Shared<G: ?Sized>(Arc<Mutex<Box<G>>>);
+
+impl<G: ?Sized> Clone for Shared<G> {
+    fn clone(&self) -> Self {
+        Shared(self.0.clone())
+    }
+}
+
+impl<G: ?Sized + Send + 'static> Shared<G> {
+    fn new(guest: Box<G>) -> Self {
+        Shared(Arc::new(Mutex::new(guest)))
+    }
+
+    /// Calls `f` here; blocks.
+    fn with<T>(&self, f: impl FnOnce(&mut G) -> T) -> T {
+        f(&mut self.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner()))
+    }
+
+    /// Calls `f` on a thread where it may block.
+    async fn call<T: Send + 'static>(
+        &self,
+        f: impl FnOnce(&mut G) -> Result<T, GuestError> + Send + 'static,
+    ) -> Result<T, Failure> {
+        let guest = self.clone();
+        blocking(move || guest.with(f).map_err(Failure::from)).await
+    }
+}
+
+/// Runs `f` on a thread where it may block; its panic becomes a failure of the migration.
+async fn blocking<T: Send + 'static>(
+    f: impl FnOnce() -> Result<T, Failure> + Send + 'static,
+) -> Result<T, Failure> {
+    match tokio::task::spawn_blocking(f).await {
+        Ok(result) => result,
+        Err(error) => Err(Failure::plain(format!("a thread of farfault failed: {error}"))),
+    }
+}
+
+/// When each phase began and how long single steps took.
+#[derive(Debug)]
+struct Timeline {
+    begin: Instant,
+    phase: Mutex<(MigrationPhase, Instant)>,
+    parts_ms: Mutex<BTreeMap<&'static str, f64>>,
+}
+
+impl Timeline {
+    fn new() -> Self {
+        let now = Instant::now();
+        Timeline {
+            begin: now,
+            phase: Mutex::new((MigrationPhase::Connect, now)),
+            parts_ms: Mutex::new(BTreeMap::new()),
+        }
+    }
+
+    fn elapsed(&self) -> Duration {
+        self.begin.elapsed()
+    }
+
+    fn enter(&self, phase: MigrationPhase, output: &Output) {
+        let mut current = self.phase.lock().expect("no holder panics");
+        if current.0 != phase {
+            let (last, since) = std::mem::replace(&mut *current, (phase, Instant::now()));
+            self.part(last.name(), since.elapsed());
+            output.phase(phase);
+        }
+    }
+
+    fn part(&self, name: &'static str, duration: Duration) {
+        *self.parts_ms.lock().expect("no holder panics").entry(name).or_default() +=
+            rounds::ms(duration);
+    }
+
+    fn parts_ms(&self) -> BTreeMap<&'static str, f64> {
+        self.parts_ms.lock().expect("no holder panics").clone()
+    }
+}
+
+/// Makes progress lines from counters.
+struct ProgressMeter {
+    pages_total: u64,
+    last: (Instant, u64),
+}
+
+impl ProgressMeter {
+    fn new(pages_total: u64) -> Self {
+        ProgressMeter { pages_total, last: (Instant::now(), 0) }
+    }
+
+    fn read(&mut self, timeline: &Timeline, counters: &Counters, link: &Link) -> Progress {
+        use std::sync::atomic::Ordering::Relaxed;
+        let stats = link.stats();
+        let wire_bytes = stats.sent_bytes + stats.received_bytes;
+        let seconds = self.last.0.elapsed().as_secs_f64().max(1e-3);
+        let rate = wire_bytes.saturating_sub(self.last.1) as f64 / seconds;
+        self.last = (Instant::now(), wire_bytes);
+        Progress {
+            elapsed_ms: timeline.elapsed().as_millis() as u64,
+            pages: counters.pages.load(Relaxed),
+            pages_total: self.pages_total,
+            remaining_pages: counters.remaining_pages.load(Relaxed),
+            wire_sent_bytes: stats.sent_bytes,
+            wire_received_bytes: stats.received_bytes,
+            rate_bytes_per_s: rate as u64,
+            remote_faults: counters.remote_faults.load(Relaxed),
+        }
+    }
+}
+
+/// The operator's wish to end: Ctrl-C or SIGTERM.
+struct StopSignals {
+    interrupt: tokio::signal::unix::Signal,
+    terminate: tokio::signal::unix::Signal,
+}
+
+impl StopSignals {
+    fn listen() -> Result<Self, Failure> {
+        let open = |kind| {
+            signal(kind).map_err(|e| Failure::plain(format!("signals cannot be received: {e}")))
+        };
+        Ok(StopSignals {
+            interrupt: open(SignalKind::interrupt())?,
+            terminate: open(SignalKind::terminate())?,
+        })
+    }
+
+    async fn wait(&mut self) {
+        tokio::select! {
+            _ = self.interrupt.recv() => {}
+            _ = self.terminate.recv() => {}
+        }
+    }
+}
+
+/// Counts the messages of pre-copy rounds at the destination: a round is done when as many have been
+/// applied as the source says there are, in whatever order.
+#[derive(Debug, Default)]
+struct RoundLedger {
+    acknowledged: Version,
+    applied: u64,
+    rejected: Vec<PageIndex>,
+    awaited: Option<u64>,
+    closed: bool,
+}
+
+/// What follows from a message.
+#[derive(Debug, PartialEq, Eq)]
+enum Noted {
+    /// Nothing yet.
+    Waiting,
+    /// The round is done but for these pages.
+    RoundDone(Version, Vec<PageIndex>),
+    /// Pre-copy is over: these pages must be asked for again.
+    AskAgain(Vec<PageIndex>),
+    /// A message of a round that is over or has not begun.
+    OutOfTurn,
+}
+
+impl RoundLedger {
+    /// The round whose messages may come now.
+    fn current(&self) -> Version {
+        Version(self.acknowledged.0 + 1)
+    }
+
+    /// A message was applied, except for its rejected pages.
+    fn note(&mut self, version: Version, rejected: Vec<PageIndex>) -> Noted {
+        if self.closed {
+            return Noted::AskAgain(rejected);
+        }
+        if version != self.current() {
+            return Noted::OutOfTurn;
+        }
+        self.applied += 1;
+        self.rejected.extend(rejected);
+        self.done()
+    }
+
+    /// The source says how many messages a round has.
+    fn expect(&mut self, round: Version, messages: u64) -> Noted {
+        if self.closed || round != self.current() {
+            return Noted::OutOfTurn;
+        }
+        self.awaited = Some(messages);
+        self.done()
+    }
+
+    /// The switchover has come. Messages of the last version that were faster than the flight have been
+    /// counted as those of a round; the pages they could not bring must be asked for again.
+    fn close(&mut self) -> Vec<PageIndex> {
+        self.closed = true;
+        std::mem::take(&mut self.rejected)
+    }
+
+    fn done(&mut self) -> Noted {
+        if self.awaited != Some(self.applied) {
+            return Noted::Waiting;
+        }
+        let round = self.current();
+        let rejected = std::mem::take(&mut self.rejected);
+        *self = RoundLedger { acknowledged: round, ..RoundLedger::default() };
+        Noted::RoundDone(round, rejected)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_round_is_done_when_its_last_message_is_applied_in_whatever_order() {
+        let mut ledger = RoundLedger::default();
+        let page = PageIndex(7);
+        assert_eq!(ledger.note(Version(1), vec![]), Noted::Waiting);
+        assert_eq!(ledger.expect(Version(1), 2), Noted::Waiting);
+        let done = ledger.note(Version(1), vec![page]);
+        assert_eq!(done, Noted::RoundDone(Version(1), vec![page]));
+        assert_eq!(ledger.note(Version(2), vec![]), Noted::Waiting);
+        assert_eq!(ledger.note(Version(1), vec![]), Noted::OutOfTurn);
+        assert_eq!(ledger.expect(Version(2), 1), Noted::RoundDone(Version(2), vec![]));
+        let empty = ledger.expect(Version(3), 0);
+        assert_eq!(empty, Noted::RoundDone(Version(3), vec![]), "a round may be empty");
+    }
+
+    #[test]
+    fn a_page_rejected_around_the_switchover_is_asked_for_again() {
+        let mut ledger = RoundLedger::default();
+        ledger.note(Version(1), vec![PageIndex(1)]);
+        assert_eq!(ledger.close(), vec![PageIndex(1)]);
+        let late = ledger.note(Version(1), vec![PageIndex(2)]);
+        assert_eq!(late, Noted::AskAgain(vec![PageIndex(2)]));
+        assert_eq!(ledger.expect(Version(1), 0), Noted::OutOfTurn);
+    }
+}

@@ -1,0 +1,308 @@
+//! The source's pages while the guest still runs: pre-copy rounds and the freeze.
+//!
+//! All of this blocks and runs on a thread of its own; messages leave through a bounded channel, so
+//! that encoding goes on while the link is busy and stops when it is far behind.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use tokio::sync::mpsc;
+
+use super::frozen::FrozenPages;
+use crate::codec::{BaseCache, CodecCounts};
+use crate::engine::Failure;
+use crate::engine::policy::RoundSummary;
+use crate::engine::precopy::PrecopyPlan;
+use crate::memory::{DirtyTracker, GuestMemory, MemoryError};
+use crate::page::{PAGE_SIZE_BYTES, PageBytes, PageIndex, PageRange, Version};
+use crate::report::Counters;
+use crate::transport::Lane;
+use crate::wire::limits::MAX_PAGES_PER_FRAME;
+use crate::wire::{FrameEncoder, PageToSend};
+
+/// A push message is closed when it has reached this size: small enough that one lost packet delays
+/// little, large enough that its stream costs nothing.
+pub(super) const MESSAGE_BYTES: usize = 96 << 10;
+
+/// Pages encoded together. LZ4 looks back 64 KiB, so more would gain nothing; and a message that was
+/// not yet full has room for one more batch of them, even raw, within the push lane's limit.
+pub(super) const BATCH_PAGES: usize = 32;
+
+const _: () = {
+    assert!(BATCH_PAGES <= MAX_PAGES_PER_FRAME);
+    assert!(MESSAGE_BYTES + BATCH_PAGES * (PAGE_SIZE_BYTES + 128) <= Lane::Push.limit_bytes());
+};
+
+/// Changed pages that are encoded for trial to learn what a changed page costs.
+const SAMPLE_PAGES: u64 = 256;
+
+/// Reads, encodes and remembers pages of the running guest.
+pub(super) struct RoundSender {
+    memory: Arc<GuestMemory>,
+    tracker: Option<Box<dyn DirtyTracker>>,
+    plan: PrecopyPlan,
+    bases: BaseCache,
+    reader: PageReader,
+    counters: Arc<Counters>,
+}
+
+/// Copies pages out of the guest and encodes the copies. One for each thread that sends.
+pub(super) struct PageReader {
+    copies: Box<[PageBytes]>,
+    encoder: FrameEncoder,
+}
+
+impl Default for PageReader {
+    fn default() -> Self {
+        PageReader {
+            copies: vec![[0; PAGE_SIZE_BYTES]; BATCH_PAGES].into_boxed_slice(),
+            encoder: FrameEncoder::default(),
+        }
+    }
+}
+
+impl PageReader {
+    /// Copies `pages` (at most [`BATCH_PAGES`]) once and appends their frames to `out`. The
+    /// copies can be had from [`Self::copies`] until the next call.
+    pub(super) fn encode(
+        &mut self,
+        memory: &GuestMemory,
+        bases: Option<&BaseCache>,
+        version: Version,
+        pages: &[PageIndex],
+        out: &mut Vec<u8>,
+    ) -> CodecCounts {
+        assert!(pages.len() <= BATCH_PAGES, "{} pages in a batch", pages.len());
+        for (page, copy) in pages.iter().zip(self.copies.iter_mut()) {
+            memory.read_page(*page, copy);
+        }
+        let list: Vec<PageToSend<'_>> = pages
+            .iter()
+            .zip(&self.copies)
+            .map(|(page, bytes)| {
+                let base = bases.and_then(|bases| bases.get(*page));
+                PageToSend { page: *page, bytes, base }
+            })
+            .collect();
+        self.encoder.encode(version, &list, out)
+    }
+
+    /// Appends frames that say that `runs` are zero.
+    pub(super) fn encode_zero_runs(
+        &mut self,
+        version: Version,
+        runs: &[PageRange],
+        out: &mut Vec<u8>,
+    ) -> CodecCounts {
+        self.encoder.encode_zero_runs(version, runs, out)
+    }
+
+    /// The copies that were sent last.
+    fn copies(&self) -> &[PageBytes] {
+        &self.copies
+    }
+}
+
+impl RoundSender {
+    /// A guest of which nothing was sent. `base_cache_bytes` bounds what is kept of sent pages.
+    pub(super) fn new(
+        memory: Arc<GuestMemory>,
+        base_cache_bytes: usize,
+        counters: Arc<Counters>,
+    ) -> Self {
+        let pages = memory.pages();
+        RoundSender {
+            plan: PrecopyPlan::new(pages),
+            bases: BaseCache::new(base_cache_bytes, pages),
+            memory,
+            tracker: None,
+            reader: PageReader::default(),
+            counters,
+        }
+    }
+
+    /// True when the guest's writes are being followed.
+    pub(super) fn is_tracking(&self) -> bool {
+        self.tracker.is_some()
+    }
+
+    /// Follows the guest's writes from now on: before the first page is read.
+    pub(super) fn track(&mut self, mut tracker: Box<dyn DirtyTracker>) -> Result<(), MemoryError> {
+        tracker.arm()?;
+        self.tracker = Some(tracker);
+        Ok(())
+    }
+
+    /// Which tracker it is.
+    pub(super) fn tracker_name(&self) -> Option<&'static str> {
+        self.tracker.as_ref().map(|tracker| tracker.name())
+    }
+
+    /// The destination could not apply these pages: send them whole next time.
+    pub(super) fn forget(&mut self, pages: &[PageIndex]) {
+        for page in pages {
+            self.bases.forget(*page);
+        }
+        self.plan.mark_dirty(pages);
+    }
+
+    /// Sends a round into `messages`. Gives up silently when the channel is closed: whoever closed it
+    /// knows why.
+    pub(super) fn send_round(
+        &mut self,
+        version: Version,
+        messages: &mpsc::Sender<Bytes>,
+    ) -> Result<RoundSummary, Failure> {
+        let begin = Instant::now();
+        let mut summary = RoundSummary::default();
+        let mut outgoing = Outgoing { messages, buffer: Vec::new(), sent: 0, closed: false };
+        let (mut taken, mut full, mut holes) = (Vec::new(), Vec::new(), Vec::new());
+        self.plan.begin_round();
+        while let Some(chunk) = self.plan.next_chunk() {
+            self.collect(chunk)?;
+            self.plan.take(chunk, &mut taken);
+            self.split_holes(chunk, &taken, &mut full, &mut holes)?;
+            let mut counts = self.reader.encode_zero_runs(version, &holes, &mut outgoing.buffer);
+            for hole in holes.iter().flat_map(PageRange::pages) {
+                self.bases.forget(hole);
+            }
+            self.counters.add_frames(&counts);
+            for batch in full.chunks(BATCH_PAGES) {
+                let RoundSender { memory, bases, reader, .. } = self;
+                let buffer = &mut outgoing.buffer;
+                let batch_counts = reader.encode(memory, Some(bases), version, batch, buffer);
+                for (page, copy) in batch.iter().zip(reader.copies()) {
+                    remember(bases, *page, version, copy);
+                }
+                self.counters.add_frames(&batch_counts);
+                summary.sent_pages += batch.len() as u64;
+                counts += batch_counts;
+                outgoing.send_if_large();
+            }
+            summary.sent_bytes += counts.total_bytes();
+            self.tell_remaining();
+            if outgoing.closed {
+                return Err(Failure::plain("the link closed during a pre-copy round"));
+            }
+        }
+        outgoing.send();
+        self.collect(PageRange::new(0, self.memory.pages()))?;
+        self.tell_remaining();
+        summary.messages = outgoing.sent;
+        summary.duration = begin.elapsed();
+        summary.dirty_pages = self.plan.dirty_pages();
+        summary.bytes_per_dirty_page = self.cost_of_a_dirty_page(version);
+        Ok(summary)
+    }
+
+    /// The guest is stopped and its device state saved: collects its last writes. What is left is for
+    /// [`FrozenPages`]; writes are followed until this sender is dropped, in case the guest runs on here.
+    pub(super) fn freeze(&mut self, version: Version) -> Result<FrozenPages, Failure> {
+        let all = PageRange::new(0, self.memory.pages());
+        self.collect(all)?;
+        let populated = self.memory.populated(all)?;
+        let remainder = self.plan.remainder(&populated);
+        let bases = std::mem::replace(&mut self.bases, BaseCache::new(0, self.memory.pages()));
+        let (memory, counters) = (self.memory.clone(), self.counters.clone());
+        Ok(FrozenPages::new(memory, bases, version, remainder, counters))
+    }
+
+    fn collect(&mut self, range: PageRange) -> Result<(), MemoryError> {
+        match &mut self.tracker {
+            Some(tracker) => tracker.collect(range, self.plan.dirty_mut()),
+            None => Ok(()),
+        }
+    }
+
+    fn tell_remaining(&self) {
+        let remaining = self.plan.left_in_round() + self.plan.dirty_pages();
+        self.counters.remaining_pages.store(remaining, std::sync::atomic::Ordering::Relaxed);
+    }
+
+    /// Splits `taken` into pages with content and runs of holes, which are never read: reading a hole
+    /// of shared memory through a mapping would fill it.
+    fn split_holes(
+        &self,
+        chunk: PageRange,
+        taken: &[PageIndex],
+        full: &mut Vec<PageIndex>,
+        holes: &mut Vec<PageRange>,
+    ) -> Result<(), MemoryError> {
+        full.clear();
+        holes.clear();
+        let populated = self.memory.populated_runs(chunk)?;
+        let mut runs = populated.iter().peekable();
+        for page in taken {
+            while runs.next_if(|run| run.end <= *page).is_some() {}
+            if runs.peek().is_some_and(|run| run.contains(*page)) {
+                full.push(*page);
+            } else {
+                match holes.last_mut() {
+                    Some(run) if run.end == *page => run.end = PageIndex(page.0 + 1),
+                    _ => holes.push(PageRange::new(page.0, page.0 + 1)),
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Encodes some of the dirty pages, evenly drawn, without sending them.
+    fn cost_of_a_dirty_page(&mut self, version: Version) -> Option<u64> {
+        let next = version.next()?;
+        let step = self.plan.dirty_pages().div_ceil(SAMPLE_PAGES).max(1);
+        let sample: Vec<PageIndex> =
+            self.plan.dirty_mut().iter().step_by(step as usize).collect();
+        let is_populated = |page: &PageIndex| {
+            let runs = self.memory.populated_runs(PageRange::new(page.0, page.0 + 1));
+            runs.is_ok_and(|runs| !runs.is_empty())
+        };
+        let populated: Vec<PageIndex> = sample.iter().copied().filter(is_populated).collect();
+        let mut trial = Vec::new();
+        for batch in populated.chunks(BATCH_PAGES) {
+            self.reader.encode(&self.memory, Some(&self.bases), next, batch, &mut trial);
+        }
+        (trial.len() as u64).checked_div(sample.len() as u64)
+    }
+}
+
+/// Keeps the bytes that were sent. A zero page is not worth its place: it is told in a few bits.
+fn remember(bases: &mut BaseCache, page: PageIndex, version: Version, bytes: &PageBytes) {
+    if bases.get(page).is_some() {
+        // It was changed since it was sent: of the kind that changes again.
+        bases.touch(page);
+    }
+    if crate::codec::is_zero(bytes) || !bases.insert(page, version, bytes) {
+        bases.forget(page);
+    }
+}
+
+/// Frames on their way into the channel.
+struct Outgoing<'a> {
+    messages: &'a mpsc::Sender<Bytes>,
+    buffer: Vec<u8>,
+    sent: u64,
+    closed: bool,
+}
+
+impl Outgoing<'_> {
+    fn send_if_large(&mut self) {
+        if self.buffer.len() >= MESSAGE_BYTES {
+            self.send();
+        }
+    }
+
+    fn send(&mut self) {
+        if self.buffer.is_empty() {
+            return;
+        }
+        let message = Bytes::from(std::mem::take(&mut self.buffer));
+        self.sent += 1;
+        self.closed |= self.messages.blocking_send(message).is_err();
+    }
+}
+
+/// What a duration is in the report's unit.
+pub(super) fn ms(duration: Duration) -> f64 {
+    (duration.as_secs_f64() * 1e5).round() / 100.0
+}

@@ -1,0 +1,504 @@
+//! The host that the guest leaves.
+
+use std::path::PathBuf;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+
+use super::frozen::FrozenPages;
+use super::journal::Journal;
+use super::rounds::{PageReader, RoundSender, ms};
+use super::{ProgressMeter, Shared, StopSignals, Timeline, blocking};
+use crate::engine::source::*;
+use crate::engine::{Failure, MigrationPhase};
+use crate::guest::SourceGuest;
+use crate::memory::TrackerKind;
+use crate::page::Version;
+use crate::report::{Counters, MigrationResult, Output, Report, Role};
+use crate::transport::{Lane, Link, Ticket, TransportOptions, connect};
+use crate::wire::message::{
+    FaultRequest, Flight, MAX_REQUEST_PAGES, PROTOCOL, PackedBytes, PackedSet,
+    ToDestination, decode, encode,
+};
+
+/// The last message gets so long to reach the destination.
+const FAREWELL_GRACE: Duration = Duration::from_secs(2);
+
+/// What the operator asked for.
+#[derive(Clone, Debug)]
+pub struct SendOptions {
+    /// Strategy, handover, limits.
+    pub engine: SourceConfig,
+    /// Most memory for copies of sent pages, against which changed ones are sent as deltas.
+    pub base_cache_bytes: usize,
+    /// How to follow the guest's writes.
+    pub tracker: TrackerKind,
+    /// Where the journal is kept.
+    pub state_dir: PathBuf,
+    /// End the monitor here when the guest runs at the destination with all its pages.
+    pub quit_source: bool,
+}
+
+/// Moves `guest` to the receiver that made `ticket`. The report is there even when it fails.
+pub async fn send(
+    guest: Box<dyn SourceGuest>,
+    ticket: &Ticket,
+    transport: &TransportOptions,
+    options: SendOptions,
+    output: Arc<Output>,
+) -> Result<Report, Failure> {
+    let mut signals = StopSignals::listen()?;
+    let link = tokio::select! {
+        link = connect(ticket, transport) => {
+            link.map_err(|error| Failure::plain(error.to_string()))?
+        }
+        () = signals.wait() => return Err(Failure::plain("cancelled by the operator")),
+    };
+    let journal = Journal::create(&options.state_dir, &ticket.migration.to_string(), "source")?;
+    let session = Session::new(guest, link, options, journal, output);
+    Ok(session.run(signals).await)
+}
+
+/// What the threads and tasks of a session tell its loop.
+enum Happened {
+    Event(SourceEvent),
+    /// A round's sender comes back from its thread.
+    Round(Box<RoundSender>, Result<crate::engine::policy::RoundSummary, Failure>),
+    /// The freeze is over.
+    Frozen(Box<RoundSender>, Result<(FrozenPages, Vec<u8>), Failure>),
+}
+
+struct Session {
+    guest: Shared<dyn SourceGuest>,
+    pages_total: u64,
+    link: Link,
+    machine: SourceMachine,
+    options: SendOptions,
+    output: Arc<Output>,
+    timeline: Arc<Timeline>,
+    counters: Arc<Counters>,
+    /// Away while a round or the freeze goes on.
+    sender: Option<Box<RoundSender>>,
+    frozen: Option<Arc<FrozenPages>>,
+    flight: Option<Bytes>,
+    journal: Arc<Mutex<Journal>>,
+    happened: mpsc::UnboundedSender<Happened>,
+    happenings: mpsc::UnboundedReceiver<Happened>,
+    tasks: JoinSet<()>,
+    /// When the order to stop the guest was given, and when it ran again.
+    stopped_at: Arc<Mutex<Option<Instant>>>,
+    downtime: Option<Duration>,
+    device_state_bytes: u64,
+    remaining_at_freeze: u64,
+    tracker: Option<&'static str>,
+    outcome: Option<SourceOutcome>,
+}
+
+impl Session {
+    fn new(
+        guest: Box<dyn SourceGuest>,
+        link: Link,
+        options: SendOptions,
+        journal: Journal,
+        output: Arc<Output>,
+    ) -> Self {
+        let counters = Arc::new(Counters::default());
+        let memory = guest.memory();
+        let pages_total = memory.pages();
+        // Events come from a handful of tasks that each wait for their answer: the queue is short.
+        let (happened, happenings) = mpsc::unbounded_channel();
+        Session {
+            sender: Some(Box::new(RoundSender::new(
+                memory,
+                options.base_cache_bytes,
+                counters.clone(),
+            ))),
+            guest: Shared::new(guest),
+            pages_total,
+            link,
+            machine: SourceMachine::new(options.engine.clone()),
+            options,
+            output,
+            timeline: Arc::new(Timeline::new()),
+            counters,
+            frozen: None,
+            flight: None,
+            journal: Arc::new(Mutex::new(journal)),
+            happened,
+            happenings,
+            tasks: JoinSet::new(),
+            stopped_at: Arc::default(),
+            downtime: None,
+            device_state_bytes: 0,
+            remaining_at_freeze: 0,
+            tracker: None,
+            outcome: None,
+        }
+    }
+
+    async fn run(mut self, mut signals: StopSignals) -> Report {
+        self.listen();
+        let hello = ToDestination::Hello {
+            protocol: PROTOCOL,
+            shape: Box::new(self.guest.with(|guest| guest.shape().clone())),
+            strategy: self.options.engine.strategy,
+        };
+        self.handle(SourceEvent::Connected(Box::new(hello))).await;
+        let mut meter = ProgressMeter::new(self.pages_total);
+        let mut ticks = tokio::time::interval(Duration::from_millis(250));
+        while self.outcome.is_none() {
+            let deadline = self.machine.deadline().unwrap_or(Duration::from_secs(1 << 30));
+            let wait = deadline.saturating_sub(self.timeline.elapsed());
+            tokio::select! {
+                Some(happened) = self.happenings.recv() => self.take_in(happened).await,
+                () = tokio::time::sleep(wait) => self.handle(SourceEvent::Tick).await,
+                () = signals.wait() => {
+                    if self.machine.decided() {
+                        self.output.note("the guest is already at the destination: finishing");
+                    }
+                    self.handle(SourceEvent::Cancelled).await;
+                }
+                _ = ticks.tick() => {
+                    let progress = meter.read(&self.timeline, &self.counters, &self.link);
+                    self.output.progress(progress);
+                }
+            }
+        }
+        self.finish().await
+    }
+
+    /// Takes messages of the destination.
+    fn listen(&mut self) {
+        let (link, happened) = (self.link.clone(), self.happened.clone());
+        self.tasks.spawn(async move {
+            loop {
+                let message = match link.control_recv().await {
+                    Ok(bytes) => decode(&bytes).map(SourceEvent::Message),
+                    Err(error) => {
+                        let _ = happened.send(Happened::Event(SourceEvent::LinkLost(error.into())));
+                        return;
+                    }
+                };
+                let event = message.unwrap_or_else(|error| SourceEvent::Failed(error.into()));
+                if happened.send(Happened::Event(event)).is_err() {
+                    return;
+                }
+            }
+        });
+    }
+
+    async fn take_in(&mut self, happened: Happened) {
+        match happened {
+            Happened::Event(event) => {
+                if let SourceEvent::Message(crate::wire::message::ToSource::Running) = &event {
+                    let stopped_at = *self.stopped_at.lock().expect("no holder panics");
+                    let back = Duration::from_micros(self.link.stats().min_rtt_us / 2);
+                    self.downtime = stopped_at.map(|at| at.elapsed().saturating_sub(back));
+                }
+                self.handle(event).await;
+            }
+            Happened::Round(sender, result) => {
+                self.tracker = sender.tracker_name();
+                self.sender = Some(sender);
+                let event = match result {
+                    Ok(mut summary) => {
+                        let stats = self.link.stats();
+                        summary.round_trip = Duration::from_micros(stats.min_rtt_us);
+                        summary.link_bytes_per_s = stats.delivery_rate_bytes_per_s.max(1);
+                        SourceEvent::RoundSent(summary)
+                    }
+                    Err(failure) => SourceEvent::Failed(failure),
+                };
+                self.handle(event).await;
+            }
+            Happened::Frozen(sender, result) => {
+                self.sender = Some(sender);
+                let event = match result {
+                    Ok((frozen, device_state)) => {
+                        self.pack_flight(frozen, &device_state);
+                        SourceEvent::Frozen
+                    }
+                    Err(failure) => SourceEvent::Failed(failure),
+                };
+                self.handle(event).await;
+            }
+        }
+    }
+
+    async fn handle(&mut self, event: SourceEvent) {
+        self.machine.handle(self.timeline.elapsed(), event);
+        self.timeline.enter(self.machine.phase(), &self.output);
+        while let Some(action) = self.machine.poll() {
+            self.act(action).await;
+        }
+    }
+
+    async fn act(&mut self, action: SourceAction) {
+        match action {
+            SourceAction::Send(mut message) => {
+                if let ToDestination::Bye { downtime_us } = &mut message {
+                    *downtime_us = self.downtime.map(|downtime| downtime.as_micros() as u64);
+                }
+                if let Err(error) = self.link.control_send(encode(&message).into()).await {
+                    // The receiving task finds the same; this one may be first.
+                    let _ = self
+                        .happened
+                        .send(Happened::Event(SourceEvent::LinkLost(error.into())));
+                }
+            }
+            SourceAction::SendRound(version) => self.send_round(version),
+            SourceAction::ForgetPages(pages) => {
+                if let Some(sender) = &mut self.sender {
+                    sender.forget(&pages);
+                }
+            }
+            SourceAction::Freeze(version) => self.freeze(version),
+            SourceAction::SendFlight => self.send_flight(),
+            SourceAction::SendRemainder => self.send_remainder(),
+            SourceAction::Journal(record) => {
+                let journal = self.journal.clone();
+                self.spawn_step(async move {
+                    blocking(move || journal.lock().expect("no holder panics").record(&record))
+                        .await
+                        .map(|()| SourceEvent::Journaled(record))
+                });
+            }
+            SourceAction::ResumeGuest => {
+                let guest = self.guest.clone();
+                self.spawn_step(async move {
+                    guest.call(|guest| guest.resume()).await.map(|()| SourceEvent::Resumed)
+                });
+            }
+            SourceAction::ReleaseGuest => {
+                let (guest, quit) = (self.guest.clone(), self.options.quit_source);
+                self.spawn_step(async move {
+                    guest.call(move |guest| guest.release(quit)).await.map(|()| SourceEvent::Released)
+                });
+            }
+            SourceAction::End(outcome) => self.outcome = Some(outcome),
+        }
+    }
+
+    /// Carries out a step whose result is an event.
+    fn spawn_step(
+        &mut self,
+        step: impl Future<Output = Result<SourceEvent, Failure>> + Send + 'static,
+    ) {
+        let happened = self.happened.clone();
+        self.tasks.spawn(async move {
+            let event = step.await.unwrap_or_else(SourceEvent::Failed);
+            let _ = happened.send(Happened::Event(event));
+        });
+    }
+
+    fn send_round(&mut self, version: Version) {
+        let Some(mut sender) = self.sender.take() else { return };
+        let (guest, kind) = (self.guest.clone(), self.options.tracker);
+        let (happened, link) = (self.happened.clone(), self.link.clone());
+        let (messages, queue) = mpsc::channel(4);
+        self.tasks.spawn(async move {
+            let forward = tokio::spawn(forward(link, queue, |link, message| async move {
+                link.push(message).await
+            }));
+            let round = tokio::task::spawn_blocking(move || {
+                let result = (|| {
+                    if !sender.is_tracking() {
+                        let tracker = guest.with(|guest| guest.track(kind))?;
+                        sender.track(tracker)?;
+                    }
+                    sender.send_round(version, &messages)
+                })();
+                drop(messages);
+                (sender, result)
+            });
+            let (sender, result) = match round.await {
+                Ok(done) => done,
+                Err(error) => {
+                    let failure = Failure::plain(format!("the sending thread failed: {error}"));
+                    let _ = happened.send(Happened::Event(SourceEvent::Failed(failure)));
+                    return;
+                }
+            };
+            // What the link still holds is waited for by the destination's acknowledgement.
+            if let Ok(Err(failure)) = forward.await {
+                let _ = happened.send(Happened::Event(SourceEvent::LinkLost(failure)));
+            }
+            let _ = happened.send(Happened::Round(sender, result));
+        });
+    }
+
+    fn freeze(&mut self, version: Version) {
+        let Some(mut sender) = self.sender.take() else { return };
+        let (guest, happened) = (self.guest.clone(), self.happened.clone());
+        let (timeline, stopped_at) = (self.timeline.clone(), self.stopped_at.clone());
+        self.tasks.spawn_blocking(move || {
+            let freeze = |sender: &mut RoundSender| {
+                let begin = Instant::now();
+                *stopped_at.lock().expect("no holder panics") = Some(begin);
+                guest.with(|guest| guest.pause())?;
+                timeline.part("freeze.stop", begin.elapsed());
+                let saving = Instant::now();
+                // Before the last look at the dirty pages: what the monitor writes while it saves
+                // its state is then found too.
+                let device_state = guest.with(|guest| guest.save_device_state())?;
+                timeline.part("freeze.device_state", saving.elapsed());
+                let scanning = Instant::now();
+                let frozen = sender.freeze(version)?;
+                timeline.part("freeze.last_scan", scanning.elapsed());
+                Ok((frozen, device_state))
+            };
+            let result = freeze(&mut sender);
+            let _ = happened.send(Happened::Frozen(sender, result));
+        });
+    }
+
+    fn pack_flight(&mut self, frozen: FrozenPages, device_state: &[u8]) {
+        let packing = Instant::now();
+        let flight = encode(&Flight {
+            final_version: frozen.version(),
+            need: PackedSet::pack(frozen.need()),
+            zero: PackedSet::pack(frozen.zero()),
+            device_state: PackedBytes::pack(device_state),
+        });
+        self.device_state_bytes = flight.len() as u64;
+        self.remaining_at_freeze = frozen.need().len();
+        self.flight = Some(flight.into());
+        self.frozen = Some(Arc::new(frozen));
+        self.timeline.part("freeze.pack", packing.elapsed());
+    }
+
+    fn send_flight(&mut self) {
+        let Some(flight) = self.flight.take() else { return };
+        let (link, happened) = (self.link.clone(), self.happened.clone());
+        self.tasks.spawn(async move {
+            if let Err(error) = link.send(Lane::State, flight).await {
+                let _ = happened.send(Happened::Event(SourceEvent::LinkLost(error.into())));
+            }
+        });
+    }
+
+    /// Starts the pusher and the fault lane.
+    fn send_remainder(&mut self) {
+        let Some(frozen) = self.frozen.clone() else { return };
+        let (messages, queue) = mpsc::channel(2);
+        let pushed = frozen.clone();
+        self.tasks.spawn_blocking(move || {
+            let mut reader = PageReader::default();
+            while let Some(message) = pushed.next_push(&mut reader) {
+                if messages.blocking_send(message).is_err() {
+                    return;
+                }
+            }
+        });
+        let (link, happened) = (self.link.clone(), self.happened.clone());
+        self.tasks.spawn(async move {
+            let event = match forward(link, queue, |link, message| async move {
+                link.push(message).await
+            })
+            .await
+            {
+                Ok(()) => SourceEvent::RemainderSent,
+                Err(failure) => SourceEvent::LinkLost(failure),
+            };
+            let _ = happened.send(Happened::Event(event));
+        });
+        let (link, happened) = (self.link.clone(), self.happened.clone());
+        self.tasks.spawn(async move {
+            if let Err(failure) = answer_faults(&link, &frozen).await {
+                let _ = happened.send(Happened::Event(SourceEvent::LinkLost(failure)));
+            }
+        });
+    }
+
+    async fn finish(mut self) -> Report {
+        let outcome = self.outcome.take().expect("the loop ends with an outcome");
+        self.timeline.enter(MigrationPhase::Done, &self.output);
+        let total_ms = ms(self.timeline.elapsed());
+        let stats = self.link.stats();
+        let failure = match &outcome {
+            SourceOutcome::Migrated => None,
+            SourceOutcome::Stayed(f) | SourceOutcome::InDoubt(f) | SourceOutcome::LostPages(f) => {
+                Some(f.clone())
+            }
+        };
+        let goodbye = failure.as_ref().map_or("done", |failure| failure.reason.as_str());
+        // What was said last must arrive before the link is closed.
+        let _ = tokio::time::timeout(FAREWELL_GRACE, self.link.finish()).await;
+        self.link.close(u32::from(failure.is_some()), goodbye).await;
+        self.tasks.shutdown().await;
+        // Ends the tracking of the guest's writes.
+        self.sender = None;
+        if let Some(failure) = &failure {
+            self.output.error(failure);
+        }
+        let path = self.journal.lock().expect("no holder panics").path().to_owned();
+        match &outcome {
+            SourceOutcome::Migrated | SourceOutcome::Stayed(_) => {
+                if let Err(error) = std::fs::remove_file(&path) {
+                    tracing::warn!("the journal {} stays behind: {error}", path.display());
+                }
+            }
+            _ => self.output.note(&format!("the journal of this side is {}", path.display())),
+        }
+        let codecs = self.counters.codecs();
+        Report {
+            role: Role::Source,
+            result: match outcome {
+                SourceOutcome::Migrated => MigrationResult::Migrated,
+                SourceOutcome::Stayed(_) => MigrationResult::Stayed,
+                SourceOutcome::InDoubt(_) => MigrationResult::InDoubt,
+                SourceOutcome::LostPages(_) => MigrationResult::LostPages,
+            },
+            strategy: self.options.engine.strategy,
+            total_ms,
+            downtime_ms: self.downtime.map(ms),
+            wire_sent_bytes: stats.sent_bytes,
+            wire_received_bytes: stats.received_bytes,
+            pages_total: self.pages_total,
+            pages_by_codec: codecs.used().map(|(codec, pages, _)| (codec.name(), pages)).collect(),
+            bytes_by_codec: codecs.used().map(|(codec, _, bytes)| (codec.name(), bytes)).collect(),
+            precopy_rounds: self.machine.rounds(),
+            remaining_pages_at_freeze: self.remaining_at_freeze,
+            device_state_bytes: self.device_state_bytes,
+            remote_faults: self.counters.remote_faults.load(Ordering::Relaxed),
+            local_faults: 0,
+            duplicate_pages: 0,
+            fault_latency_us: None,
+            round_trip_ms: stats.min_rtt_us as f64 / 1e3,
+            tracker: self.tracker,
+            phases_ms: self.timeline.parts_ms(),
+        }
+    }
+}
+
+/// Takes messages out of the queue until it ends and hands each to the link.
+async fn forward<F: Future<Output = Result<(), crate::transport::LinkError>>>(
+    link: Link,
+    mut queue: mpsc::Receiver<Bytes>,
+    send: impl Fn(Link, Bytes) -> F,
+) -> Result<(), Failure> {
+    while let Some(message) = queue.recv().await {
+        send(link.clone(), message).await?;
+    }
+    Ok(())
+}
+
+/// Answers fault requests until the link ends.
+async fn answer_faults(link: &Link, frozen: &FrozenPages) -> Result<(), Failure> {
+    let mut reader = PageReader::default();
+    loop {
+        let bytes = link.recv(Lane::FaultRequest).await?;
+        let request: FaultRequest = decode(&bytes)?;
+        if request.pages.len() > MAX_REQUEST_PAGES {
+            let count = request.pages.len();
+            return Err(Failure::plain(format!("the destination asks for {count} pages at once")));
+        }
+        for reply in frozen.answer(&request.pages, request.whole, &mut reader) {
+            link.send(Lane::FaultReply, reply).await?;
+        }
+    }
+}

@@ -1,0 +1,436 @@
+//! The default controller: full rate with a few milliseconds of queue.
+//!
+//! A delay-based law in the family of TCP Vegas, FAST TCP (Wei et al., 2006) and LEDBAT (RFC 6817),
+//! with the start of HyStart++ (RFC 9406) and the base-RTT refresh of BBR:
+//!
+//! * A *round* is about one round trip. The smallest RTT of a round less the base RTT is its
+//!   *standing queue*; single late acknowledgements and jitter do not count.
+//! * Steady state moves the window half of the way to `window * (base + target) / (base + queue)`,
+//!   at which the standing queue is the target. It grows only while the window is really used.
+//! * Start doubles per round trip until eight RTT samples in a row show a queue, then falls back to
+//!   the window that was in force when those packets left: no overshoot into a deep buffer.
+//! * Loss alone means nothing below 6 % (random loss is common on long links); above 2 % it counts
+//!   when a queue stands at the same time.
+//! * The base RTT is looked for every 10 s by draining the queue for one round. When a cut of the
+//!   window does not shorten the delay, the queue is not ours (another route, or another sender that
+//!   fills the buffer): the delay found becomes the base, and the old rate is taken up again.
+//!
+//! Beside a loss-based TCP flow in a deep buffer this means: it gives way first, then holds its rate
+//! on top of the other's queue. Between two of its kind, shares depend on who came first.
+
+use std::any::Any;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use quinn::congestion::{Controller, ControllerFactory, ControllerMetrics};
+use quinn_proto::RttEstimator;
+
+use super::Gauges;
+
+/// RTT samples that must all be late before the start ends or a round is cut short.
+const LATE_SAMPLES: u32 = 8;
+/// Rounds are no shorter than this: below it, timers and schedulers are what one measures.
+const MIN_ROUND: Duration = Duration::from_millis(2);
+/// How long a base RTT is believed without being seen again.
+const BASE_RTT_LIFETIME: Duration = Duration::from_secs(10);
+/// Growth per round, at most.
+const MAX_GROWTH: f64 = 1.25;
+/// The window never falls by more than this factor in one step.
+const MAX_CUT: f64 = 0.25;
+/// Growth per round for a while after heavy loss, so that a policed link is not hit each round.
+const GROWTH_AFTER_LOSS: f64 = 1.02;
+const ROUNDS_AFTER_LOSS: u32 = 16;
+
+/// Builds [`DelayTarget`] controllers.
+#[derive(Clone, Debug)]
+pub struct DelayTargetConfig {
+    /// Standing queue aimed at on a long path. A path whose base RTT is below ten times this aims
+    /// at a tenth of it (but not below `queue_target_floor`): a queue must be short beside the RTT.
+    pub queue_target: Duration,
+    /// Smallest standing queue aimed at.
+    pub queue_target_floor: Duration,
+    /// First window, in packets.
+    pub initial_window_packets: u64,
+    /// Largest window, in bytes.
+    pub max_window_bytes: u64,
+    pub(crate) gauges: Arc<Gauges>,
+}
+
+impl Default for DelayTargetConfig {
+    fn default() -> Self {
+        DelayTargetConfig {
+            queue_target: Duration::from_millis(4),
+            queue_target_floor: Duration::from_micros(500),
+            initial_window_packets: 32,
+            max_window_bytes: 256 << 20,
+            gauges: Arc::default(),
+        }
+    }
+}
+
+impl ControllerFactory for DelayTargetConfig {
+    fn build(self: Arc<Self>, now: Instant, current_mtu: u16) -> Box<dyn Controller> {
+        Box::new(DelayTarget::new(self, now, current_mtu))
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Phase {
+    /// Doubling until a queue shows.
+    Start,
+    /// Holding the target.
+    Steady,
+    /// Window held below the pipe, to see the base RTT; afterwards back to `resume_window`.
+    Probe { resume_window: f64 },
+}
+
+/// A cut that was made for delay, kept until the next valid round tells whether it helped.
+#[derive(Clone, Copy, Debug)]
+struct Cut {
+    /// Window per RTT just before the first cut of the series, in bytes per second.
+    rate: f64,
+    queue: f64,
+    in_vain: u32,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Round {
+    started: Instant,
+    min_rtt: Option<Duration>,
+    acked_bytes: u64,
+    lost_bytes: u64,
+    most_in_flight: u64,
+}
+
+impl Round {
+    fn new(started: Instant) -> Self {
+        Round { started, min_rtt: None, acked_bytes: 0, lost_bytes: 0, most_in_flight: 0 }
+    }
+}
+
+/// Regulates the queueing delay; see the module's text for the algorithm.
+#[derive(Clone, Debug)]
+pub struct DelayTarget {
+    config: Arc<DelayTargetConfig>,
+    mtu: u64,
+    window: f64,
+    phase: Phase,
+    base: Option<Duration>,
+    base_seen: Instant,
+    round: Round,
+    /// Rounds to let pass unjudged: their packets left before the last change of the window.
+    settling: u32,
+    cut: Option<Cut>,
+    rounds_after_loss: u32,
+    late_samples: u32,
+    recent_min: Duration,
+    in_flight: u64,
+    rate_bytes_per_s: f64,
+}
+
+impl DelayTarget {
+    pub(super) fn new(config: Arc<DelayTargetConfig>, now: Instant, mtu: u16) -> Self {
+        let window = (config.initial_window_packets * u64::from(mtu)) as f64;
+        let controller = DelayTarget {
+            config,
+            mtu: u64::from(mtu),
+            window,
+            phase: Phase::Start,
+            base: None,
+            base_seen: now,
+            round: Round::new(now),
+            settling: 0,
+            cut: None,
+            rounds_after_loss: 0,
+            late_samples: 0,
+            recent_min: Duration::MAX,
+            in_flight: 0,
+            rate_bytes_per_s: 0.0,
+        };
+        controller.publish();
+        controller
+    }
+
+    /// Standing queue aimed at, in seconds.
+    fn target(&self, base: f64) -> f64 {
+        (base / 10.0).clamp(
+            self.config.queue_target_floor.as_secs_f64(),
+            self.config.queue_target.as_secs_f64(),
+        )
+    }
+
+    fn set_window(&mut self, bytes: f64) {
+        let floor = (4 * self.mtu) as f64;
+        self.window = bytes.clamp(floor, (self.config.max_window_bytes as f64).max(floor));
+    }
+
+    pub(super) fn sent(&mut self, bytes: u64) {
+        self.in_flight += bytes;
+        self.round.most_in_flight = self.round.most_in_flight.max(self.in_flight);
+    }
+
+    pub(super) fn acked(&mut self, now: Instant, sent: Instant, bytes: u64) {
+        let rtt = now.saturating_duration_since(sent);
+        if self.base.is_none_or(|base| rtt < base) {
+            self.base = Some(rtt);
+            self.base_seen = now;
+        } else if let Some(base) = self.base {
+            let base_s = base.as_secs_f64();
+            if (rtt - base).as_secs_f64() < self.target(base_s) / 8.0 {
+                self.base_seen = now;
+            }
+        }
+        self.round.min_rtt = Some(self.round.min_rtt.map_or(rtt, |min| min.min(rtt)));
+        self.round.acked_bytes += bytes;
+        self.recent_min = self.recent_min.min(rtt);
+        self.late_samples += 1;
+        if self.phase == Phase::Start && self.window_is_used() {
+            self.set_window(self.window + bytes as f64);
+        }
+        if self.late_samples >= LATE_SAMPLES {
+            self.judge_recent(now, sent);
+            self.late_samples = 0;
+            self.recent_min = Duration::MAX;
+        }
+        if sent >= self.round.started && now - self.round.started >= MIN_ROUND {
+            self.end_round(now);
+        }
+    }
+
+    /// Eight samples in a row: a queue that all of them saw is there.
+    fn judge_recent(&mut self, now: Instant, sent: Instant) {
+        let Some(base) = self.base.map(|base| base.as_secs_f64()) else { return };
+        let queue = self.recent_min.as_secs_f64() - base;
+        let target = self.target(base);
+        match self.phase {
+            Phase::Start if queue > target / 2.0 => {
+                // These packets left when the window was half of what it is now.
+                self.set_window(self.window / 2.0 * (base + target) / (base + queue));
+                self.phase = Phase::Steady;
+                self.settle(now);
+            }
+            Phase::Steady if self.settling == 0 && queue > 3.0 * target => {
+                // Only packets of this round: what earlier ones saw has been answered already.
+                if sent >= self.round.started || self.cut.is_none() {
+                    self.round.min_rtt = Some(self.recent_min);
+                    self.end_round(now);
+                }
+            }
+            _ => {}
+        }
+    }
+
+    fn window_is_used(&self) -> bool {
+        self.round.most_in_flight.max(self.in_flight) as f64 >= 0.75 * self.window
+    }
+
+    /// Lets the packets pass that left under the old window.
+    fn settle(&mut self, now: Instant) {
+        self.settling = 1;
+        self.round = Round::new(now);
+    }
+
+    fn end_round(&mut self, now: Instant) {
+        let round = std::mem::replace(&mut self.round, Round::new(now));
+        self.round.most_in_flight = self.in_flight;
+        let used = round.most_in_flight as f64 >= 0.75 * self.window;
+        self.measure_rate(&round, now, used);
+        let (Some(base), Some(min_rtt)) = (self.base, round.min_rtt) else { return };
+        if self.settling > 0 {
+            self.settling -= 1;
+            return;
+        }
+        match self.phase {
+            Phase::Start => {
+                if self.loss_is_heavy(&round, false) {
+                    self.cut_for_loss();
+                }
+            }
+            Phase::Probe { resume_window } => self.end_probe(now, base, min_rtt, resume_window),
+            Phase::Steady => {
+                let queue = (min_rtt.saturating_sub(base)).as_secs_f64();
+                if self.loss_is_heavy(&round, queue >= self.target(base.as_secs_f64()) / 2.0) {
+                    self.cut_for_loss();
+                } else if used && now - self.base_seen > BASE_RTT_LIFETIME {
+                    self.begin_probe(now, base, queue);
+                } else {
+                    self.steer(now, base, min_rtt, used);
+                }
+            }
+        }
+    }
+
+    fn measure_rate(&mut self, round: &Round, now: Instant, used: bool) {
+        let seconds = (now - round.started).as_secs_f64();
+        let sample = round.acked_bytes as f64 / seconds.max(1e-6);
+        // A round in which the application had little to say tells nothing about the link.
+        self.rate_bytes_per_s = if used {
+            self.rate_bytes_per_s * 0.75 + sample * 0.25
+        } else {
+            self.rate_bytes_per_s.max(sample)
+        };
+    }
+
+    /// One step of the steady law.
+    fn steer(&mut self, now: Instant, base: Duration, min_rtt: Duration, used: bool) {
+        let base_s = base.as_secs_f64();
+        let queue = min_rtt.saturating_sub(base).as_secs_f64();
+        let target = self.target(base_s);
+        if queue <= 2.0 * target {
+            self.cut = None;
+            let aim = self.window * (base_s + target) / (base_s + queue);
+            let step = (self.window + aim) / 2.0;
+            if step <= self.window {
+                self.set_window(step);
+            } else if used {
+                self.set_window(step.min(self.window * self.growth(queue, target)));
+            }
+            return;
+        }
+        let rate = self.window / (base_s + queue);
+        let cut = match self.cut {
+            Some(cut) if queue > 0.6 * cut.queue => Cut { in_vain: cut.in_vain + 1, ..cut },
+            Some(cut) => Cut { queue, in_vain: 0, ..cut },
+            None => Cut { rate, queue, in_vain: 0 },
+        };
+        if cut.in_vain >= 2 {
+            // Two cuts did not shorten the delay: it is the path's, not ours.
+            self.adopt_base(now, min_rtt);
+            let base_s = min_rtt.as_secs_f64();
+            self.set_window(cut.rate.max(rate) * (base_s + self.target(base_s)));
+            self.cut = None;
+        } else {
+            let aim = self.window * (base_s + target) / (base_s + queue);
+            self.set_window(aim.max(self.window * MAX_CUT));
+            self.cut = Some(cut);
+        }
+        self.settle(now);
+    }
+
+    /// Faster when there is no queue at all: the link may have become wider.
+    fn growth(&self, queue: f64, target: f64) -> f64 {
+        if self.rounds_after_loss > 0 {
+            GROWTH_AFTER_LOSS
+        } else if queue < target / 2.0 {
+            MAX_GROWTH
+        } else {
+            1.1
+        }
+    }
+
+    fn begin_probe(&mut self, now: Instant, base: Duration, queue: f64) {
+        self.phase = Phase::Probe { resume_window: self.window };
+        let base_s = base.as_secs_f64();
+        self.set_window(0.75 * self.window * base_s / (base_s + queue));
+        self.settle(now);
+    }
+
+    fn end_probe(&mut self, now: Instant, base: Duration, min_rtt: Duration, resume: f64) {
+        let before = base.as_secs_f64() + self.target(base.as_secs_f64());
+        self.adopt_base(now, min_rtt);
+        let after = min_rtt.as_secs_f64() + self.target(min_rtt.as_secs_f64());
+        self.set_window(resume * (after / before).clamp(0.5, 2.0));
+        self.phase = Phase::Steady;
+        self.settle(now);
+    }
+
+    fn adopt_base(&mut self, now: Instant, rtt: Duration) {
+        self.base = Some(rtt);
+        self.base_seen = now;
+    }
+
+    /// More loss than chance gives at the tolerated share, by two standard deviations.
+    fn loss_is_heavy(&mut self, round: &Round, queue_agrees: bool) -> bool {
+        self.rounds_after_loss = self.rounds_after_loss.saturating_sub(1);
+        let lost = round.lost_bytes as f64 / self.mtu as f64;
+        let expected = (round.acked_bytes + round.lost_bytes) as f64 / self.mtu as f64
+            * if queue_agrees { 0.02 } else { 0.06 };
+        lost > expected + 2.0 * expected.sqrt() + 1.0
+    }
+
+    fn cut_for_loss(&mut self) {
+        self.set_window(self.window * 0.8);
+        self.phase = Phase::Steady;
+        self.rounds_after_loss = ROUNDS_AFTER_LOSS;
+        self.settling = 1;
+    }
+
+    pub(super) fn lost(&mut self, now: Instant, persistent: bool, bytes: u64) {
+        self.round.lost_bytes += bytes;
+        self.in_flight = self.in_flight.saturating_sub(bytes);
+        if persistent {
+            // The path was gone; nothing that was known about it need be true now.
+            let (config, mtu) = (self.config.clone(), self.mtu as u16);
+            *self = DelayTarget::new(config, now, mtu);
+        } else if bytes == 0 && self.settling == 0 {
+            // An ECN mark: the network says "queue" before we could see it.
+            self.set_window(self.window * 0.9);
+            self.settling = 1;
+            if self.phase == Phase::Start {
+                self.phase = Phase::Steady;
+            }
+        }
+    }
+
+    pub(super) fn acks_done(&mut self, in_flight: u64, app_limited: bool) {
+        self.in_flight = in_flight;
+        self.publish();
+        if app_limited {
+            self.config.gauges.report_dry();
+        }
+    }
+
+    fn publish(&self) {
+        self.config.gauges.publish(
+            self.window as u64,
+            self.in_flight,
+            self.rate_bytes_per_s as u64,
+            self.base,
+        );
+    }
+}
+
+impl Controller for DelayTarget {
+    fn on_sent(&mut self, _: Instant, bytes: u64, _: u64) {
+        self.sent(bytes);
+    }
+
+    fn on_ack(&mut self, now: Instant, sent: Instant, bytes: u64, _: bool, _: &RttEstimator) {
+        self.acked(now, sent, bytes);
+    }
+
+    fn on_end_acks(&mut self, _: Instant, in_flight: u64, app_limited: bool, _: Option<u64>) {
+        self.acks_done(in_flight, app_limited);
+    }
+
+    fn on_congestion_event(&mut self, now: Instant, _: Instant, persistent: bool, lost: u64) {
+        self.lost(now, persistent, lost);
+    }
+
+    fn on_mtu_update(&mut self, new_mtu: u16) {
+        self.mtu = u64::from(new_mtu);
+    }
+
+    fn window(&self) -> u64 {
+        self.window as u64
+    }
+
+    fn metrics(&self) -> ControllerMetrics {
+        let mut metrics = ControllerMetrics::default();
+        metrics.congestion_window = self.window as u64;
+        metrics.pacing_rate = Some((self.rate_bytes_per_s * 8.0) as u64);
+        metrics
+    }
+
+    fn clone_box(&self) -> Box<dyn Controller> {
+        Box::new(self.clone())
+    }
+
+    fn initial_window(&self) -> u64 {
+        self.config.initial_window_packets * self.mtu
+    }
+
+    fn into_any(self: Box<Self>) -> Box<dyn Any> {
+        self
+    }
+}

@@ -1,0 +1,179 @@
+//! The sender's end: finds the receiver of a ticket and proves that it holds it.
+
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::Duration;
+
+use quinn::{ClientConfig, Connection, Endpoint, ReadExactError};
+use tokio::task::JoinSet;
+
+use super::congestion::Gauges;
+use super::error::{ConnectError, LinkError};
+use super::link::{Established, Link};
+use super::proof::{self, Claim, Hello, SessionKey, WELCOME_BYTES, Welcome};
+use super::quic::{self, Peer};
+use super::ticket::{Secret, Ticket};
+use super::{TransportOptions, identity, socket};
+
+/// Addresses are tried in the ticket's order, each a little after the one before, as RFC 8305 does.
+const STAGGER: Duration = Duration::from_millis(100);
+
+/// Connects to the receiver that made `ticket`, trying all its addresses. A ticket works once.
+///
+/// # Errors
+/// See [`ConnectError`]; bounded by
+/// [`connect_timeout_ms`](TransportOptions::connect_timeout_ms).
+pub async fn connect(ticket: &Ticket, options: &TransportOptions) -> Result<Link, ConnectError> {
+    establish(ticket, Claim::Ticket, &ticket.secret, options).await
+}
+
+/// Connects again to the receiver of a migration that began with [`connect`], with the key of that
+/// session ([`Link::session_key`]). The receiver must be in
+/// [`accept_resumed`](super::Listener::accept_resumed), or get there soon.
+///
+/// # Errors
+/// As [`connect`].
+pub async fn reconnect(
+    ticket: &Ticket,
+    session: &SessionKey,
+    options: &TransportOptions,
+) -> Result<Link, ConnectError> {
+    establish(ticket, Claim::Session, &session.0, options).await
+}
+
+async fn establish(
+    ticket: &Ticket,
+    claim: Claim,
+    secret: &Secret,
+    options: &TransportOptions,
+) -> Result<Link, ConnectError> {
+    let limit = Duration::from_millis(options.connect_timeout_ms);
+    let deadline = tokio::time::Instant::now() + limit;
+    let dialled = dial(ticket, options, deadline).await?;
+    let late = || {
+        let address = dialled.connection.remote_address();
+        ConnectError::Unreachable(format!("{address} did not answer in time"))
+    };
+    tokio::time::timeout_at(deadline, introduce(&dialled, ticket, claim, secret, options))
+        .await
+        .map_err(|_| late())?
+}
+
+/// A connection to the right receiver, which does not know us yet.
+struct Dialled {
+    connection: Connection,
+    endpoint: Endpoint,
+    gauges: Arc<Gauges>,
+}
+
+/// The first address at which the receiver with the ticket's certificate answers.
+async fn dial(
+    ticket: &Ticket,
+    options: &TransportOptions,
+    deadline: tokio::time::Instant,
+) -> Result<Dialled, ConnectError> {
+    let mut attempts = JoinSet::new();
+    for (position, &address) in ticket.addresses.iter().enumerate() {
+        let (fingerprint, options) = (ticket.certificate_sha256, options.clone());
+        attempts.spawn(async move {
+            tokio::time::sleep(STAGGER * position as u32).await;
+            let attempt = tokio::time::timeout_at(deadline, dial_one(address, fingerprint, &options));
+            let result = attempt.await.unwrap_or_else(|_| {
+                Err(ConnectError::Unreachable("no answer in time".to_owned()))
+            });
+            (address, result)
+        });
+    }
+    let mut failures = Vec::new();
+    while let Some(joined) = attempts.join_next().await {
+        match joined {
+            Ok((_, Ok(dialled))) => return Ok(dialled),
+            Ok((address, Err(error))) => failures.push((address, error)),
+            Err(_) => {}
+        }
+    }
+    Err(explain(failures))
+}
+
+/// One error for all addresses: the one that says most.
+fn explain(mut failures: Vec<(SocketAddr, ConnectError)>) -> ConnectError {
+    let telling = failures.iter().position(|(_, error)| {
+        matches!(
+            error,
+            ConnectError::AnotherReceiver { .. } | ConnectError::Link(LinkError::VersionMismatch)
+        )
+    });
+    if let Some(position) = telling {
+        return failures.swap_remove(position).1;
+    }
+    let each = failures.iter().map(|(address, error)| match error {
+        ConnectError::Unreachable(why) => format!("{address}: {why}"),
+        ConnectError::Link(why) => format!("{address}: {why}"),
+        other => format!("{address}: {other}"),
+    });
+    ConnectError::Unreachable(each.collect::<Vec<_>>().join("; "))
+}
+
+async fn dial_one(
+    address: SocketAddr,
+    fingerprint: [u8; 32],
+    options: &TransportOptions,
+) -> Result<Dialled, ConnectError> {
+    let local: SocketAddr = if address.is_ipv4() {
+        (Ipv4Addr::UNSPECIFIED, 0).into()
+    } else {
+        (Ipv6Addr::UNSPECIFIED, 0).into()
+    };
+    let endpoint = socket::endpoint(local, None, options)
+        .map_err(|source| ConnectError::Socket { address: local, source })?;
+    let gauges = Arc::<Gauges>::default();
+    let (crypto, mismatch) = identity::sender(fingerprint);
+    let mut config = ClientConfig::new(Arc::new(crypto));
+    let transport = quic::transport_config(options, Peer::Known, address, gauges.clone());
+    config.transport_config(Arc::new(transport));
+    let connecting = endpoint
+        .connect_with(config, address, identity::SERVER_NAME)
+        .map_err(|error| ConnectError::Unreachable(error.to_string()))?;
+    match connecting.await {
+        Ok(connection) => Ok(Dialled { connection, endpoint, gauges }),
+        Err(_) if mismatch.load(Relaxed) => Err(ConnectError::AnotherReceiver { address }),
+        Err(error) => Err(LinkError::from_quic(error, options.idle_timeout_ms).into()),
+    }
+}
+
+async fn introduce(
+    dialled: &Dialled,
+    ticket: &Ticket,
+    claim: Claim,
+    secret: &Secret,
+    options: &TransportOptions,
+) -> Result<Link, ConnectError> {
+    let Dialled { connection, endpoint, gauges } = dialled;
+    let lost = |error| ConnectError::refused(LinkError::from_quic(error, options.idle_timeout_ms));
+    let (mut send, mut recv) = connection.open_bi().await.map_err(lost)?;
+    let window = quic::push_window_bytes(options);
+    let hello = Hello::new(claim, ticket.migration, window, secret, connection);
+    let mut answer = [0; WELCOME_BYTES];
+    // A refusal shows as an error of either call; the connection knows why.
+    let answered = match send.write_all(&hello.encode()).await {
+        Ok(()) => recv.read_exact(&mut answer).await,
+        Err(_) => Err(ReadExactError::FinishedEarly(0)),
+    };
+    if answered.is_err() {
+        return Err(lost(connection.closed().await));
+    }
+    let session = match claim {
+        Claim::Ticket => proof::session_key(secret, connection),
+        Claim::Session => SessionKey(secret.clone()),
+    };
+    let established = Established {
+        connection: connection.clone(),
+        endpoint: endpoint.clone(),
+        control: (send, recv),
+        gauges: gauges.clone(),
+        session,
+        peer_push_window_bytes: Welcome::decode(answer).push_window_bytes,
+    };
+    Ok(Link::new(established, options))
+}

@@ -1,0 +1,331 @@
+//! An authenticated connection and its lanes.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use quinn::{Connection, Endpoint, RecvStream, SendStream, VarInt, WriteError};
+use tokio::sync::{Mutex, mpsc, oneshot};
+
+use super::TransportOptions;
+use super::congestion::Gauges;
+use super::error::{LinkError, close_code, code};
+use super::incoming::{self, Core, LaneQueues};
+use super::lanes::{CONTROL_PRIORITY, Lane};
+use super::proof::SessionKey;
+use super::push::{PushBudget, PushCredit};
+use super::quic;
+
+/// Control messages that wait to be written.
+const CONTROL_QUEUE: usize = 16;
+/// The notice of a closed link gets so long to leave.
+const CLOSE_GRACE: Duration = Duration::from_millis(500);
+
+/// What both ends know of each other when a link begins.
+pub(super) struct Established {
+    pub(super) connection: Connection,
+    pub(super) endpoint: Endpoint,
+    pub(super) control: (SendStream, RecvStream),
+    pub(super) gauges: Arc<Gauges>,
+    pub(super) session: SessionKey,
+    pub(super) peer_push_window_bytes: u64,
+}
+
+/// One end of an authenticated connection; clones are handles to the same. Dropping the last closes it.
+///
+/// All receiving and sending methods may be called from several tasks, and a call that is given up
+/// (its future dropped) takes nothing and sends nothing half.
+#[derive(Clone, Debug)]
+pub struct Link(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    core: Arc<Core>,
+    gauges: Arc<Gauges>,
+    session: SessionKey,
+    control_limit_bytes: usize,
+    bandwidth_limit_bytes_per_s: Option<u64>,
+    control_out: mpsc::Sender<ControlOut>,
+    control_in: Mutex<mpsc::Receiver<Bytes>>,
+    lanes_in: LaneQueues<Mutex<mpsc::Receiver<Bytes>>>,
+    budget: Arc<PushBudget>,
+    credit: Arc<PushCredit>,
+}
+
+#[derive(Debug)]
+enum ControlOut {
+    Message(Bytes),
+    Finish(oneshot::Sender<()>),
+}
+
+/// What a link measures of itself.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LinkStats {
+    /// Smoothed round-trip time.
+    pub rtt_us: u64,
+    /// Round-trip time without queues, as far as seen.
+    pub min_rtt_us: u64,
+    /// Rate at which the network delivered when this end used it fully; 0 until measured.
+    pub delivery_rate_bytes_per_s: u64,
+    /// Congestion window.
+    pub window_bytes: u64,
+    /// Sent and neither acknowledged nor lost.
+    pub in_flight_bytes: u64,
+    /// Of the push lane, not yet acknowledged.
+    pub push_in_flight_bytes: u64,
+    /// UDP payload sent.
+    pub sent_bytes: u64,
+    /// UDP payload received.
+    pub received_bytes: u64,
+    /// QUIC packets sent.
+    pub sent_packets: u64,
+    /// QUIC packets declared lost.
+    pub lost_packets: u64,
+    /// Largest UDP payload that the path takes.
+    pub mtu_bytes: u64,
+}
+
+impl Link {
+    pub(super) fn new(established: Established, options: &TransportOptions) -> Self {
+        let Established { connection, endpoint, control, gauges, session, .. } = established;
+        let core = Core::new(connection, endpoint, options.idle_timeout_ms);
+        let budget = PushBudget::new(gauges.clone(), established.peer_push_window_bytes);
+        let credit = PushCredit::new(quic::push_window_bytes(options));
+        let (control_send, control_recv) = control;
+        let control_in =
+            incoming::start_control(&core, control_recv, options.control_message_limit_bytes);
+        let lanes_in = incoming::start_lanes(&core, budget.clone(), credit.clone());
+        incoming::start_credit(&core, credit.clone());
+        Link(Arc::new(Inner {
+            core,
+            gauges,
+            session,
+            control_limit_bytes: options.control_message_limit_bytes,
+            bandwidth_limit_bytes_per_s: options.bandwidth_limit_bytes_per_s,
+            control_out: start_control_writer(control_send),
+            control_in: Mutex::new(control_in),
+            lanes_in: lanes_in.map(Mutex::new),
+            budget,
+            credit,
+        }))
+    }
+
+    /// The key with which this migration can be continued on another connection.
+    pub fn session_key(&self) -> SessionKey {
+        self.0.session.clone()
+    }
+
+    /// The peer's address, as the network shows it now.
+    pub fn remote_address(&self) -> std::net::SocketAddr {
+        self.0.core.connection.remote_address()
+    }
+
+    /// Puts a message on the control lane, where messages arrive in order. Returns when it is queued.
+    ///
+    /// # Errors
+    /// A message over the limit, or the end of the link.
+    pub async fn control_send(&self, message: Bytes) -> Result<(), LinkError> {
+        let limit_bytes = self.0.control_limit_bytes;
+        if message.len() > limit_bytes {
+            let size_bytes = message.len();
+            return Err(LinkError::TooLarge { lane: "control", size_bytes, limit_bytes });
+        }
+        let sent = self.0.control_out.send(ControlOut::Message(message)).await;
+        sent.map_err(|_| self.ended_or(LinkError::Closed))
+    }
+
+    /// The next control message.
+    ///
+    /// # Errors
+    /// [`LinkError::Finished`] after the peer's [`finish`](Self::finish); else the end of the link.
+    pub async fn control_recv(&self) -> Result<Bytes, LinkError> {
+        let message = self.0.control_in.lock().await.recv().await;
+        message.ok_or_else(|| self.ended_or(LinkError::Finished))
+    }
+
+    /// Ends this side of the control lane and waits until the peer's transport has all of it and all
+    /// that was pushed. Call it before [`close`](Self::close), which discards what is on its way.
+    pub async fn finish(&self) -> Result<(), LinkError> {
+        let (done, finished) = oneshot::channel();
+        if self.0.control_out.send(ControlOut::Finish(done)).await.is_ok() && finished.await.is_ok() {
+            return self.push_drained().await;
+        }
+        Err(self.ended_or(LinkError::Closed))
+    }
+
+    /// Sends a one-shot message. Returns when QUIC has taken all of it; for [`Lane::Push`] that is when
+    /// there is room for it on the link, see [`push`](Self::push).
+    ///
+    /// # Errors
+    /// A message over [`Lane::limit_bytes`], or the end of the link.
+    pub async fn send(&self, lane: Lane, message: Bytes) -> Result<(), LinkError> {
+        if lane == Lane::Push {
+            return self.push(message).await;
+        }
+        check_size(lane, &message)?;
+        self.write(lane, lane.priority(), message).await.map(drop)
+    }
+
+    /// Sends bulk. Waits while about 1.25 congestion windows of bulk are under way, or while the peer's
+    /// consumer is a push window behind, so that the caller decides late what goes next.
+    ///
+    /// # Errors
+    /// As [`send`](Self::send).
+    pub async fn push(&self, message: Bytes) -> Result<(), LinkError> {
+        check_size(Lane::Push, &message)?;
+        let admitted = tokio::select! {
+            admitted = self.0.budget.admit(message.len()) => admitted,
+            error = self.0.core.end() => return Err(error),
+        };
+        let stream = self.write(Lane::Push, admitted.priority, message).await?;
+        tokio::spawn(async move {
+            let _ = stream.stopped().await;
+            drop(admitted);
+        });
+        Ok(())
+    }
+
+    /// Waits until all that was pushed is acknowledged by the peer's transport.
+    pub async fn push_drained(&self) -> Result<(), LinkError> {
+        tokio::select! {
+            () = self.0.budget.drained() => match self.0.core.ended() {
+                // Everything counts as gone when the connection is.
+                Some(error) => Err(error),
+                None => Ok(()),
+            },
+            error = self.0.core.end() => Err(error),
+        }
+    }
+
+    /// The next message of a lane. Messages may arrive in another order than they were sent in.
+    ///
+    /// # Errors
+    /// The end of the link, after all complete messages were taken.
+    pub async fn recv(&self, lane: Lane) -> Result<Bytes, LinkError> {
+        let message = self.0.lanes_in[lane.index()].lock().await.recv().await;
+        let message = message.ok_or_else(|| self.ended_or(LinkError::Closed))?;
+        if lane == Lane::Push {
+            self.0.credit.consumed(message.len());
+        }
+        Ok(message)
+    }
+
+    /// What the link measures of itself.
+    pub fn stats(&self) -> LinkStats {
+        let quic = self.0.core.connection.stats();
+        let rate = self.0.gauges.delivery_rate_bytes_per_s();
+        LinkStats {
+            rtt_us: quic.path.rtt.as_micros() as u64,
+            min_rtt_us: self.0.gauges.min_rtt_us(),
+            delivery_rate_bytes_per_s: self
+                .0
+                .bandwidth_limit_bytes_per_s
+                .map_or(rate, |limit| rate.min(limit)),
+            window_bytes: quic.path.cwnd,
+            in_flight_bytes: self.0.gauges.in_flight_bytes(),
+            push_in_flight_bytes: self.0.budget.in_flight_bytes(),
+            sent_bytes: quic.udp_tx.bytes,
+            received_bytes: quic.udp_rx.bytes,
+            sent_packets: quic.path.sent_packets,
+            lost_packets: quic.path.lost_packets,
+            mtu_bytes: u64::from(quic.path.current_mtu),
+        }
+    }
+
+    /// Waits for the end of the link and tells why.
+    pub async fn ended(&self) -> LinkError {
+        self.0.core.end().await
+    }
+
+    /// Closes the link at once; the peer's calls fail with this code and reason
+    /// ([`LinkError::PeerClosed`]). Gives the notice up to half a second to leave.
+    pub async fn close(&self, code_for_peer: u32, reason: &str) {
+        let number = code_for_peer.saturating_add(close_code::FIRST_SESSION);
+        self.0.core.connection.close(code(number), reason.as_bytes());
+        let _ = tokio::time::timeout(CLOSE_GRACE, self.0.core.endpoint.wait_idle()).await;
+    }
+
+    fn ended_or(&self, otherwise: LinkError) -> LinkError {
+        self.0.core.ended().unwrap_or(otherwise)
+    }
+
+    async fn write(&self, lane: Lane, priority: i32, message: Bytes) -> Result<SendStream, LinkError> {
+        let stream = self.0.core.connection.open_uni().await;
+        let stream = stream.map_err(|_| self.ended_or(LinkError::Closed))?;
+        let mut stream = UnfinishedStream(Some(stream));
+        let open = stream.0.as_mut().expect("taken only at the end");
+        let _ = open.set_priority(priority);
+        let mut chunks = [Bytes::from_static(lane.tag()), message];
+        open.write_all_chunks(&mut chunks).await.map_err(|error| self.write_error(lane, error))?;
+        let mut finished = stream.0.take().expect("taken only here");
+        let _ = finished.finish();
+        Ok(finished)
+    }
+
+    fn write_error(&self, lane: Lane, error: WriteError) -> LinkError {
+        self.ended_or(match error {
+            WriteError::Stopped(_) => LinkError::Violation(format!(
+                "the other side gave up a message on the {} lane",
+                lane.name()
+            )),
+            other => LinkError::Transport(other.to_string()),
+        })
+    }
+
+    /// For tests of what a hostile peer could do.
+    #[cfg(test)]
+    pub(super) fn quic(&self) -> &Connection {
+        &self.0.core.connection
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        self.core.connection.close(code(close_code::FIRST_SESSION), b"the other side let go of the link");
+    }
+}
+
+fn check_size(lane: Lane, message: &Bytes) -> Result<(), LinkError> {
+    if message.len() > lane.limit_bytes() {
+        return Err(LinkError::too_large(lane, message.len()));
+    }
+    Ok(())
+}
+
+/// quinn finishes a stream that is dropped, which would make half a message look whole.
+struct UnfinishedStream(Option<SendStream>);
+
+impl Drop for UnfinishedStream {
+    fn drop(&mut self) {
+        if let Some(stream) = &mut self.0 {
+            let _ = stream.reset(VarInt::from_u32(0));
+        }
+    }
+}
+
+/// A task of its own, so that a caller who gives up leaves no half-written message on the lane.
+fn start_control_writer(mut stream: SendStream) -> mpsc::Sender<ControlOut> {
+    let (sender, mut receiver) = mpsc::channel(CONTROL_QUEUE);
+    let _ = stream.set_priority(CONTROL_PRIORITY);
+    tokio::spawn(async move {
+        while let Some(out) = receiver.recv().await {
+            match out {
+                ControlOut::Message(message) => {
+                    let length = (message.len() as u32).to_be_bytes();
+                    let mut chunks = [Bytes::copy_from_slice(&length), message];
+                    if stream.write_all_chunks(&mut chunks).await.is_err() {
+                        return;
+                    }
+                }
+                ControlOut::Finish(done) => {
+                    let _ = stream.finish();
+                    if matches!(stream.stopped().await, Ok(None)) {
+                        let _ = done.send(());
+                    }
+                    return;
+                }
+            }
+        }
+    });
+    sender
+}

@@ -1,0 +1,352 @@
+//! The receiver's end: waits for the one sender that holds the ticket.
+
+use std::collections::HashMap;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use quinn::crypto::rustls::QuicServerConfig;
+use quinn::{Connection, Endpoint, Incoming, RecvStream, SendStream, ServerConfig, VarInt};
+use tokio::sync::mpsc;
+
+use super::congestion::Gauges;
+use super::error::{ListenError, close_code, code};
+use super::lanes::MAX_STREAMS;
+use super::link::{Established, Link};
+use super::proof::{self, Claim, HELLO_BYTES, Hello, SessionKey, Welcome};
+use super::quic::{self, Peer};
+use super::ticket::{MAX_ADDRESSES, MigrationId, Secret, Ticket};
+use super::{TransportOptions, addresses, identity, socket};
+
+/// A stranger must have proved its ticket within this time.
+const STRANGER_PATIENCE: Duration = Duration::from_secs(5);
+/// Strangers at a time, in all and from one address.
+const MAX_STRANGERS: usize = 32;
+const MAX_STRANGERS_PER_ADDRESS: usize = 4;
+/// From so many on, a stranger must show that its address is its own.
+const STRANGERS_BEFORE_RETRY: usize = 8;
+/// Authenticated links that wait for [`Listener::accept`] or [`Listener::accept_resumed`].
+const LINK_QUEUE: usize = 4;
+/// Handshake bytes that are kept for strangers before they are looked at.
+const STRANGER_BUFFER_BYTES: u64 = 64 << 10;
+
+/// A receiver that waits for its sender. Dropping it closes the socket when no link uses it.
+///
+/// It goes on answering after a link was made: to tell a second sender that the ticket was used, and to
+/// let the first one come back with the session's key.
+pub struct Listener {
+    desk: Arc<Desk>,
+    strangers: tokio::task::JoinHandle<()>,
+    fresh: tokio::sync::Mutex<mpsc::Receiver<Link>>,
+    resumed: tokio::sync::Mutex<mpsc::Receiver<Link>>,
+}
+
+impl Listener {
+    /// Listens on `address` and makes the ticket for one sender. `advertised` are the addresses that go
+    /// in the ticket (port 0 means the port that was bound); when empty, the addresses of this host that
+    /// lead to the socket. Must be called within a tokio runtime.
+    ///
+    /// # Errors
+    /// No socket, no certificate, or nothing to advertise.
+    pub fn bind(
+        address: SocketAddr,
+        advertised: Vec<SocketAddr>,
+        options: &TransportOptions,
+    ) -> Result<(Listener, Ticket), ListenError> {
+        let (crypto, certificate_sha256) =
+            identity::receiver().map_err(ListenError::Certificate)?;
+        let crypto = Arc::new(crypto);
+        let bind_error = |source| ListenError::Bind { address, source };
+        let config = server_config(&crypto, options, address, Arc::default());
+        let endpoint = socket::endpoint(address, Some(config), options).map_err(bind_error)?;
+        let bound = endpoint.local_addr().map_err(bind_error)?;
+        let addresses = ticket_addresses(bound, advertised)?;
+        let secret = Secret::random();
+        let migration = MigrationId::random();
+        let (fresh_sender, fresh) = mpsc::channel(LINK_QUEUE);
+        let (resumed_sender, resumed) = mpsc::channel(LINK_QUEUE);
+        let desk = Arc::new(Desk {
+            endpoint,
+            crypto,
+            options: options.clone(),
+            secret: secret.clone(),
+            migration,
+            trust: Mutex::default(),
+            strangers: Mutex::default(),
+            fresh: fresh_sender,
+            resumed: resumed_sender,
+        });
+        let strangers = tokio::spawn(receive_strangers(desk.clone()));
+        let (fresh, resumed) = (tokio::sync::Mutex::new(fresh), tokio::sync::Mutex::new(resumed));
+        let listener = Listener { desk, strangers, fresh, resumed };
+        Ok((listener, Ticket { addresses, certificate_sha256, secret, migration }))
+    }
+
+    /// Waits for the sender, without end when `timeout` is `None`.
+    ///
+    /// # Errors
+    /// Nobody in time.
+    pub async fn accept(&self, timeout: Option<Duration>) -> Result<Link, ListenError> {
+        wait(&self.fresh, timeout).await
+    }
+
+    /// Waits for the sender to come back with the key of `session`. The older link of that session, if
+    /// it still seems alive, is the caller's to drop.
+    ///
+    /// # Errors
+    /// Nobody in time.
+    pub async fn accept_resumed(
+        &self,
+        session: &SessionKey,
+        timeout: Option<Duration>,
+    ) -> Result<Link, ListenError> {
+        self.desk.trust().session = Some(session.clone());
+        wait(&self.resumed, timeout).await
+    }
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        // Links that were accepted go on; nobody new is let in.
+        self.desk.endpoint.set_server_config(None);
+        self.strangers.abort();
+    }
+}
+
+impl std::fmt::Debug for Listener {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Listener").field("migration", &self.desk.migration).finish_non_exhaustive()
+    }
+}
+
+async fn wait(
+    queue: &tokio::sync::Mutex<mpsc::Receiver<Link>>,
+    timeout: Option<Duration>,
+) -> Result<Link, ListenError> {
+    let mut queue = queue.lock().await;
+    let link = match timeout {
+        Some(limit) => tokio::time::timeout(limit, queue.recv())
+            .await
+            .map_err(|_| ListenError::TimedOut(limit.as_millis() as u64))?,
+        None => queue.recv().await,
+    };
+    link.ok_or(ListenError::Closed)
+}
+
+fn ticket_addresses(
+    bound: SocketAddr,
+    advertised: Vec<SocketAddr>,
+) -> Result<Vec<SocketAddr>, ListenError> {
+    let mut list = advertised;
+    if list.is_empty() {
+        list = addresses::advertised(bound);
+        list.truncate(MAX_ADDRESSES);
+    }
+    if list.len() > MAX_ADDRESSES {
+        return Err(ListenError::TooManyAddresses { count: list.len(), limit: MAX_ADDRESSES });
+    }
+    for address in &mut list {
+        if address.port() == 0 {
+            address.set_port(bound.port());
+        }
+    }
+    if list.is_empty() { Err(ListenError::NoAddress) } else { Ok(list) }
+}
+
+fn server_config(
+    crypto: &Arc<QuicServerConfig>,
+    options: &TransportOptions,
+    peer: SocketAddr,
+    gauges: Arc<Gauges>,
+) -> ServerConfig {
+    let mut config = ServerConfig::with_crypto(crypto.clone());
+    config
+        .max_incoming(MAX_STRANGERS)
+        .incoming_buffer_size(STRANGER_BUFFER_BYTES)
+        .incoming_buffer_size_total(STRANGER_BUFFER_BYTES * MAX_STRANGERS as u64)
+        .transport_config(Arc::new(quic::transport_config(options, Peer::Stranger, peer, gauges)));
+    config
+}
+
+/// Where strangers are looked at.
+struct Desk {
+    endpoint: Endpoint,
+    crypto: Arc<QuicServerConfig>,
+    options: TransportOptions,
+    secret: Secret,
+    migration: MigrationId,
+    trust: Mutex<Trust>,
+    strangers: Mutex<HashMap<IpAddr, usize>>,
+    fresh: mpsc::Sender<Link>,
+    resumed: mpsc::Sender<Link>,
+}
+
+/// What a stranger can still prove.
+#[derive(Debug, Default)]
+struct Trust {
+    ticket_used: bool,
+    session: Option<SessionKey>,
+}
+
+async fn receive_strangers(desk: Arc<Desk>) {
+    while let Some(incoming) = desk.endpoint.accept().await {
+        let address = incoming.remote_address().ip();
+        let Some(place) = Place::take(&desk, address) else {
+            // Without an answer it asks again, when there may be a place.
+            incoming.ignore();
+            continue;
+        };
+        if place.crowded && !incoming.remote_address_validated() && incoming.may_retry() {
+            let _ = incoming.retry();
+            continue;
+        }
+        let desk = desk.clone();
+        tokio::spawn(async move {
+            let _place = place;
+            if tokio::time::timeout(STRANGER_PATIENCE, desk.meet(incoming)).await.is_err() {
+                tracing::debug!(%address, "a stranger did not prove a ticket in time");
+            }
+        });
+    }
+}
+
+impl Desk {
+    fn trust(&self) -> MutexGuard<'_, Trust> {
+        self.trust.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    async fn meet(&self, incoming: Incoming) {
+        let gauges = Arc::<Gauges>::default();
+        let peer = incoming.remote_address();
+        let config = server_config(&self.crypto, &self.options, peer, gauges.clone());
+        let Ok(connecting) = incoming.accept_with(Arc::new(config)) else { return };
+        let Ok(connection) = connecting.await else { return };
+        // A stranger that runs out of time is shown the door, not only forgotten.
+        let impatient = CloseUnlessKept(Some(connection.clone()));
+        let Ok(control) = connection.accept_bi().await else { return };
+        match self.admit(connection, control, gauges).await {
+            Ok(()) => impatient.keep(),
+            Err(None) => {}
+            Err(Some((number, reason))) => {
+                tracing::info!(%peer, reason, "a sender was turned away");
+                impatient.close(number, reason);
+            }
+        }
+    }
+
+    async fn admit(
+        &self,
+        connection: Connection,
+        (mut send, mut recv): (SendStream, RecvStream),
+        gauges: Arc<Gauges>,
+    ) -> Result<(), Option<(u32, &'static str)>> {
+        let mut bytes = [0; HELLO_BYTES];
+        recv.read_exact(&mut bytes).await.map_err(|_| None)?;
+        let hello = Hello::decode(&bytes)
+            .ok_or(Some((close_code::VIOLATION, "the first message is not understood")))?;
+        let session = self.verify(&hello, &connection).map_err(Some)?;
+        connection.set_receive_window(quic::receive_window(&self.options));
+        connection.set_max_concurrent_uni_streams(VarInt::from_u32(MAX_STREAMS));
+        let welcome = Welcome { push_window_bytes: quic::push_window_bytes(&self.options) };
+        send.write_all(&welcome.encode()).await.map_err(|_| None)?;
+        let established = Established {
+            connection,
+            endpoint: self.endpoint.clone(),
+            control: (send, recv),
+            gauges,
+            session,
+            peer_push_window_bytes: hello.push_window_bytes,
+        };
+        let queue = match hello.claim {
+            Claim::Ticket => &self.fresh,
+            Claim::Session => &self.resumed,
+        };
+        queue
+            .try_send(Link::new(established, &self.options))
+            .map_err(|_| Some((close_code::BUSY, "the receiver is not ready for this connection")))
+    }
+
+    /// Decides, at one moment, whether this stranger is the sender. A used ticket is told only to who
+    /// holds it.
+    fn verify(
+        &self,
+        hello: &Hello,
+        connection: &Connection,
+    ) -> Result<SessionKey, (u32, &'static str)> {
+        const WRONG: (u32, &str) = (close_code::WRONG_TICKET, "wrong ticket");
+        if hello.migration != self.migration {
+            return Err(WRONG);
+        }
+        let mut trust = self.trust();
+        match hello.claim {
+            Claim::Ticket if !hello.proves(&self.secret, connection) => Err(WRONG),
+            Claim::Ticket if trust.ticket_used => {
+                Err((close_code::TICKET_USED, "this ticket was already used"))
+            }
+            Claim::Ticket => {
+                let session = proof::session_key(&self.secret, connection);
+                trust.ticket_used = true;
+                trust.session = Some(session.clone());
+                Ok(session)
+            }
+            Claim::Session => match &trust.session {
+                Some(session) if hello.proves(&session.0, connection) => Ok(session.clone()),
+                _ => Err(WRONG),
+            },
+        }
+    }
+}
+
+/// One of the few places for strangers, given back when dropped.
+struct Place {
+    desk: Arc<Desk>,
+    address: IpAddr,
+    crowded: bool,
+}
+
+impl Place {
+    fn take(desk: &Arc<Desk>, address: IpAddr) -> Option<Self> {
+        let mut strangers = desk.strangers.lock().unwrap_or_else(PoisonError::into_inner);
+        let all: usize = strangers.values().sum();
+        let from_here = strangers.get(&address).copied().unwrap_or(0);
+        if all >= MAX_STRANGERS || from_here >= MAX_STRANGERS_PER_ADDRESS {
+            return None;
+        }
+        strangers.insert(address, from_here + 1);
+        Some(Place { desk: desk.clone(), address, crowded: all >= STRANGERS_BEFORE_RETRY })
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let mut strangers = self.desk.strangers.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(count) = strangers.get_mut(&self.address) {
+            *count -= 1;
+            if *count == 0 {
+                strangers.remove(&self.address);
+            }
+        }
+    }
+}
+
+struct CloseUnlessKept(Option<Connection>);
+
+impl CloseUnlessKept {
+    fn keep(mut self) {
+        self.0 = None;
+    }
+
+    fn close(mut self, number: u32, reason: &str) {
+        if let Some(connection) = self.0.take() {
+            connection.close(code(number), reason.as_bytes());
+        }
+    }
+}
+
+impl Drop for CloseUnlessKept {
+    fn drop(&mut self) {
+        if let Some(connection) = &self.0 {
+            connection.close(code(close_code::TOO_SLOW), b"no proof of a ticket in time");
+        }
+    }
+}

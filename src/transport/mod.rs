@@ -1,0 +1,40 @@
+//! The network between the two hosts: one QUIC connection, both ends authenticated.
+//!
+//! * [`Listener::bind`] makes a one-time identity and prints it as a [`Ticket`]; [`connect`] proves the
+//!   ticket's secret. Afterwards both ends hold a [`Link`].
+//! * A link has *lanes* ([`Lane`]), each with its own priority, limits and receive queue, so that a
+//!   page fault never stands behind bulk data at either end: control messages in order on one
+//!   stream; everything else one message a stream, which may arrive in any order.
+//! * In the network the same is the congestion controller's work: see [`congestion`].
+//!
+//! Everything that a peer sends is bounded before it is kept. An unauthenticated peer gets one small
+//! message and five seconds, and cannot disturb a migration that waits or runs.
+
+pub mod congestion;
+
+mod addresses;
+mod base32;
+mod connect;
+mod error;
+mod identity;
+mod incoming;
+mod lanes;
+mod link;
+mod listener;
+mod options;
+mod proof;
+mod push;
+mod quic;
+mod socket;
+#[cfg(test)]
+mod tests;
+mod ticket;
+
+pub use connect::{connect, reconnect};
+pub use error::{ConnectError, LinkError, ListenError};
+pub use lanes::Lane;
+pub use link::{Link, LinkStats};
+pub use listener::Listener;
+pub use options::TransportOptions;
+pub use proof::SessionKey;
+pub use ticket::{MigrationId, Secret, Ticket, TicketError};

@@ -1,0 +1,270 @@
+//! How much bulk may be on its way.
+//!
+//! Two bounds hold for the push lane of the sending end:
+//! * *in flight*: what quinn holds of it, unsent or unacknowledged, stays near the congestion window,
+//!   so that what goes next is decided late, by the pusher, and not queued early;
+//! * *credit*: what the peer's consumer has not taken yet stays within the window that the peer
+//!   announced, so that a slow consumer of bulk cannot use up the connection's flow control, which the
+//!   fault lanes need too.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use tokio::sync::Notify;
+
+use super::congestion::Gauges;
+use super::lanes::push_cost_bytes;
+
+/// Queue at the sender beyond the window, besides a quarter of it.
+const SENDER_QUEUE_BYTES: u64 = 64 << 10;
+
+#[derive(Debug, Default)]
+struct Ledger {
+    in_flight_bytes: u64,
+    pushed_cost: u64,
+    consumed_cost: u64,
+    messages: u32,
+}
+
+/// The sending end's account.
+#[derive(Debug)]
+pub(super) struct PushBudget {
+    gauges: Arc<Gauges>,
+    peer_window_bytes: u64,
+    ledger: Mutex<Ledger>,
+    changed: Notify,
+    /// Several pushers are served in the order in which they came.
+    turn: tokio::sync::Mutex<()>,
+}
+
+impl PushBudget {
+    pub(super) fn new(gauges: Arc<Gauges>, peer_window_bytes: u64) -> Arc<Self> {
+        Arc::new(PushBudget {
+            gauges,
+            peer_window_bytes,
+            ledger: Mutex::default(),
+            changed: Notify::new(),
+            turn: tokio::sync::Mutex::default(),
+        })
+    }
+
+    fn ledger(&self) -> MutexGuard<'_, Ledger> {
+        self.ledger.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits until a message of `bytes` may go.
+    pub(super) async fn admit(self: &Arc<Self>, bytes: usize) -> Admitted {
+        let _turn = self.turn.lock().await;
+        loop {
+            let mut changed = std::pin::pin!(self.changed.notified());
+            let mut dry = std::pin::pin!(self.gauges.dry.notified());
+            changed.as_mut().enable();
+            dry.as_mut().enable();
+            if let Some(admitted) = self.try_admit(bytes) {
+                return admitted;
+            }
+            tokio::select! {
+                () = changed => {}
+                () = dry => {}
+            }
+        }
+    }
+
+    fn try_admit(self: &Arc<Self>, bytes: usize) -> Option<Admitted> {
+        let mut ledger = self.ledger();
+        let cost = push_cost_bytes(bytes);
+        let unconsumed = ledger.pushed_cost - ledger.consumed_cost;
+        if unconsumed > 0 && unconsumed + cost > self.peer_window_bytes {
+            return None;
+        }
+        let window = self.gauges.window_bytes();
+        let limit = window + window / 4 + SENDER_QUEUE_BYTES;
+        let fits = ledger.in_flight_bytes == 0 || ledger.in_flight_bytes + bytes as u64 <= limit;
+        // A message counts until its last byte is acknowledged, so under loss the account shows more
+        // than is on its way. That the connection ran out of data is the better witness then.
+        if !fits && !self.gauges.take_dry() {
+            return None;
+        }
+        ledger.in_flight_bytes += bytes as u64;
+        ledger.pushed_cost += cost;
+        ledger.messages = ledger.messages.saturating_add(1);
+        // Earlier messages precede later ones: pages arrive in the pusher's order, and few streams
+        // are incomplete at a time.
+        let priority = i32::try_from(ledger.messages).map_or(i32::MIN, |count| -count);
+        Some(Admitted { budget: self.clone(), bytes: bytes as u64, priority })
+    }
+
+    /// The peer's consumer has taken messages of this cost, in all. `Err` when that cannot be.
+    pub(super) fn consumed(&self, total_cost: u64) -> Result<(), ()> {
+        let mut ledger = self.ledger();
+        if !(ledger.consumed_cost..=ledger.pushed_cost).contains(&total_cost) {
+            return Err(());
+        }
+        ledger.consumed_cost = total_cost;
+        drop(ledger);
+        self.changed.notify_waiters();
+        Ok(())
+    }
+
+    /// Bytes pushed and not acknowledged by the peer's transport.
+    pub(super) fn in_flight_bytes(&self) -> u64 {
+        self.ledger().in_flight_bytes
+    }
+
+    /// Waits until all that was pushed is acknowledged by the peer's transport.
+    pub(super) async fn drained(&self) {
+        loop {
+            let mut changed = std::pin::pin!(self.changed.notified());
+            changed.as_mut().enable();
+            if self.in_flight_bytes() == 0 {
+                return;
+            }
+            changed.await;
+        }
+    }
+}
+
+/// A message on its way; in flight until dropped.
+#[derive(Debug)]
+pub(super) struct Admitted {
+    budget: Arc<PushBudget>,
+    bytes: u64,
+    /// For the message's stream.
+    pub(super) priority: i32,
+}
+
+impl Drop for Admitted {
+    fn drop(&mut self) {
+        self.budget.ledger().in_flight_bytes -= self.bytes;
+        self.budget.changed.notify_waiters();
+    }
+}
+
+/// The receiving end's account: what came, what was taken, what the sender was told.
+#[derive(Debug)]
+pub(super) struct PushCredit {
+    window_bytes: u64,
+    state: Mutex<CreditState>,
+    pub(super) due: Notify,
+}
+
+#[derive(Debug, Default)]
+struct CreditState {
+    received_cost: u64,
+    consumed_cost: u64,
+    announced_cost: u64,
+}
+
+impl PushCredit {
+    pub(super) fn new(window_bytes: u64) -> Arc<Self> {
+        Arc::new(PushCredit { window_bytes, state: Mutex::default(), due: Notify::new() })
+    }
+
+    fn state(&self) -> MutexGuard<'_, CreditState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A message came. `Err` when the sender goes beyond its window.
+    pub(super) fn received(&self, bytes: usize) -> Result<(), ()> {
+        let mut state = self.state();
+        let unconsumed = state.received_cost - state.consumed_cost;
+        let cost = push_cost_bytes(bytes);
+        if unconsumed > 0 && unconsumed + cost > self.window_bytes {
+            return Err(());
+        }
+        state.received_cost += cost;
+        Ok(())
+    }
+
+    /// The consumer took a message.
+    pub(super) fn consumed(&self, bytes: usize) {
+        let mut state = self.state();
+        state.consumed_cost += push_cost_bytes(bytes);
+        if state.consumed_cost - state.announced_cost >= self.window_bytes / 8 {
+            drop(state);
+            self.due.notify_one();
+        }
+    }
+
+    /// What to tell the sender now.
+    pub(super) fn announce(&self) -> u64 {
+        let mut state = self.state();
+        state.announced_cost = state.consumed_cost;
+        state.consumed_cost
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    fn budget(window_bytes: u64, peer_window_bytes: u64) -> (Arc<Gauges>, Arc<PushBudget>) {
+        let gauges = Arc::new(Gauges::default());
+        gauges.publish(window_bytes, 0, 0, None);
+        (gauges.clone(), PushBudget::new(gauges, peer_window_bytes))
+    }
+
+    #[test]
+    fn the_bytes_in_flight_stay_near_the_congestion_window() {
+        let (gauges, budget) = budget(400_000, u64::MAX / 2);
+        let held: Vec<_> = std::iter::from_fn(|| budget.try_admit(50_000)).collect();
+        assert_eq!(held.len(), 11, "at most 1.25 windows and 64 KiB");
+        gauges.report_dry();
+        assert!(budget.try_admit(50_000).is_some(), "a dry connection is fed whatever the account");
+        drop(held);
+        assert_eq!(budget.in_flight_bytes(), 0);
+    }
+
+    #[test]
+    fn a_message_larger_than_the_window_goes_alone() {
+        let (_, budget) = budget(10_000, 100_000);
+        let first = budget.try_admit(256_000).unwrap();
+        assert!(budget.try_admit(1).is_none());
+        drop(first);
+        assert!(budget.try_admit(1).is_none(), "it is not consumed yet");
+        budget.consumed(256_000).unwrap();
+        assert!(budget.try_admit(1).is_some());
+    }
+
+    #[test]
+    fn later_messages_yield_to_earlier_ones() {
+        let (_, budget) = budget(1_000_000, 1 << 30);
+        let (first, second) = (budget.try_admit(1).unwrap(), budget.try_admit(1).unwrap());
+        assert!(first.priority > second.priority);
+    }
+
+    #[test]
+    fn credit_that_cannot_be_is_refused() {
+        let (_, budget) = budget(1_000_000, 1 << 30);
+        let _message = budget.try_admit(100_000).unwrap();
+        assert!(budget.consumed(100_001).is_err());
+        assert!(budget.consumed(100_000).is_ok());
+        assert!(budget.consumed(99_999).is_err());
+    }
+
+    #[test]
+    fn a_sender_beyond_its_credit_is_noticed() {
+        let credit = PushCredit::new(100_000);
+        credit.received(60_000).unwrap();
+        assert!(credit.received(60_000).is_err());
+        credit.consumed(60_000);
+        assert!(credit.received(60_000).is_ok());
+        assert_eq!(credit.announce(), 60_000);
+    }
+
+    #[tokio::test]
+    async fn a_waiting_pusher_goes_on_when_an_earlier_message_is_acknowledged() {
+        let (_, budget) = budget(10_000, 1 << 30);
+        let first = budget.try_admit(80_000).unwrap();
+        let waiting = tokio::spawn({
+            let budget = budget.clone();
+            async move { budget.admit(80_000).await }
+        });
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        assert!(!waiting.is_finished());
+        drop(first);
+        drop(waiting.await.unwrap());
+        budget.drained().await;
+    }
+}

@@ -1,0 +1,205 @@
+//! The UDP socket: wide buffers, and a hard cap on what leaves it.
+//!
+//! The cap sits below QUIC, so it holds for everything: retransmissions, acknowledgements and headers.
+//! A connection that meets it keeps its data, and picks by priority what goes next when the cap opens.
+
+use std::fmt;
+use std::future::Future;
+use std::io::{self, IoSliceMut};
+use std::net::{SocketAddr, UdpSocket};
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Context, Poll, ready};
+use std::time::{Duration, Instant};
+
+use nix::sys::socket::{setsockopt, sockopt};
+use quinn::udp::{RecvMeta, Transmit};
+use quinn::{AsyncUdpSocket, Endpoint, EndpointConfig, Runtime, ServerConfig, TokioRuntime, UdpPoller};
+
+use super::TransportOptions;
+use super::addresses::header_bytes;
+use super::quic::MAX_PAYLOAD_BYTES;
+
+/// What may leave at once when the cap was not used up.
+const BURST: Duration = Duration::from_millis(2);
+const LARGEST_DATAGRAM_BYTES: u64 = 1500;
+
+/// A QUIC endpoint on `address`. Must be called within a tokio runtime.
+pub(super) fn endpoint(
+    address: SocketAddr,
+    server: Option<ServerConfig>,
+    options: &TransportOptions,
+) -> io::Result<Endpoint> {
+    let socket = UdpSocket::bind(address)?;
+    widen(&socket, options.socket_buffer_bytes);
+    let mut endpoint_config = EndpointConfig::default();
+    endpoint_config.max_udp_payload_size(MAX_PAYLOAD_BYTES).expect("between 1200 and 65527");
+    let runtime = Arc::new(TokioRuntime);
+    let inner = runtime.wrap_udp_socket(socket)?;
+    let socket: Arc<dyn AsyncUdpSocket> = match options.bandwidth_limit_bytes_per_s {
+        Some(limit) => Arc::new(CappedSocket::new(inner, limit)),
+        None => inner,
+    };
+    Endpoint::new_with_abstract_socket(endpoint_config, server, socket, runtime)
+}
+
+/// Best effort: root gets what it asks for, others what the system's limit lets them have.
+fn widen(socket: &UdpSocket, bytes: usize) {
+    let forced = setsockopt(socket, sockopt::RcvBufForce, &bytes)
+        .and_then(|()| setsockopt(socket, sockopt::SndBufForce, &bytes));
+    if forced.is_err() {
+        let asked = setsockopt(socket, sockopt::RcvBuf, &bytes)
+            .and_then(|()| setsockopt(socket, sockopt::SndBuf, &bytes));
+        if let Err(error) = asked {
+            tracing::warn!(%error, "the socket keeps its default buffers");
+        }
+    }
+}
+
+/// A token bucket whose level may become negative by one batch, which then is waited for.
+#[derive(Debug)]
+struct Bucket {
+    rate_bytes_per_s: f64,
+    burst_bytes: f64,
+    level_bytes: f64,
+    filled: Instant,
+}
+
+impl Bucket {
+    fn new(rate_bytes_per_s: u64, now: Instant) -> Self {
+        let rate = rate_bytes_per_s.max(1) as f64;
+        let burst_bytes = (rate * BURST.as_secs_f64()).max(LARGEST_DATAGRAM_BYTES as f64);
+        Bucket { rate_bytes_per_s: rate, burst_bytes, level_bytes: burst_bytes, filled: now }
+    }
+
+    /// How long until something may be sent; `None` means now.
+    fn wait(&mut self, now: Instant) -> Option<Duration> {
+        let elapsed = now.saturating_duration_since(self.filled).as_secs_f64();
+        self.filled = now;
+        self.level_bytes =
+            (self.level_bytes + elapsed * self.rate_bytes_per_s).min(self.burst_bytes);
+        let missing = -self.level_bytes;
+        (missing > 0.0).then(|| Duration::from_secs_f64(missing / self.rate_bytes_per_s))
+    }
+
+    fn take(&mut self, bytes: u64) {
+        self.level_bytes -= bytes as f64;
+    }
+}
+
+#[derive(Debug)]
+struct CappedSocket {
+    inner: Arc<dyn AsyncUdpSocket>,
+    bucket: Arc<Mutex<Bucket>>,
+    max_segments: usize,
+}
+
+impl CappedSocket {
+    fn new(inner: Arc<dyn AsyncUdpSocket>, limit_bytes_per_s: u64) -> Self {
+        // A batch must be short in time as well, or a fault reply would wait behind it.
+        let per_burst = limit_bytes_per_s as f64 * BURST.as_secs_f64();
+        let max_segments = (per_burst as u64 / LARGEST_DATAGRAM_BYTES).max(1) as usize;
+        let bucket = Arc::new(Mutex::new(Bucket::new(limit_bytes_per_s, Instant::now())));
+        CappedSocket { max_segments: max_segments.min(inner.max_transmit_segments()), inner, bucket }
+    }
+}
+
+impl AsyncUdpSocket for CappedSocket {
+    fn create_io_poller(self: Arc<Self>) -> Pin<Box<dyn UdpPoller>> {
+        Box::pin(CappedPoller {
+            bucket: self.bucket.clone(),
+            inner: self.inner.clone().create_io_poller(),
+            sleep: None,
+        })
+    }
+
+    fn try_send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
+        let mut bucket = self.bucket.lock().unwrap_or_else(PoisonError::into_inner);
+        if bucket.wait(Instant::now()).is_some() {
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
+        self.inner.try_send(transmit)?;
+        let size = transmit.contents.len();
+        let segments = transmit.segment_size.map_or(1, |segment| size.div_ceil(segment.max(1)));
+        bucket.take(size as u64 + segments as u64 * header_bytes(transmit.destination.ip()));
+        Ok(())
+    }
+
+    fn poll_recv(
+        &self,
+        cx: &mut Context<'_>,
+        bufs: &mut [IoSliceMut<'_>],
+        meta: &mut [RecvMeta],
+    ) -> Poll<io::Result<usize>> {
+        self.inner.poll_recv(cx, bufs, meta)
+    }
+
+    fn local_addr(&self) -> io::Result<SocketAddr> {
+        self.inner.local_addr()
+    }
+
+    fn max_transmit_segments(&self) -> usize {
+        self.max_segments
+    }
+
+    fn max_receive_segments(&self) -> usize {
+        self.inner.max_receive_segments()
+    }
+
+    fn may_fragment(&self) -> bool {
+        self.inner.may_fragment()
+    }
+}
+
+struct CappedPoller {
+    bucket: Arc<Mutex<Bucket>>,
+    inner: Pin<Box<dyn UdpPoller>>,
+    sleep: Option<Pin<Box<tokio::time::Sleep>>>,
+}
+
+impl fmt::Debug for CappedPoller {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("CappedPoller").finish_non_exhaustive()
+    }
+}
+
+impl UdpPoller for CappedPoller {
+    fn poll_writable(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        loop {
+            if let Some(sleep) = &mut self.sleep {
+                ready!(sleep.as_mut().poll(cx));
+                self.sleep = None;
+            }
+            let wait = {
+                let mut bucket = self.bucket.lock().unwrap_or_else(PoisonError::into_inner);
+                bucket.wait(Instant::now())
+            };
+            match wait {
+                Some(wait) => self.sleep = Some(Box::pin(tokio::time::sleep(wait))),
+                None => return self.inner.as_mut().poll_writable(cx),
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_bucket_lets_through_its_rate_and_one_burst() {
+        let start = Instant::now();
+        let mut bucket = Bucket::new(1_000_000, start);
+        let (mut sent, mut now) = (0, start);
+        while now < start + Duration::from_secs(10) {
+            match bucket.wait(now) {
+                Some(wait) => now += wait.max(Duration::from_micros(100)),
+                None => {
+                    bucket.take(1_480);
+                    sent += 1_480;
+                }
+            }
+        }
+        assert!((9_990_000..10_010_000).contains(&sent), "{sent} bytes in 10 s");
+    }
+}

@@ -1,0 +1,425 @@
+//! Two ends of a link on loopback.
+
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+
+use super::error::code;
+use super::*;
+
+fn options() -> TransportOptions {
+    TransportOptions { connect_timeout_ms: 3_000, ..TransportOptions::default() }
+}
+
+fn loopback() -> SocketAddr {
+    "127.0.0.1:0".parse().unwrap()
+}
+
+fn listen(options: &TransportOptions) -> (Listener, Ticket) {
+    Listener::bind(loopback(), Vec::new(), options).unwrap()
+}
+
+/// The sender's link and the receiver's.
+async fn meet(listener: &Listener, ticket: &Ticket, options: &TransportOptions) -> (Link, Link) {
+    let (sender, receiver) = tokio::join!(connect(ticket, options), listener.accept(None));
+    (sender.unwrap(), receiver.unwrap())
+}
+
+/// The sender's link, the receiver's link, and the listener.
+async fn pair(options: &TransportOptions) -> (Link, Link, Listener) {
+    let (listener, ticket) = listen(options);
+    let (sender, receiver) = meet(&listener, &ticket, options).await;
+    (sender, receiver, listener)
+}
+
+fn message(size: usize, fill: u8) -> Bytes {
+    vec![fill; size].into()
+}
+
+mod authentication {
+    use super::*;
+
+    #[tokio::test]
+    async fn the_holder_of_the_ticket_gets_a_link() {
+        let (sender, receiver, _listener) = pair(&options()).await;
+        sender.control_send(Bytes::from_static(b"hello")).await.unwrap();
+        assert_eq!(receiver.control_recv().await.unwrap(), "hello");
+        receiver.control_send(Bytes::from_static(b"welcome")).await.unwrap();
+        assert_eq!(sender.control_recv().await.unwrap(), "welcome");
+        assert_eq!(sender.session_key().0.0, receiver.session_key().0.0);
+    }
+
+    #[tokio::test]
+    async fn a_wrong_secret_is_refused_and_the_right_one_still_works() {
+        let (listener, ticket) = listen(&options());
+        let wrong = Ticket { secret: Secret::random(), ..ticket.clone() };
+        assert!(matches!(connect(&wrong, &options()).await, Err(ConnectError::WrongTicket)));
+        let other = Ticket { migration: MigrationId::random(), ..ticket.clone() };
+        assert!(matches!(connect(&other, &options()).await, Err(ConnectError::WrongTicket)));
+        meet(&listener, &ticket, &options()).await;
+    }
+
+    #[tokio::test]
+    async fn another_certificate_is_told_as_another_receiver() {
+        let (_listener, ticket) = listen(&options());
+        let wrong = Ticket { certificate_sha256: [1; 32], ..ticket };
+        let error = connect(&wrong, &options()).await.unwrap_err();
+        assert!(matches!(error, ConnectError::AnotherReceiver { address } if address == wrong.addresses[0]));
+        assert!(error.to_string().contains("another receiver answers"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn a_ticket_works_once_and_a_second_sender_does_not_disturb_the_first() {
+        let (listener, ticket) = listen(&options());
+        let (first, receiver) = meet(&listener, &ticket, &options()).await;
+        let error = connect(&ticket, &options()).await.unwrap_err();
+        assert!(matches!(error, ConnectError::TicketUsed), "{error}");
+        assert!(error.to_string().contains("already used"));
+        first.control_send(Bytes::from_static(b"still here")).await.unwrap();
+        assert_eq!(receiver.control_recv().await.unwrap(), "still here");
+    }
+
+    #[tokio::test]
+    async fn two_senders_at_the_same_moment_get_one_link() {
+        let (_listener, ticket) = listen(&options());
+        let (options_a, options_b) = (options(), options());
+        let (a, b) = tokio::join!(connect(&ticket, &options_a), connect(&ticket, &options_b));
+        assert_eq!([&a, &b].iter().filter(|link| link.is_ok()).count(), 1);
+    }
+
+    #[tokio::test]
+    async fn garbage_and_silent_strangers_do_not_keep_the_sender_out() {
+        let (listener, ticket) = listen(&options());
+        let noise = std::net::UdpSocket::bind(loopback()).unwrap();
+        for size in 1..200 {
+            noise.send_to(&vec![0xc0 | size as u8; size * 7], ticket.addresses[0]).unwrap();
+        }
+        let silent = raw_connection(&ticket).await;
+        let slow = raw_connection(&ticket).await;
+        let (mut slow_send, _slow_recv) = slow.open_bi().await.unwrap();
+        slow_send.write_all(&[1, 2, 3]).await.unwrap();
+        let wordy = raw_connection(&ticket).await;
+        let (mut wordy_send, _wordy_recv) = wordy.open_bi().await.unwrap();
+        let _ = tokio::time::timeout(Duration::from_secs(1), wordy_send.write_all(&[7; 1 << 20])).await;
+        let lane = tokio::time::timeout(Duration::from_millis(100), slow.open_uni()).await;
+        assert!(lane.is_err(), "no lanes for strangers");
+
+        let (sender, receiver) = meet(&listener, &ticket, &options()).await;
+        let begun = Instant::now();
+        silent.closed().await;
+        slow.closed().await;
+        assert!(begun.elapsed() < Duration::from_secs(7), "strangers are shown the door");
+        sender.control_send(Bytes::from_static(b"undisturbed")).await.unwrap();
+        assert_eq!(receiver.control_recv().await.unwrap(), "undisturbed");
+    }
+
+    #[tokio::test]
+    async fn a_closed_port_and_a_good_one_make_a_link() {
+        let (listener, mut ticket) = listen(&options());
+        ticket.addresses.insert(0, "127.0.0.1:9".parse().unwrap());
+        meet(&listener, &ticket, &options()).await;
+    }
+
+    #[tokio::test]
+    async fn nobody_there_is_told_in_time_with_the_address() {
+        let (listener, ticket) = listen(&options());
+        drop(listener);
+        let options = TransportOptions { connect_timeout_ms: 500, ..options() };
+        let begun = Instant::now();
+        let error = connect(&ticket, &options).await.unwrap_err();
+        assert!(begun.elapsed() < Duration::from_secs(2));
+        assert!(error.to_string().contains(&ticket.addresses[0].to_string()), "{error}");
+    }
+
+    #[tokio::test]
+    async fn nobody_coming_is_told_in_time() {
+        let (listener, _ticket) = listen(&options());
+        let error = listener.accept(Some(Duration::from_millis(50))).await.unwrap_err();
+        assert!(matches!(error, ListenError::TimedOut(50)));
+    }
+
+    #[tokio::test]
+    async fn the_session_key_continues_the_migration_on_a_new_connection() {
+        let (listener, ticket) = listen(&options());
+        let (sender, receiver) = meet(&listener, &ticket, &options()).await;
+        let session = sender.session_key();
+        drop(sender);
+        let receiver_session = receiver.session_key();
+        let options = options();
+        let (again, accepted) = tokio::join!(
+            reconnect(&ticket, &session, &options),
+            listener.accept_resumed(&receiver_session, Some(Duration::from_secs(3)))
+        );
+        let (again, accepted) = (again.unwrap(), accepted.unwrap());
+        again.send(Lane::FaultRequest, message(3, 1)).await.unwrap();
+        assert_eq!(accepted.recv(Lane::FaultRequest).await.unwrap(), message(3, 1));
+
+        let forged = SessionKey(Secret::random());
+        let error = reconnect(&ticket, &forged, &options).await.unwrap_err();
+        assert!(matches!(error, ConnectError::WrongTicket), "{error}");
+    }
+
+    /// A QUIC connection to the right receiver that has proved nothing.
+    async fn raw_connection(ticket: &Ticket) -> quinn::Connection {
+        let endpoint = socket::endpoint(loopback(), None, &options()).unwrap();
+        let (crypto, _) = identity::sender(ticket.certificate_sha256);
+        let config = quinn::ClientConfig::new(std::sync::Arc::new(crypto));
+        endpoint.connect_with(config, ticket.addresses[0], "x").unwrap().await.unwrap()
+    }
+}
+
+mod lanes {
+    use super::*;
+
+    #[tokio::test]
+    async fn every_lane_carries_its_largest_message() {
+        let (sender, receiver, _listener) = pair(&options()).await;
+        for lane in [Lane::FaultRequest, Lane::FaultReply, Lane::Push] {
+            sender.send(lane, message(lane.limit_bytes(), lane as u8)).await.unwrap();
+            assert_eq!(receiver.recv(lane).await.unwrap(), message(lane.limit_bytes(), lane as u8));
+        }
+        let state = message(9 << 20, 4);
+        let (sent, received) =
+            tokio::join!(sender.send(Lane::State, state.clone()), receiver.recv(Lane::State));
+        sent.unwrap();
+        assert_eq!(received.unwrap(), state);
+        sender.send(Lane::FaultReply, Bytes::new()).await.unwrap();
+        assert_eq!(receiver.recv(Lane::FaultReply).await.unwrap(), Bytes::new());
+    }
+
+    #[tokio::test]
+    async fn control_messages_arrive_whole_and_in_order() {
+        let (sender, receiver, _listener) = pair(&options()).await;
+        let reading = tokio::spawn(async move {
+            for size in [0usize, 1, 70_000, 3 << 20, 5] {
+                assert_eq!(receiver.control_recv().await.unwrap(), message(size, size as u8));
+            }
+            assert_eq!(receiver.control_recv().await.unwrap_err(), LinkError::Finished);
+            receiver
+        });
+        for size in [0usize, 1, 70_000, 3 << 20, 5] {
+            sender.control_send(message(size, size as u8)).await.unwrap();
+        }
+        sender.finish().await.unwrap();
+        reading.await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_message_that_is_too_large_is_refused_here_and_names_its_lane() {
+        let (sender, _receiver, _listener) = pair(&options()).await;
+        for lane in [Lane::FaultRequest, Lane::FaultReply, Lane::Push] {
+            let error = sender.send(lane, message(lane.limit_bytes() + 1, 0)).await.unwrap_err();
+            assert!(error.to_string().contains(lane.name()), "{error}");
+        }
+        let error = sender.control_send(message((16 << 20) + 1, 0)).await.unwrap_err();
+        assert!(error.to_string().contains("control lane"), "{error}");
+        sender.send(Lane::Push, message(1, 0)).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_peer_that_sends_too_much_is_cut_off_with_the_lane_named() {
+        for (first_byte, size, word) in
+            [(1u8, 70_000, "fault request"), (2, 300_000, "fault reply"), (9, 1, "unknown lane 9")]
+        {
+            let (sender, receiver, _listener) = pair(&options()).await;
+            let mut stream = sender.quic().open_uni().await.unwrap();
+            stream.write_all(&[first_byte]).await.unwrap();
+            let _ = stream.write_all(&message(size, 0)).await;
+            let _ = stream.finish();
+            let error = receiver.recv(Lane::FaultRequest).await.unwrap_err();
+            assert!(matches!(&error, LinkError::Violation(what) if what.contains(word)), "{error}");
+            let told = sender.ended().await;
+            assert!(matches!(&told, LinkError::Refused { reason, .. } if reason.contains(word)), "{told}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_peer_that_announces_a_huge_control_message_is_cut_off() {
+        let small = TransportOptions { control_message_limit_bytes: 1_000, ..options() };
+        let (listener, ticket) = listen(&small);
+        let (sender, receiver) = meet(&listener, &ticket, &options()).await;
+        sender.control_send(message(1_001, 0)).await.unwrap();
+        let error = receiver.control_recv().await.unwrap_err();
+        assert!(matches!(&error, LinkError::Violation(what) if what.contains("control lane")), "{error}");
+    }
+
+    #[tokio::test]
+    async fn a_message_given_up_half_way_never_arrives() {
+        let (sender, receiver, _listener) = pair(&options()).await;
+        let huge = message(100 << 20, 1);
+        let cancelled = tokio::time::timeout(Duration::from_millis(5), sender.send(Lane::State, huge));
+        if cancelled.await.is_ok() {
+            panic!("100 MiB in 5 ms without a reader");
+        }
+        sender.send(Lane::State, message(10, 2)).await.unwrap();
+        assert_eq!(receiver.recv(Lane::State).await.unwrap(), message(10, 2));
+    }
+
+    #[tokio::test]
+    async fn a_consumer_of_push_that_sleeps_stops_the_pusher_and_not_the_faults() {
+        let options = TransportOptions { push_window_bytes: 2 << 20, ..options() };
+        let (sender, receiver, _listener) = pair(&options).await;
+        let pusher = tokio::spawn({
+            let sender = sender.clone();
+            async move {
+                let mut pushed = 0usize;
+                while pushed < 64 {
+                    sender.push(message(128 << 10, pushed as u8)).await.unwrap();
+                    pushed += 1;
+                }
+                sender.push_drained().await.unwrap();
+            }
+        });
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        assert!(!pusher.is_finished());
+        assert!(sender.stats().sent_bytes < 4 << 20, "{:?}", sender.stats());
+        for _ in 0..100 {
+            sender.send(Lane::FaultReply, message(4_096, 7)).await.unwrap();
+            assert_eq!(receiver.recv(Lane::FaultReply).await.unwrap().len(), 4_096);
+        }
+        let mut seen = [false; 64];
+        for _ in 0..64 {
+            seen[receiver.recv(Lane::Push).await.unwrap()[0] as usize] = true;
+        }
+        assert_eq!(seen, [true; 64]);
+        pusher.await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn fault_replies_overtake_bulk() {
+        let capped = TransportOptions { bandwidth_limit_bytes_per_s: Some(5_000_000), ..options() };
+        let (sender, receiver, _listener) = pair(&capped).await;
+        let pusher = tokio::spawn({
+            let sender = sender.clone();
+            async move { while sender.push(message(128 << 10, 0)).await.is_ok() {} }
+        });
+        let sink = tokio::spawn({
+            let receiver = receiver.clone();
+            async move { while receiver.recv(Lane::Push).await.is_ok() {} }
+        });
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        let mut worst = Duration::ZERO;
+        for _ in 0..20 {
+            let sent = Instant::now();
+            sender.send(Lane::FaultReply, message(4_096, 1)).await.unwrap();
+            receiver.recv(Lane::FaultReply).await.unwrap();
+            worst = worst.max(sent.elapsed());
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        // One 128 KiB message alone takes 26 ms at this rate.
+        assert!(sender.stats().push_in_flight_bytes > 0, "the pusher had nothing under way");
+        assert!(worst < Duration::from_millis(20), "a reply waited {worst:?}");
+        pusher.abort();
+        sink.abort();
+    }
+
+    #[tokio::test]
+    async fn the_bandwidth_limit_holds_for_everything_that_leaves() {
+        let capped = TransportOptions { bandwidth_limit_bytes_per_s: Some(4_000_000), ..options() };
+        let (sender, receiver, _listener) = pair(&capped).await;
+        for lane in [Lane::Push, Lane::FaultReply] {
+            let (sender, receiver) = (sender.clone(), receiver.clone());
+            tokio::spawn({
+                async move { while sender.send(lane, message(64 << 10, 0)).await.is_ok() {} }
+            });
+            tokio::spawn(async move { while receiver.recv(lane).await.is_ok() {} });
+        }
+        let before = (sender.stats().sent_bytes, Instant::now());
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        let sent = (sender.stats().sent_bytes - before.0) as f64;
+        let rate = sent / before.1.elapsed().as_secs_f64();
+        assert!(rate < 4_100_000.0, "{rate} bytes/s");
+        assert!(rate > 3_200_000.0, "{rate} bytes/s");
+    }
+}
+
+mod ends {
+    use super::*;
+
+    #[tokio::test]
+    async fn closing_tells_the_reason() {
+        let (sender, receiver, _listener) = pair(&options()).await;
+        sender.send(Lane::FaultReply, message(5, 5)).await.unwrap();
+        assert_eq!(receiver.recv(Lane::FaultReply).await.unwrap().len(), 5);
+        sender.close(7, "cancelled by the user").await;
+        let expected = LinkError::PeerClosed { code: 7, reason: "cancelled by the user".to_owned() };
+        assert_eq!(receiver.recv(Lane::Push).await.unwrap_err(), expected);
+        assert_eq!(receiver.control_recv().await.unwrap_err(), expected);
+        assert_eq!(receiver.push(message(1, 1)).await.unwrap_err(), expected);
+        assert_eq!(receiver.push_drained().await.unwrap_err(), expected);
+        assert_eq!(sender.push(message(1, 1)).await.unwrap_err(), LinkError::Closed);
+    }
+
+    #[tokio::test]
+    async fn a_link_that_is_dropped_is_closed() {
+        let (sender, receiver, _listener) = pair(&options()).await;
+        drop(sender);
+        let error = receiver.control_recv().await.unwrap_err();
+        assert!(matches!(error, LinkError::PeerClosed { code: 0, .. }), "{error}");
+    }
+
+    #[tokio::test]
+    async fn a_peer_that_vanishes_is_a_timeout() {
+        let options = TransportOptions { idle_timeout_ms: 600, keep_alive_ms: 100, ..options() };
+        let (listener, mut ticket) = listen(&options);
+        let relay = Relay::start(ticket.addresses[0]).await;
+        ticket.addresses = vec![relay.address];
+        let (sender, receiver) = meet(&listener, &ticket, &options).await;
+        tokio::time::sleep(Duration::from_millis(1_000)).await;
+        sender.control_send(Bytes::from_static(b"kept alive")).await.unwrap();
+        receiver.control_recv().await.unwrap();
+        relay.cut();
+        let _ = sender.push(message(1_000, 1)).await;
+        let drained = sender.push_drained().await.unwrap_err();
+        assert_eq!(drained, LinkError::TimedOut { idle_ms: 600 });
+        assert_eq!(receiver.recv(Lane::Push).await.unwrap_err(), LinkError::TimedOut { idle_ms: 600 });
+    }
+
+    #[tokio::test]
+    async fn control_characters_of_a_peer_do_not_reach_the_terminal() {
+        let (sender, receiver, _listener) = pair(&options()).await;
+        sender.quic().close(code(20), b"\x1b[2Jboo");
+        let error = receiver.ended().await;
+        assert_eq!(error, LinkError::PeerClosed { code: 4, reason: "[2Jboo".to_owned() });
+    }
+
+    /// Forwards datagrams until it is cut.
+    struct Relay {
+        address: SocketAddr,
+        tasks: Vec<tokio::task::JoinHandle<()>>,
+    }
+
+    impl Relay {
+        async fn start(target: SocketAddr) -> Self {
+            let front = std::sync::Arc::new(tokio::net::UdpSocket::bind(loopback()).await.unwrap());
+            let back = std::sync::Arc::new(tokio::net::UdpSocket::bind(loopback()).await.unwrap());
+            let address = front.local_addr().unwrap();
+            let (client_sender, client) = tokio::sync::watch::channel(None);
+            let forth = tokio::spawn({
+                let (front, back) = (front.clone(), back.clone());
+                async move {
+                    let mut buffer = vec![0; 65_536];
+                    while let Ok((size, from)) = front.recv_from(&mut buffer).await {
+                        client_sender.send_replace(Some(from));
+                        let _ = back.send_to(&buffer[..size], target).await;
+                    }
+                }
+            });
+            let home = tokio::spawn(async move {
+                let mut buffer = vec![0; 65_536];
+                while let Ok((size, _)) = back.recv_from(&mut buffer).await {
+                    let to = *client.borrow();
+                    if let Some(to) = to {
+                        let _ = front.send_to(&buffer[..size], to).await;
+                    }
+                }
+            });
+            Relay { address, tasks: vec![forth, home] }
+        }
+
+        fn cut(self) {
+            self.tasks.iter().for_each(tokio::task::JoinHandle::abort);
+        }
+    }
+}

@@ -1,0 +1,424 @@
+//! Frames as the encoder makes them and as a hostile network might.
+
+use std::collections::BTreeMap;
+
+use proptest::prelude::*;
+
+use super::encode::{DeltaCodec, PageCodec};
+use super::frame::FrameParts;
+use super::fuzz::{GUEST_PAGES, fuzz_bodies, fuzz_frames};
+use super::limits::{MAX_BODY_BYTES, MAX_FRAME_BYTES, MAX_PAGES_PER_FRAME, MAX_RUNS_PER_FRAME};
+use super::*;
+use crate::codec::delta::{DeltaPacker, WordMask};
+use crate::codec::test_pages::{noise_of, page_and_change, page_of};
+use crate::codec::{CodecCounts, CodecId};
+use crate::page::{PAGE_SIZE_BYTES, PageBytes, PageIndex, PageRange, Version};
+
+const NOW: Version = Version(9);
+
+/// A page to send, with its content at the other side if that holds one.
+type Sent = (u64, PageBytes, Option<(Version, PageBytes)>);
+
+fn encode(choice: CodecChoice, pages: &[Sent]) -> (Vec<u8>, CodecCounts) {
+    let pages: Vec<_> = pages
+        .iter()
+        .map(|(page, bytes, base)| PageToSend {
+            page: PageIndex(*page),
+            bytes,
+            base: base.as_ref().map(|(version, bytes)| (*version, bytes)),
+        })
+        .collect();
+    let mut out = Vec::new();
+    let counts = FrameEncoder::new(choice).encode(NOW, &pages, &mut out);
+    (out, counts)
+}
+
+/// Decodes all frames as a destination would that holds the bases of `pages`.
+fn decode(wire: &[u8], pages: &[Sent]) -> (BTreeMap<u64, PageBytes>, CodecCounts) {
+    let held: BTreeMap<u64, &(Version, PageBytes)> =
+        pages.iter().filter_map(|(page, _, base)| Some((*page, base.as_ref()?))).collect();
+    let mut scratch = DecodeScratch::default();
+    let (mut got, mut counts) = (BTreeMap::new(), CodecCounts::default());
+    let mut rest = wire;
+    while !rest.is_empty() {
+        let (frame, left) = Frame::parse(rest, GUEST_PAGES).unwrap();
+        rest = left;
+        assert_eq!(frame.version(), NOW);
+        counts.add(frame.codec(), frame.page_count(), frame.len_bytes() as u64);
+        let decoded = frame
+            .decode(&mut scratch, |_, base, into| {
+                assert_eq!(held[&base.page.0].0, base.version);
+                *into = held[&base.page.0].1;
+                true
+            })
+            .unwrap();
+        for (position, FramePage { page, base }) in frame.pages().enumerate() {
+            let bytes = match decoded.get(position) {
+                DecodedPage::Bytes(bytes) => *bytes,
+                DecodedPage::Zero => [0; PAGE_SIZE_BYTES],
+                DecodedPage::Unchanged => {
+                    assert_eq!(base.unwrap().version, held[&page.0].0);
+                    held[&page.0].1
+                }
+                other => panic!("{page:?}: {other:?}"),
+            };
+            assert!(got.insert(page.0, bytes).is_none(), "{page:?} is in two frames");
+        }
+    }
+    (got, counts)
+}
+
+fn choices() -> impl Strategy<Value = CodecChoice> {
+    let page = prop_oneof![Just(PageCodec::Raw), Just(PageCodec::Lz4)];
+    let delta = prop_oneof![Just(DeltaCodec::Off), Just(DeltaCodec::Plain), Just(DeltaCodec::Lz4)];
+    (page, delta).prop_map(|(page, delta)| CodecChoice { page, delta })
+}
+
+fn batches() -> impl Strategy<Value = Vec<Sent>> {
+    let base = prop::option::of(prop_oneof![3 => Just(8u16), 1 => 1u16..9].prop_map(Version));
+    prop::collection::btree_map(0..GUEST_PAGES, (page_and_change(), base), 0..20).prop_map(
+        |pages| {
+            let pages = pages.into_iter();
+            pages.map(|(page, ((old, new), base))| (page, new, base.map(|v| (v, old)))).collect()
+        },
+    )
+}
+
+/// One delta of a page whose word 5 changed.
+fn one_delta() -> (Vec<u8>, PageBytes, PageBytes) {
+    let (old, mut new) = (page_of(1), page_of(1));
+    new[40] ^= 1;
+    (encode(CodecChoice::default(), &[(3, new, Some((Version(2), old)))]).0, old, new)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    #[test]
+    fn every_page_arrives_once_by_every_choice(choice in choices(), pages in batches()) {
+        let (wire, sent) = encode(choice, &pages);
+        let (got, counted) = decode(&wire, &pages);
+        let expected: BTreeMap<_, _> = pages.iter().map(|(page, bytes, _)| (*page, *bytes)).collect();
+        prop_assert!(got == expected);
+        prop_assert_eq!(sent, counted);
+        prop_assert_eq!(sent.total_bytes(), wire.len() as u64);
+        prop_assert_eq!(sent.total_pages(), pages.len() as u64);
+    }
+
+    #[test]
+    fn a_damaged_frame_never_gives_wrong_bytes(
+        pages in batches(),
+        choice in choices(),
+        damage in any::<prop::sample::Index>(),
+        flip in 1u8..=255,
+    ) {
+        let (mut wire, _) = encode(choice, &pages);
+        prop_assume!(!wire.is_empty());
+        let at = damage.index(wire.len());
+        wire[at] ^= flip;
+        fuzz_frames(&wire);
+        let expected: BTreeMap<_, _> = pages.iter().map(|(page, bytes, _)| (*page, bytes)).collect();
+        let held: BTreeMap<_, _> =
+            pages.iter().filter_map(|(page, _, base)| Some((*page, base.as_ref()?.1))).collect();
+        let mut scratch = DecodeScratch::default();
+        let mut rest = &wire[..];
+        while let Ok((frame, left)) = Frame::parse(rest, GUEST_PAGES) {
+            rest = left;
+            let decoded = frame.decode(&mut scratch, |_, base, into| {
+                *into = held.get(&base.page.0).copied().unwrap_or([0; PAGE_SIZE_BYTES]);
+                true
+            });
+            let Ok(decoded) = decoded else { continue };
+            for (position, entry) in frame.pages().enumerate() {
+                if let DecodedPage::Bytes(bytes) = decoded.get(position) {
+                    prop_assert!(Some(&bytes) == expected.get(&entry.page.0));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_frame_cut_short_is_refused(pages in batches(), cut in any::<prop::sample::Index>()) {
+        let (wire, counts) = encode(CodecChoice::default(), &pages);
+        prop_assume!(counts.used().count() == 1);
+        prop_assert!(Frame::parse(&wire[..cut.index(wire.len())], GUEST_PAGES).is_err());
+    }
+
+    #[test]
+    fn random_bytes_are_refused_quietly(data in prop::collection::vec(any::<u8>(), 0..300)) {
+        fuzz_frames(&data);
+        fuzz_frames(&[&[0xfa, 1][..], &data].concat());
+        fuzz_bodies(&data);
+    }
+}
+
+#[test]
+fn zero_runs_cover_a_guest_in_few_bytes() {
+    let mut encoder = FrameEncoder::default();
+    let mut out = Vec::new();
+    let counts = encoder.encode_zero_runs(NOW, &[PageRange::new(5, GUEST_PAGES)], &mut out);
+    assert!(out.len() < 24, "{} bytes", out.len());
+    assert_eq!(counts.pages(CodecId::Zero), GUEST_PAGES - 5);
+    let (frame, _) = Frame::parse(&out, GUEST_PAGES).unwrap();
+    let runs: Vec<_> = frame.zero_runs().unwrap().collect();
+    assert_eq!(runs, [PageRange::new(5, GUEST_PAGES)]);
+}
+
+#[test]
+fn many_zero_runs_go_in_several_frames() {
+    let runs: Vec<_> = (0..3000).map(|i| PageRange::new(3 * i, 3 * i + i % 3)).collect();
+    let mut out = Vec::new();
+    let counts = FrameEncoder::default().encode_zero_runs(NOW, &runs, &mut out);
+    let (mut rest, mut back, mut frames) = (&out[..], Vec::new(), 0);
+    while !rest.is_empty() {
+        let (frame, left) = Frame::parse(rest, GUEST_PAGES).unwrap();
+        back.extend(frame.zero_runs().unwrap());
+        (rest, frames) = (left, frames + 1);
+    }
+    assert_eq!(frames, 2000usize.div_ceil(MAX_RUNS_PER_FRAME));
+    assert_eq!(back, runs.into_iter().filter(|run| !run.is_empty()).collect::<Vec<_>>());
+    assert_eq!(counts.pages(CodecId::Zero), 3000);
+}
+
+#[test]
+fn unchanged_pages_cost_a_few_bits() {
+    let page = noise_of(1);
+    let pages: Vec<Sent> = (0..64).map(|i| (i * 30, page, Some((Version(8), page)))).collect();
+    let (wire, counts) = encode(CodecChoice::default(), &pages);
+    assert_eq!(counts.pages(CodecId::Unchanged), 64);
+    assert!(wire.len() < 64 + 24, "{} bytes", wire.len());
+}
+
+#[test]
+fn incompressible_pages_cost_no_more_than_a_header() {
+    let pages: Vec<Sent> = (0..64).map(|i| (i, noise_of(i), None)).collect();
+    let (wire, counts) = encode(CodecChoice::default(), &pages);
+    assert_eq!(counts.pages(CodecId::Raw), 64);
+    assert!(wire.len() < 64 * PAGE_SIZE_BYTES + 24, "{} bytes", wire.len());
+    assert!(wire.len() <= MAX_FRAME_BYTES);
+}
+
+#[test]
+fn a_page_that_changed_nearly_everywhere_goes_whole() {
+    let pages = [(0, noise_of(1), Some((Version(1), noise_of(2))))];
+    assert_eq!(encode(CodecChoice::default(), &pages).1.pages(CodecId::Raw), 1);
+}
+
+#[test]
+fn a_page_that_became_zero_needs_no_base() {
+    let pages = [(0, [0; PAGE_SIZE_BYTES], Some((Version(1), page_of(2))))];
+    assert_eq!(encode(CodecChoice::default(), &pages).1.pages(CodecId::Zero), 1);
+}
+
+#[test]
+fn a_delta_can_be_decoded_without_some_of_its_pages() {
+    let pages: Vec<Sent> = (0..10)
+        .map(|i| {
+            let (old, mut new) = (page_of(i), page_of(i));
+            new[i as usize * 100] ^= 1;
+            (i, new, Some((Version(4), old)))
+        })
+        .collect();
+    let (wire, _) = encode(CodecChoice::default(), &pages);
+    let (frame, _) = Frame::parse(&wire, GUEST_PAGES).unwrap();
+    assert_eq!(frame.codec(), CodecId::DeltaLz4);
+    let mut scratch = DecodeScratch::default();
+    let decoded = frame
+        .decode(&mut scratch, |position, base, into| {
+            *into = pages[base.page.0 as usize].2.unwrap().1;
+            position % 2 == 0
+        })
+        .unwrap();
+    for (position, (_, new, _)) in pages.iter().enumerate() {
+        match decoded.get(position) {
+            DecodedPage::Bytes(bytes) if position % 2 == 0 => assert_eq!(bytes, new),
+            DecodedPage::NoBase if position % 2 == 1 => (),
+            other => panic!("position {position}: {other:?}"),
+        }
+    }
+}
+
+#[test]
+fn a_wrong_base_is_found_for_its_page_alone() {
+    let pages: Vec<Sent> = (0..4)
+        .map(|i| {
+            let (old, mut new) = (page_of(i), page_of(i));
+            new[8] ^= 1;
+            (i, new, Some((Version(4), old)))
+        })
+        .collect();
+    let (wire, _) = encode(CodecChoice::default(), &pages);
+    let (frame, _) = Frame::parse(&wire, GUEST_PAGES).unwrap();
+    let mut scratch = DecodeScratch::default();
+    let decoded = frame
+        .decode(&mut scratch, |position, base, into| {
+            *into = pages[base.page.0 as usize].2.unwrap().1;
+            into[4000] ^= u8::from(position == 2);
+            true
+        })
+        .unwrap();
+    assert_eq!(decoded.get(2), DecodedPage::WrongBase);
+    assert_eq!(decoded.get(3), DecodedPage::Bytes(&pages[3].1));
+}
+
+#[test]
+fn a_changed_header_field_fails_the_checksum() {
+    let (mut wire, old, _) = one_delta();
+    // The page list: one run, distance 3 << 1.
+    assert_eq!(wire[4..6], [1, 6]);
+    wire[5] = 8;
+    let (frame, _) = Frame::parse(&wire, GUEST_PAGES).unwrap();
+    let mut scratch = DecodeScratch::default();
+    let refused = frame.decode(&mut scratch, |_, _, into| {
+        *into = old;
+        true
+    });
+    assert_eq!(refused.map(|_| ()), Err(FrameError::Checksum));
+    let zero = {
+        let mut out = Vec::new();
+        FrameEncoder::default().encode_zero_runs(NOW, &[PageRange::new(3, 4)], &mut out);
+        out[5] = 8;
+        out
+    };
+    assert_eq!(Frame::parse(&zero, GUEST_PAGES).map(|_| ()), Err(FrameError::Checksum));
+}
+
+#[test]
+fn the_first_bytes_are_told_apart() {
+    let (wire, ..) = one_delta();
+    let parse_with = |at: usize, value: u8| {
+        let mut wire = wire.clone();
+        wire[at] = value;
+        Frame::parse(&wire, GUEST_PAGES).map(|_| ())
+    };
+    assert_eq!(parse_with(0, 0), Err(FrameError::Magic { found: 0 }));
+    assert_eq!(parse_with(1, 2), Err(FrameError::Format { found: 2 }));
+    assert_eq!(parse_with(2, 200), Err(FrameError::Codec { found: 200 }));
+    let version_zero = Err(FrameError::Version { field: "content version", found: 0 });
+    assert_eq!(parse_with(3, 0), version_zero);
+    assert_eq!(
+        Frame::parse(&[], GUEST_PAGES).map(|_| ()),
+        Err(FrameError::Truncated { field: "first bytes" })
+    );
+}
+
+/// What parsing says about a frame that is well-formed but for what `change` did to it. Buffers are
+/// leaked, so that a change may bring its own.
+fn refusal_of(codec: CodecId, change: impl FnOnce(&mut FrameParts<'static>)) -> FrameError {
+    let old = page_of(1);
+    let mut new = old;
+    new[0] ^= 1;
+    let mut packer = DeltaPacker::default();
+    for _ in 0..2 {
+        packer.push(&WordMask::between(&old, &new), &new);
+    }
+    let mut packed = Vec::new();
+    packer.finish(&mut packed);
+    let whole = [new, new].concat();
+    let plain: &[u8] = if codec.is_delta() { packed.leak() } else { whole.leak() };
+    let compressed = matches!(codec, CodecId::Lz4 | CodecId::DeltaLz4);
+    let mut parts = FrameParts {
+        bases: if codec.has_bases() { &[Version(1), Version(2)] } else { &[] },
+        words: 2,
+        checks: &[[0; 4]; 2],
+        decoded: if codec.has_body() { plain } else { &[] },
+        body: match (codec.has_body(), compressed) {
+            (false, _) => &[],
+            (true, false) => plain,
+            (true, true) => lz4_flex::block::compress(plain).leak(),
+        },
+        ..FrameParts::new(
+            codec,
+            NOW,
+            const { &[PageRange { start: PageIndex(10), end: PageIndex(12) }] },
+        )
+    };
+    let verdict = |parts: &FrameParts<'_>| {
+        let mut wire = Vec::new();
+        parts.write(&mut wire);
+        let (frame, _) = Frame::parse(&wire, GUEST_PAGES)?;
+        frame.decode(&mut DecodeScratch::default(), |_, _, _| false).map(|_| ())
+    };
+    assert_eq!(verdict(&parts), Ok(()), "{codec} before the change");
+    change(&mut parts);
+    verdict(&parts).expect_err("the changed frame was accepted")
+}
+
+#[test]
+fn versions_that_cannot_be_are_refused() {
+    let too_new = refusal_of(CodecId::Raw, |parts| parts.version = Version(2048));
+    assert_eq!(too_new, FrameError::Version { field: "content version", found: 2048 });
+    for codec in [CodecId::Unchanged, CodecId::Delta] {
+        let found = refusal_of(codec, |parts| parts.bases = &[NOW, NOW]);
+        assert_eq!(found, FrameError::Version { field: "base version", found: 9 });
+        let found = refusal_of(codec, |parts| parts.bases = &[Version(1), NOW]);
+        assert_eq!(found, FrameError::Version { field: "base version", found: 9 });
+        let found = refusal_of(codec, |parts| parts.bases = &[Version(1), Version::NONE]);
+        assert_eq!(found, FrameError::Version { field: "base version", found: 0 });
+    }
+}
+
+#[test]
+fn page_lists_that_cannot_be_are_refused() {
+    let many = vec![PageRange::new(0, MAX_PAGES_PER_FRAME as u64 + 1)].leak();
+    let found = refusal_of(CodecId::Lz4, |parts| parts.runs = many);
+    assert_eq!(found, FrameError::Pages { pages: 65, max_pages: 64 });
+    let outside: &[_] = vec![PageRange::new(GUEST_PAGES - 1, GUEST_PAGES + 1)].leak();
+    for codec in CodecId::ALL {
+        let found = refusal_of(codec, |parts| parts.runs = outside);
+        assert_eq!(found, FrameError::BeyondGuest { guest_pages: GUEST_PAGES });
+        assert_eq!(refusal_of(codec, |parts| parts.runs = &[]), FrameError::Runs { runs: 0 });
+    }
+}
+
+#[test]
+fn bodies_of_impossible_length_are_refused_before_they_are_read() {
+    let long: &[u8] = vec![0; MAX_BODY_BYTES + 1].leak();
+    for codec in CodecId::ALL.into_iter().filter(|codec| codec.has_body()) {
+        let found = refusal_of(codec, |parts| parts.body = long);
+        assert!(matches!(found, FrameError::BodyLength { .. }), "{codec}: {found}");
+        let found = refusal_of(codec, |parts| parts.body = &[]);
+        assert!(matches!(found, FrameError::BodyLength { .. }), "{codec}: {found}");
+    }
+    for codec in [CodecId::Raw, CodecId::Delta] {
+        let found = refusal_of(codec, |parts| parts.body = &parts.body[1..]);
+        assert!(matches!(found, FrameError::BodyLength { .. }), "{codec}: {found}");
+    }
+}
+
+#[test]
+fn word_counts_that_cannot_be_are_refused() {
+    let found = refusal_of(CodecId::DeltaLz4, |parts| parts.words = 2 * 512 + 1);
+    assert_eq!(found, FrameError::Words { words: 1025, pages: 2 });
+    let found = refusal_of(CodecId::DeltaLz4, |parts| parts.words = 3);
+    assert!(matches!(found, FrameError::Body(_)), "{found}");
+    let found = refusal_of(CodecId::Delta, |parts| {
+        let wrong_mask = parts.body.to_vec().leak();
+        wrong_mask[1] = 0xff;
+        parts.decoded = wrong_mask;
+        parts.body = wrong_mask;
+    });
+    assert!(matches!(found, FrameError::Body(_)), "{found}");
+}
+
+#[test]
+fn frames_of_the_largest_kind_fit_the_limit() {
+    let runs: Vec<_> = (0..MAX_RUNS_PER_FRAME as u64)
+        .map(|i| PageRange::new(i << 53, (i << 53) + (1 << 52)))
+        .collect();
+    let mut wire = Vec::new();
+    FrameParts::new(CodecId::Zero, NOW, &runs).write(&mut wire);
+    assert!(wire.len() <= MAX_FRAME_BYTES, "{}", wire.len());
+    let pages: Vec<Sent> = (0..64)
+        .map(|i| {
+            let old = noise_of(i);
+            let mut new = noise_of(i + 100);
+            new[3072..].copy_from_slice(&old[3072..]);
+            (i * 156, new, Some((Version(1 + i as u16 % 8), old)))
+        })
+        .collect();
+    let choice = CodecChoice { page: PageCodec::Raw, delta: DeltaCodec::Plain };
+    let (wire, counts) = encode(choice, &pages);
+    assert_eq!(counts.pages(CodecId::Delta), 64);
+    assert!(wire.len() <= MAX_FRAME_BYTES, "{}", wire.len());
+}
