@@ -50,15 +50,20 @@ const PATHS: [Path; 8] = [
 fn main() {
     let word = std::env::args().skip(1).find(|word| !word.starts_with('-')).unwrap_or_default();
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
-    println!("{:<26} {:>8}  {:>7} {:>7} {:>7}  {:>6}", "path", "Mbit/s", "p50 ms", "p99", "max", "lost %");
+    println!(
+        "{:<26} {:>8}  {:>7} {:>7} {:>7}  {:>6}",
+        "path", "Mbit/s", "p50 ms", "p99", "max", "lost %"
+    );
     for path in PATHS.iter().filter(|path| path.name.contains(&word)) {
-        runtime.block_on(measure(path.name, Some(*path), &TransportOptions {
-            mtu_limit_bytes: Some(1_452),
-            ..TransportOptions::default()
-        }));
+        runtime.block_on(measure(
+            path.name,
+            Some(*path),
+            &TransportOptions { mtu_limit_bytes: Some(1_452), ..TransportOptions::default() },
+        ));
     }
     if "loopback".contains(&word) {
-        let usual = TransportOptions { mtu_limit_bytes: Some(1_452), ..TransportOptions::default() };
+        let usual =
+            TransportOptions { mtu_limit_bytes: Some(1_452), ..TransportOptions::default() };
         runtime.block_on(measure("loopback, MTU 1452", None, &usual));
         runtime.block_on(measure("loopback, its own MTU", None, &TransportOptions::default()));
     }

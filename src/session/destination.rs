@@ -17,7 +17,7 @@ use super::{Noted, ProgressMeter, RoundLedger, Shared, StopSignals, Timeline, bl
 use crate::engine::destination::*;
 use crate::engine::{Failure, MigrationPhase};
 use crate::guest::{DestinationGuest, Shape};
-use crate::memory::{MemoryError, FaultOptions, FaultServer, Mapper, PageTable, Userfault};
+use crate::memory::{FaultOptions, FaultServer, Mapper, MemoryError, PageTable, Userfault};
 use crate::page::{PageIndex, Version};
 use crate::report::{Counters, FaultLatency, MigrationResult, Output, Report, Role};
 use crate::transport::{Lane, Link, Listener};

@@ -33,9 +33,9 @@ pub fn default_state_dir() -> PathBuf {
     if nix::unistd::geteuid().is_root() {
         return PathBuf::from("/var/lib/farfault");
     }
-    let base = std::env::var_os("XDG_STATE_HOME").map(PathBuf::from).or_else(|| {
-        std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".local/state"))
-    });
+    let base = std::env::var_os("XDG_STATE_HOME")
+        .map(PathBuf::from)
+        .or_else(|| std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".local/state")));
     base.unwrap_or_else(std::env::temp_dir).join("farfault")
 }
 
@@ -45,8 +45,7 @@ impl Journal {
         let path = state_dir.join(format!("{migration}.{side}"));
         let open = || {
             fs::DirBuilder::new().recursive(true).mode(0o700).create(state_dir)?;
-            let file =
-                OpenOptions::new().append(true).create_new(true).mode(0o600).open(&path)?;
+            let file = OpenOptions::new().append(true).create_new(true).mode(0o600).open(&path)?;
             // The name must be on disk too.
             File::open(state_dir)?.sync_all()?;
             Ok::<_, std::io::Error>(file)

@@ -251,8 +251,7 @@ impl RoundSender {
     fn cost_of_a_dirty_page(&mut self, version: Version) -> Option<u64> {
         let next = version.next()?;
         let step = self.plan.dirty_pages().div_ceil(SAMPLE_PAGES).max(1);
-        let sample: Vec<PageIndex> =
-            self.plan.dirty_mut().iter().step_by(step as usize).collect();
+        let sample: Vec<PageIndex> = self.plan.dirty_mut().iter().step_by(step as usize).collect();
         let is_populated = |page: &PageIndex| {
             let runs = self.memory.populated_runs(PageRange::new(page.0, page.0 + 1));
             runs.is_ok_and(|runs| !runs.is_empty())

@@ -21,8 +21,8 @@ use crate::page::Version;
 use crate::report::{Counters, MigrationResult, Output, Report, Role};
 use crate::transport::{Lane, Link, Ticket, TransportOptions, connect};
 use crate::wire::message::{
-    FaultRequest, Flight, MAX_REQUEST_PAGES, PROTOCOL, PackedBytes, PackedSet,
-    ToDestination, decode, encode,
+    FaultRequest, Flight, MAX_REQUEST_PAGES, PROTOCOL, PackedBytes, PackedSet, ToDestination,
+    decode, encode,
 };
 
 /// The last message gets so long to reach the destination.
@@ -245,9 +245,8 @@ impl Session {
                 }
                 if let Err(error) = self.link.control_send(encode(&message).into()).await {
                     // The receiving task finds the same; this one may be first.
-                    let _ = self
-                        .happened
-                        .send(Happened::Event(SourceEvent::LinkLost(error.into())));
+                    let _ =
+                        self.happened.send(Happened::Event(SourceEvent::LinkLost(error.into())));
                 }
             }
             SourceAction::SendRound(version) => self.send_round(version),
@@ -276,7 +275,10 @@ impl Session {
             SourceAction::ReleaseGuest => {
                 let (guest, quit) = (self.guest.clone(), self.options.quit_source);
                 self.spawn_step(async move {
-                    guest.call(move |guest| guest.release(quit)).await.map(|()| SourceEvent::Released)
+                    guest
+                        .call(move |guest| guest.release(quit))
+                        .await
+                        .map(|()| SourceEvent::Released)
                 });
             }
             SourceAction::End(outcome) => self.outcome = Some(outcome),
@@ -396,14 +398,13 @@ impl Session {
         });
         let (link, happened) = (self.link.clone(), self.happened.clone());
         self.tasks.spawn(async move {
-            let event = match forward(link, queue, |link, message| async move {
-                link.push(message).await
-            })
-            .await
-            {
-                Ok(()) => SourceEvent::RemainderSent,
-                Err(failure) => SourceEvent::LinkLost(failure),
-            };
+            let event =
+                match forward(link, queue, |link, message| async move { link.push(message).await })
+                    .await
+                {
+                    Ok(()) => SourceEvent::RemainderSent,
+                    Err(failure) => SourceEvent::LinkLost(failure),
+                };
             let _ = happened.send(Happened::Event(event));
         });
         let (link, happened) = (self.link.clone(), self.happened.clone());

@@ -78,10 +78,11 @@ async fn dial(
         let (fingerprint, options) = (ticket.certificate_sha256, options.clone());
         attempts.spawn(async move {
             tokio::time::sleep(STAGGER * position as u32).await;
-            let attempt = tokio::time::timeout_at(deadline, dial_one(address, fingerprint, &options));
-            let result = attempt.await.unwrap_or_else(|_| {
-                Err(ConnectError::Unreachable("no answer in time".to_owned()))
-            });
+            let attempt =
+                tokio::time::timeout_at(deadline, dial_one(address, fingerprint, &options));
+            let result = attempt
+                .await
+                .unwrap_or_else(|_| Err(ConnectError::Unreachable("no answer in time".to_owned())));
             (address, result)
         });
     }

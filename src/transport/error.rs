@@ -45,16 +45,22 @@ pub enum LinkError {
         reason: String,
     },
     /// Silence for longer than the idle timeout.
-    #[error("no answer from the other side for {idle_ms} ms; is the network between the hosts, or the other host, down?")]
+    #[error(
+        "no answer from the other side for {idle_ms} ms; is the network between the hosts, or the other host, down?"
+    )]
     TimedOut {
         /// The idle timeout.
         idle_ms: u64,
     },
     /// The peer does not know this connection (any more): its process ended.
-    #[error("the other side no longer knows this connection; its farfault process has ended or was restarted")]
+    #[error(
+        "the other side no longer knows this connection; its farfault process has ended or was restarted"
+    )]
     Reset,
     /// The peer speaks another protocol.
-    #[error("the other side speaks another version of the farfault protocol; run the same version on both hosts")]
+    #[error(
+        "the other side speaks another version of the farfault protocol; run the same version on both hosts"
+    )]
     VersionMismatch,
     /// Closed at this end.
     #[error("the connection was closed here")]
@@ -63,7 +69,9 @@ pub enum LinkError {
     #[error("the other side has ended the conversation")]
     Finished,
     /// A message of this end that no peer would accept.
-    #[error("a message of {size_bytes} bytes is too large for the {lane} lane (limit {limit_bytes})")]
+    #[error(
+        "a message of {size_bytes} bytes is too large for the {lane} lane (limit {limit_bytes})"
+    )]
     TooLarge {
         /// Where it was to go.
         lane: &'static str,
@@ -128,19 +136,27 @@ pub(super) fn code(code: u32) -> VarInt {
 #[non_exhaustive]
 pub enum ConnectError {
     /// No address of the ticket led to the receiver.
-    #[error("the receiver cannot be reached: {0}; is `farfault receive` still waiting, and is UDP let through to its port?")]
+    #[error(
+        "the receiver cannot be reached: {0}; is `farfault receive` still waiting, and is UDP let through to its port?"
+    )]
     Unreachable(String),
     /// Somebody answers, but not the receiver that made the ticket.
-    #[error("another receiver answers at {address}: its certificate is not the one of this ticket; use the ticket that the waiting `farfault receive` printed")]
+    #[error(
+        "another receiver answers at {address}: its certificate is not the one of this ticket; use the ticket that the waiting `farfault receive` printed"
+    )]
     AnotherReceiver {
         /// Who answered.
         address: SocketAddr,
     },
     /// The receiver does not accept the secret.
-    #[error("wrong ticket: the receiver does not accept its secret; use the ticket that the waiting `farfault receive` printed")]
+    #[error(
+        "wrong ticket: the receiver does not accept its secret; use the ticket that the waiting `farfault receive` printed"
+    )]
     WrongTicket,
     /// Another sender used the ticket before.
-    #[error("this ticket was already used; a ticket is good for one migration: start `farfault receive` anew")]
+    #[error(
+        "this ticket was already used; a ticket is good for one migration: start `farfault receive` anew"
+    )]
     TicketUsed,
     /// The link failed while it was being made.
     #[error("the connection failed while it was being made: {0}")]
@@ -170,7 +186,9 @@ impl ConnectError {
 #[non_exhaustive]
 pub enum ListenError {
     /// No socket at this address.
-    #[error("cannot listen on {address}: {source}; is the port taken, or the address not of this host?")]
+    #[error(
+        "cannot listen on {address}: {source}; is the port taken, or the address not of this host?"
+    )]
     Bind {
         /// The address asked for.
         address: SocketAddr,

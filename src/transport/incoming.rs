@@ -27,7 +27,11 @@ pub(super) struct Core {
 }
 
 impl Core {
-    pub(super) fn new(connection: Connection, endpoint: Endpoint, idle_timeout_ms: u64) -> Arc<Self> {
+    pub(super) fn new(
+        connection: Connection,
+        endpoint: Endpoint,
+        idle_timeout_ms: u64,
+    ) -> Arc<Self> {
         Arc::new(Core { connection, endpoint, idle_timeout_ms, violation: OnceLock::new() })
     }
 

@@ -129,7 +129,10 @@ mod tests {
     #[test]
     fn a_tag_names_its_lane_and_no_other() {
         for tag in 0..=u8::MAX {
-            assert_eq!(Lane::from_tag(tag).map(|lane| lane as u8), (1..=4).contains(&tag).then_some(tag));
+            assert_eq!(
+                Lane::from_tag(tag).map(|lane| lane as u8),
+                (1..=4).contains(&tag).then_some(tag)
+            );
         }
         assert_eq!(Lane::from_tag(CREDIT_TAG), None);
     }

@@ -147,7 +147,8 @@ impl Link {
     /// that was pushed. Call it before [`close`](Self::close), which discards what is on its way.
     pub async fn finish(&self) -> Result<(), LinkError> {
         let (done, finished) = oneshot::channel();
-        if self.0.control_out.send(ControlOut::Finish(done)).await.is_ok() && finished.await.is_ok() {
+        if self.0.control_out.send(ControlOut::Finish(done)).await.is_ok() && finished.await.is_ok()
+        {
             return self.push_drained().await;
         }
         Err(self.ended_or(LinkError::Closed))
@@ -249,7 +250,12 @@ impl Link {
         self.0.core.ended().unwrap_or(otherwise)
     }
 
-    async fn write(&self, lane: Lane, priority: i32, message: Bytes) -> Result<SendStream, LinkError> {
+    async fn write(
+        &self,
+        lane: Lane,
+        priority: i32,
+        message: Bytes,
+    ) -> Result<SendStream, LinkError> {
         let stream = self.0.core.connection.open_uni().await;
         let stream = stream.map_err(|_| self.ended_or(LinkError::Closed))?;
         let mut stream = UnfinishedStream(Some(stream));
@@ -281,7 +287,9 @@ impl Link {
 
 impl Drop for Inner {
     fn drop(&mut self) {
-        self.core.connection.close(code(close_code::FIRST_SESSION), b"the other side let go of the link");
+        self.core
+            .connection
+            .close(code(close_code::FIRST_SESSION), b"the other side let go of the link");
     }
 }
 

@@ -14,7 +14,9 @@ use std::time::{Duration, Instant};
 
 use nix::sys::socket::{setsockopt, sockopt};
 use quinn::udp::{RecvMeta, Transmit};
-use quinn::{AsyncUdpSocket, Endpoint, EndpointConfig, Runtime, ServerConfig, TokioRuntime, UdpPoller};
+use quinn::{
+    AsyncUdpSocket, Endpoint, EndpointConfig, Runtime, ServerConfig, TokioRuntime, UdpPoller,
+};
 
 use super::TransportOptions;
 use super::addresses::header_bytes;
@@ -100,7 +102,11 @@ impl CappedSocket {
         let per_burst = limit_bytes_per_s as f64 * BURST.as_secs_f64();
         let max_segments = (per_burst as u64 / LARGEST_DATAGRAM_BYTES).max(1) as usize;
         let bucket = Arc::new(Mutex::new(Bucket::new(limit_bytes_per_s, Instant::now())));
-        CappedSocket { max_segments: max_segments.min(inner.max_transmit_segments()), inner, bucket }
+        CappedSocket {
+            max_segments: max_segments.min(inner.max_transmit_segments()),
+            inner,
+            bucket,
+        }
     }
 }
 

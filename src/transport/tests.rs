@@ -65,7 +65,9 @@ mod authentication {
         let (_listener, ticket) = listen(&options());
         let wrong = Ticket { certificate_sha256: [1; 32], ..ticket };
         let error = connect(&wrong, &options()).await.unwrap_err();
-        assert!(matches!(error, ConnectError::AnotherReceiver { address } if address == wrong.addresses[0]));
+        assert!(
+            matches!(error, ConnectError::AnotherReceiver { address } if address == wrong.addresses[0])
+        );
         assert!(error.to_string().contains("another receiver answers"), "{error}");
     }
 
@@ -101,7 +103,8 @@ mod authentication {
         slow_send.write_all(&[1, 2, 3]).await.unwrap();
         let wordy = raw_connection(&ticket).await;
         let (mut wordy_send, _wordy_recv) = wordy.open_bi().await.unwrap();
-        let _ = tokio::time::timeout(Duration::from_secs(1), wordy_send.write_all(&[7; 1 << 20])).await;
+        let _ =
+            tokio::time::timeout(Duration::from_secs(1), wordy_send.write_all(&[7; 1 << 20])).await;
         let lane = tokio::time::timeout(Duration::from_millis(100), slow.open_uni()).await;
         assert!(lane.is_err(), "no lanes for strangers");
 
@@ -230,7 +233,10 @@ mod lanes {
             let error = receiver.recv(Lane::FaultRequest).await.unwrap_err();
             assert!(matches!(&error, LinkError::Violation(what) if what.contains(word)), "{error}");
             let told = sender.ended().await;
-            assert!(matches!(&told, LinkError::Refused { reason, .. } if reason.contains(word)), "{told}");
+            assert!(
+                matches!(&told, LinkError::Refused { reason, .. } if reason.contains(word)),
+                "{told}"
+            );
         }
     }
 
@@ -241,14 +247,18 @@ mod lanes {
         let (sender, receiver) = meet(&listener, &ticket, &options()).await;
         sender.control_send(message(1_001, 0)).await.unwrap();
         let error = receiver.control_recv().await.unwrap_err();
-        assert!(matches!(&error, LinkError::Violation(what) if what.contains("control lane")), "{error}");
+        assert!(
+            matches!(&error, LinkError::Violation(what) if what.contains("control lane")),
+            "{error}"
+        );
     }
 
     #[tokio::test]
     async fn a_message_given_up_half_way_never_arrives() {
         let (sender, receiver, _listener) = pair(&options()).await;
         let huge = message(100 << 20, 1);
-        let cancelled = tokio::time::timeout(Duration::from_millis(5), sender.send(Lane::State, huge));
+        let cancelled =
+            tokio::time::timeout(Duration::from_millis(5), sender.send(Lane::State, huge));
         if cancelled.await.is_ok() {
             panic!("100 MiB in 5 ms without a reader");
         }
@@ -343,7 +353,8 @@ mod ends {
         sender.send(Lane::FaultReply, message(5, 5)).await.unwrap();
         assert_eq!(receiver.recv(Lane::FaultReply).await.unwrap().len(), 5);
         sender.close(7, "cancelled by the user").await;
-        let expected = LinkError::PeerClosed { code: 7, reason: "cancelled by the user".to_owned() };
+        let expected =
+            LinkError::PeerClosed { code: 7, reason: "cancelled by the user".to_owned() };
         assert_eq!(receiver.recv(Lane::Push).await.unwrap_err(), expected);
         assert_eq!(receiver.control_recv().await.unwrap_err(), expected);
         assert_eq!(receiver.push(message(1, 1)).await.unwrap_err(), expected);
@@ -373,7 +384,10 @@ mod ends {
         let _ = sender.push(message(1_000, 1)).await;
         let drained = sender.push_drained().await.unwrap_err();
         assert_eq!(drained, LinkError::TimedOut { idle_ms: 600 });
-        assert_eq!(receiver.recv(Lane::Push).await.unwrap_err(), LinkError::TimedOut { idle_ms: 600 });
+        assert_eq!(
+            receiver.recv(Lane::Push).await.unwrap_err(),
+            LinkError::TimedOut { idle_ms: 600 }
+        );
     }
 
     #[tokio::test]

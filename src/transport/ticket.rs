@@ -95,10 +95,14 @@ pub struct Ticket {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum TicketError {
     /// Another kind of word.
-    #[error("this is not a farfault ticket: it must begin with \"{PREFIX}\"; copy the line that `farfault receive` printed")]
+    #[error(
+        "this is not a farfault ticket: it must begin with \"{PREFIX}\"; copy the line that `farfault receive` printed"
+    )]
     Prefix,
     /// A character that no ticket contains.
-    #[error("the ticket has the character {0:?}, which no ticket contains; copy it again, without spaces or line breaks")]
+    #[error(
+        "the ticket has the character {0:?}, which no ticket contains; copy it again, without spaces or line breaks"
+    )]
     Character(char),
     /// The checksum is wrong.
     #[error("the ticket has a typo or is cut short (its checksum is wrong); copy it again")]
@@ -241,7 +245,10 @@ mod tests {
         let id = MigrationId::random();
         assert_eq!(id.to_string().parse::<MigrationId>().unwrap(), id);
         assert_eq!("xyz".parse::<MigrationId>().unwrap_err(), TicketError::MigrationId);
-        assert_eq!("é234567890123456".parse::<MigrationId>().unwrap_err(), TicketError::MigrationId);
+        assert_eq!(
+            "é234567890123456".parse::<MigrationId>().unwrap_err(),
+            TicketError::MigrationId
+        );
     }
 
     proptest! {

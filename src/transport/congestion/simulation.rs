@@ -108,7 +108,8 @@ impl Link {
             self.next_send.max(self.now) + Duration::from_secs_f64(PACKET_BYTES as f64 / pace);
         let waiting = self.link_free_at.saturating_sub(self.now).as_secs_f64();
         self.queue_ms.push(waiting * 1e3);
-        let full = waiting * self.path.rate_bytes_per_s + PACKET_BYTES as f64 > self.path.queue_bytes;
+        let full =
+            waiting * self.path.rate_bytes_per_s + PACKET_BYTES as f64 > self.path.queue_bytes;
         if full || self.chance() < self.path.loss {
             self.dropped += 1;
             return;
@@ -175,7 +176,6 @@ impl Link {
         }
     }
 }
-
 
 /// The bulk rate and the queue after `warm_up` seconds of a steady path.
 fn steady(path: Path, warm_up: f64) -> Measured {
