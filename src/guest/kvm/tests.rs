@@ -6,7 +6,7 @@ use super::state::VcpuState;
 use super::*;
 use crate::guest::workload::page::Stream;
 use crate::guest::workload::trial::{expect_right, move_by_faults, move_live, plan, wait_for};
-use crate::guest::workload::{FIRST_WORKER_PAGE, Worker, fill};
+use crate::guest::workload::{FIRST_WORKER_PAGE, PROGRAM_PAGE, Worker, fill};
 use crate::page::{PAGE_SIZE_BYTES, PageIndex, PageRange, PageSet};
 
 /// False, and said so past the test harness's capture, where there is no KVM.
@@ -271,6 +271,20 @@ fn a_damaged_device_state_is_refused() {
     newer[0] += 1;
     let error = VmState::decode(&newer, 1).unwrap_err();
     assert!(error.message.contains("version 2"), "{error}");
+}
+
+#[test]
+fn an_exit_that_is_being_handled_is_complete_before_state_is_saved() {
+    need_kvm!("complete exits");
+    let mut guest = running("idle", 1);
+    expect_right(&guest);
+    // Now it waits for the answer to its `in`, and gets one because it is to stop.
+    std::thread::sleep(Duration::from_millis(20));
+    guest.pause().unwrap();
+    let regs = guest.vcpus[0].inspect(|vcpu| vcpu.get_regs().unwrap());
+    let behind = (regs.rip - PROGRAM_PAGE * PAGE_SIZE_BYTES as u64) as usize;
+    assert_eq!(program::image()[behind - 2..behind], [0xe5, program::TASK_PORT as u8]);
+    assert_eq!(regs.rax, 0, "no task");
 }
 
 #[test]
