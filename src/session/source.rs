@@ -146,6 +146,7 @@ impl Session {
             protocol: PROTOCOL,
             shape: Box::new(self.guest.with(|guest| guest.shape().clone())),
             strategy: self.options.engine.strategy,
+            runs: self.guest.with(|guest| guest.runs()),
         };
         self.handle(SourceEvent::Connected(Box::new(hello))).await;
         let mut meter = ProgressMeter::new(self.pages_total);
