@@ -80,7 +80,8 @@ impl World {
             source_end: None,
             destination_end: None,
         };
-        let hello = ToDestination::Hello { protocol: PROTOCOL, shape: shape(), strategy, runs: true };
+        let hello =
+            ToDestination::Hello { protocol: PROTOCOL, shape: shape(), strategy, runs: true };
         world.tell_source(SourceEvent::Connected(Box::new(hello)));
         world
     }

@@ -286,3 +286,6 @@ impl Arrivals {
         Ok(missing.len())
     }
 }
+
+#[cfg(test)]
+mod tests;
