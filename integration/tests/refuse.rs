@@ -133,7 +133,7 @@ fn memories_of_different_sizes_are_refused() -> Result<()> {
     let larger = GuestSpec::new(Machine::Pc, 512, WORK);
     let Some(case) = Case::new("200Mbit,10ms", &small_pc(), &larger)? else { return Ok(()) };
     let (receive, ticket) = case.receive()?;
-    says(&case.send(&ticket)?, &["memory"])?;
+    says(&case.send(&ticket)?, &["256 MiB", "512 MiB"])?;
     case.source_goes_on()?;
     receive.terminate(LIMIT)?;
     case.nothing_is_left()
@@ -216,16 +216,17 @@ impl SmallTmpfs {
 impl Drop for SmallTmpfs {
     fn drop(&mut self) {
         let _ = Command::new("umount").arg("--lazy").arg(&self.0).status();
+        let _ = std::fs::remove_dir(&self.0);
     }
 }
 
 #[test]
 fn a_destination_without_room_for_the_memory_ends_with_an_error() -> Result<()> {
-    let directory = std::env::temp_dir().join(format!("farfault-full-{}", std::process::id()));
     let Some(case) = Case::new("200Mbit,10ms", &small_pc(), &small_pc())? else { return Ok(()) };
+    let directory = case.lab.path("full");
     let small = SmallTmpfs::mount(&directory)?;
     let mut spec = small_pc();
-    spec.ram_directory = directory.clone();
+    spec.ram_directory = directory;
     let destination = Guest::prepare(&case.lab, "cramped", &spec)?;
     let mut receive = Running::receive(&case.lab, &destination, &[])?;
     // It may notice at once that the memory cannot fit, or when it is full.
@@ -236,7 +237,6 @@ fn a_destination_without_room_for_the_memory_ends_with_an_error() -> Result<()> 
     says(&receive.wait(LIMIT)?, &["space"])?;
     case.source_goes_on()?;
     drop((destination, small));
-    std::fs::remove_dir(&directory)?;
     case.nothing_is_left()
 }
 
