@@ -73,7 +73,7 @@ enum Happened {
     /// A round's sender comes back from its thread.
     Round(Box<RoundSender>, Result<crate::engine::policy::RoundSummary, Failure>),
     /// The freeze is over.
-    Frozen(Box<RoundSender>, Result<(FrozenPages, Vec<u8>), Failure>),
+    Frozen(Box<RoundSender>, Result<Box<(FrozenPages, Vec<u8>)>, Failure>),
 }
 
 struct Session {
@@ -224,7 +224,8 @@ impl Session {
             Happened::Frozen(sender, result) => {
                 self.sender = Some(sender);
                 let event = match result {
-                    Ok((frozen, device_state)) => {
+                    Ok(collected) => {
+                        let (frozen, device_state) = *collected;
                         self.pack_flight(frozen, &device_state);
                         SourceEvent::Frozen
                     }
@@ -357,7 +358,7 @@ impl Session {
                 let scanning = Instant::now();
                 let frozen = sender.freeze(version)?;
                 timeline.part("freeze.last_scan", scanning.elapsed());
-                Ok((frozen, device_state))
+                Ok(Box::new((frozen, device_state)))
             };
             let result = freeze(&mut sender);
             let _ = happened.send(Happened::Frozen(sender, result));
