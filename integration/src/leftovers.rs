@@ -27,7 +27,10 @@ impl Inventory {
                 let command_line =
                     std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
                 let words = String::from_utf8_lossy(&command_line).replace('\0', " ");
-                found.insert(format!("process {pid}: {words}"));
+                // One that has ended and waits to be reaped, by init perhaps, has no words.
+                if !words.trim().is_empty() {
+                    found.insert(format!("process {pid}: {words}"));
+                }
             }
         }
         collect(Path::new("/dev/shm"), lab.name(), &mut found);
