@@ -50,6 +50,8 @@ pub enum DestinationEvent {
     Loaded,
     /// Answers [`DestinationAction::Journal`]: the record is on disk.
     Journaled(DestinationRecord),
+    /// The same, when it could not be written.
+    JournalFailed(DestinationRecord, Failure),
     /// Answers [`DestinationAction::RunGuest`].
     Running,
     /// Answers [`DestinationAction::ReleaseGuest`] and [`DestinationAction::DiscardGuest`].
@@ -135,6 +137,7 @@ enum State {
 #[derive(Debug)]
 pub struct DestinationMachine {
     state: State,
+    strategy: Strategy,
     run_when: RunWhen,
     committed: bool,
     complete: bool,
@@ -157,6 +160,7 @@ impl DestinationMachine {
     pub fn new() -> Self {
         DestinationMachine {
             state: State::Waiting,
+            strategy: Strategy::Hybrid,
             run_when: RunWhen::Loaded,
             committed: false,
             complete: false,
@@ -168,11 +172,18 @@ impl DestinationMachine {
         }
     }
 
+    /// True when the source's decision has come: the guest runs here, or will.
+    pub fn is_committed(&self) -> bool {
+        self.committed
+    }
+
     /// Where the migration stands.
     pub fn phase(&self) -> MigrationPhase {
         match self.state {
             State::Waiting => MigrationPhase::Connect,
             State::Preparing => MigrationPhase::Prepare,
+            // Nothing comes before the offer.
+            State::Receiving if self.strategy == Strategy::Postcopy => MigrationPhase::Prepare,
             State::Receiving => MigrationPhase::Precopy,
             State::Offered | State::Loading | State::Loaded => MigrationPhase::Offer,
             State::Committing | State::Starting => MigrationPhase::Commit,
@@ -221,6 +232,14 @@ impl DestinationMachine {
                 }
             }
             DestinationEvent::Journaled(record) => self.handle_journaled(record),
+            DestinationEvent::JournalFailed(record, failure) => match record {
+                // A refusal holds without its record too: the guest is about to be discarded. And a
+                // guest that runs here with all its pages does not wait for a record of that.
+                DestinationRecord::Refused | DestinationRecord::Complete => {
+                    self.handle_journaled(record);
+                }
+                DestinationRecord::Started | DestinationRecord::Committed => self.fail(failure),
+            },
             DestinationEvent::Running => {
                 if self.state == State::Starting {
                     self.state = State::Postcopy;
@@ -253,6 +272,7 @@ impl DestinationMachine {
         match (message, self.state) {
             (ToDestination::Hello { protocol, shape, strategy, runs }, State::Waiting) => {
                 self.state = State::Preparing;
+                self.strategy = strategy;
                 if protocol == PROTOCOL {
                     self.act(DestinationAction::Journal(DestinationRecord::Started));
                     self.act(DestinationAction::Prepare { shape, strategy, runs });
@@ -381,7 +401,7 @@ impl DestinationMachine {
                 if self.committed && self.complete => {}
             // Complete and running; the source's Bye is only a courtesy.
             State::Completing => self.release(),
-            State::Committing | State::Starting | State::Postcopy => {
+            State::Starting | State::Postcopy => {
                 self.end(DestinationOutcome::LostPages(failure));
             }
             // The decision may have been made and lost on the way.

@@ -84,6 +84,8 @@ pub enum SourceEvent {
     RemainderSent,
     /// Answers [`SourceAction::Journal`]: the record is on disk.
     Journaled(SourceRecord),
+    /// The same, when it could not be written.
+    JournalFailed(SourceRecord, Failure),
     /// Answers [`SourceAction::ResumeGuest`].
     Resumed,
     /// Answers [`SourceAction::ReleaseGuest`].
@@ -245,9 +247,22 @@ impl SourceMachine {
             SourceEvent::Frozen => self.handle_frozen(now),
             SourceEvent::RemainderSent => {
                 self.remainder_sent = true;
+                if self.state == State::Offered {
+                    self.deadline = Some(now + self.config.timeouts.load);
+                }
                 self.decide_when_due();
             }
             SourceEvent::Journaled(record) => self.handle_journaled(now, record),
+            SourceEvent::JournalFailed(record, failure) => match record {
+                // Nothing hangs on these but what a person would read later; a guest that runs at the
+                // destination does not wait for them.
+                SourceRecord::Running | SourceRecord::Complete => {
+                    self.handle_journaled(now, record);
+                }
+                SourceRecord::Started | SourceRecord::Decided | SourceRecord::Void => {
+                    self.fail(failure, true);
+                }
+            },
             SourceEvent::Resumed => {
                 if self.state == State::Resuming {
                     let failure = self.failure.take();
@@ -355,10 +370,10 @@ impl SourceMachine {
         self.act(SourceAction::SendFlight);
         self.act(SourceAction::SendRemainder);
         self.state = State::Offered;
-        self.deadline = Some(now + self.config.timeouts.load);
         if run_when == RunWhen::Loaded {
             // Nothing more to wait for before a one-flight decision.
             self.remainder_sent = true;
+            self.deadline = Some(now + self.config.timeouts.load);
         }
         self.decide_when_due();
     }

@@ -179,7 +179,8 @@ pub trait DestinationGuest: Send {
     /// Lets the guest run. Harmless when running.
     fn run(&mut self) -> Result<(), GuestError>;
 
-    /// The guest runs here and all is done: let go of it, leave it running.
+    /// Let go of the guest and leave it as it is: running when all is well, else loaded and paused, or
+    /// waiting for pages until a person has decided.
     fn release(&mut self) -> Result<(), GuestError>;
 
     /// The migration failed before the guest ran here: end the monitor if farfault started it, so

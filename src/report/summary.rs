@@ -24,8 +24,10 @@ pub enum Role {
 pub enum MigrationResult {
     /// The guest runs at the destination (or is paused there, as asked) with all its pages.
     Migrated,
-    /// The guest has stayed at the source.
+    /// Seen from the source: the guest has stayed there.
     Stayed,
+    /// Seen from the destination: the guest has not run there and never will.
+    Refused,
     /// Neither side knows for sure; the guest is stopped here.
     InDoubt,
     /// The guest runs at the destination and lacks pages.
@@ -110,6 +112,7 @@ impl fmt::Display for Report {
             (MigrationResult::Migrated, Role::Source) => "the guest runs at the destination",
             (MigrationResult::Migrated, Role::Destination) => "the guest is here",
             (MigrationResult::Stayed, _) => "the guest has stayed at the source",
+            (MigrationResult::Refused, _) => "the guest has not run here and will not",
             (MigrationResult::InDoubt, _) => "in doubt: the guest is stopped here",
             (MigrationResult::LostPages, _) => "the guest runs at the destination and lacks pages",
         };

@@ -157,7 +157,12 @@ impl Session {
         while self.outcome.is_none() {
             tokio::select! {
                 Some(event) = self.happenings.recv() => self.handle(event).await,
-                () = signals.wait() => self.handle(DestinationEvent::Cancelled).await,
+                () = signals.wait() => {
+                    if self.machine.is_committed() {
+                        self.output.note("the guest is already decided to run here: finishing");
+                    }
+                    self.handle(DestinationEvent::Cancelled).await;
+                }
                 _ = ticks.tick() => {
                     if let Some(failure) = self.fault_failure() {
                         self.handle(DestinationEvent::Failed(failure)).await;
@@ -253,9 +258,11 @@ impl Session {
             DestinationAction::Journal(record) => {
                 let journal = self.journal.clone();
                 self.spawn_step(async move {
-                    blocking(move || journal.lock().expect("no holder panics").record(&record))
-                        .await
-                        .map(|()| DestinationEvent::Journaled(record))
+                    let write = move || journal.lock().expect("no holder panics").record(&record);
+                    Ok(match blocking(write).await {
+                        Ok(()) => DestinationEvent::Journaled(record),
+                        Err(failure) => DestinationEvent::JournalFailed(record, failure),
+                    })
                 });
             }
             DestinationAction::RunGuest => self.run_guest(),
@@ -438,7 +445,14 @@ impl Session {
                     tracing::warn!("the journal {} stays behind: {error}", path.display());
                 }
             }
-            _ => self.output.note(&format!("the journal of this side is {}", path.display())),
+            _ => {
+                self.output.note(&format!("the journal of this side is {}", path.display()));
+                // The guest stays as it is: loaded, or running with some threads that wait. Its
+                // memory stays registered, so that they do not go on with wrong bytes.
+                if let Err(error) = self.guest.call(|guest| guest.release()).await {
+                    tracing::warn!("letting go of the guest: {error}");
+                }
+            }
         }
         let codecs = self.counters.codecs();
         let prepared = self.prepared.lock().expect("no holder panics");
@@ -447,7 +461,7 @@ impl Session {
             role: Role::Destination,
             result: match outcome {
                 DestinationOutcome::Migrated => MigrationResult::Migrated,
-                DestinationOutcome::Refused(_) => MigrationResult::Stayed,
+                DestinationOutcome::Refused(_) => MigrationResult::Refused,
                 DestinationOutcome::InDoubt(_) => MigrationResult::InDoubt,
                 DestinationOutcome::LostPages(_) => MigrationResult::LostPages,
             },

@@ -166,10 +166,11 @@ impl ProgressMeter {
     }
 }
 
-/// The operator's wish to end: Ctrl-C or SIGTERM.
+/// The operator's wish to end: Ctrl-C, SIGTERM, or a terminal that is closed.
 struct StopSignals {
     interrupt: tokio::signal::unix::Signal,
     terminate: tokio::signal::unix::Signal,
+    hangup: tokio::signal::unix::Signal,
 }
 
 impl StopSignals {
@@ -180,6 +181,7 @@ impl StopSignals {
         Ok(StopSignals {
             interrupt: open(SignalKind::interrupt())?,
             terminate: open(SignalKind::terminate())?,
+            hangup: open(SignalKind::hangup())?,
         })
     }
 
@@ -187,6 +189,7 @@ impl StopSignals {
         tokio::select! {
             _ = self.interrupt.recv() => {}
             _ = self.terminate.recv() => {}
+            _ = self.hangup.recv() => {}
         }
     }
 }

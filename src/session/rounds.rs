@@ -213,7 +213,7 @@ impl RoundSender {
 
 /// Keeps the bytes that were sent. A zero page is not worth its place: it is told in a few bits.
 fn remember(bases: &mut BaseCache, page: PageIndex, version: Version, bytes: &PageBytes) {
-    if bases.get(page).is_some() {
+    if version > Version(1) {
         // It was changed since it was sent: of the kind that changes again.
         bases.touch(page);
     }

@@ -268,9 +268,11 @@ impl Session {
             SourceAction::Journal(record) => {
                 let journal = self.journal.clone();
                 self.spawn_step(async move {
-                    blocking(move || journal.lock().expect("no holder panics").record(&record))
-                        .await
-                        .map(|()| SourceEvent::Journaled(record))
+                    let write = move || journal.lock().expect("no holder panics").record(&record);
+                    Ok(match blocking(write).await {
+                        Ok(()) => SourceEvent::Journaled(record),
+                        Err(failure) => SourceEvent::JournalFailed(record, failure),
+                    })
                 });
             }
             SourceAction::ResumeGuest => {
