@@ -201,6 +201,21 @@ impl Guest {
         kill_by_pid_file(&self.pid_file);
     }
 
+    /// What its threads wait for, as the kernel tells, and what the monitor says: for a test that fails.
+    pub fn diagnosis(&self) -> String {
+        let pid = std::fs::read_to_string(&self.pid_file).unwrap_or_default();
+        let mut lines = vec![format!("QEMU {}: {}", pid.trim(), self.errors())];
+        let tasks = std::fs::read_dir(format!("/proc/{}/task", pid.trim()));
+        for task in tasks.into_iter().flatten().flatten() {
+            let read = |name: &str| std::fs::read_to_string(task.path().join(name));
+            let [name, waits] = ["comm", "wchan"].map(|file| read(file).unwrap_or_default());
+            lines.push(format!("thread {} waits in {}", name.trim(), waits.trim()));
+        }
+        let status = self.monitor().and_then(|mut monitor| monitor.status());
+        lines.push(format!("status {status:?}, last heartbeat {:?}", self.log.last_beat()));
+        lines.join("\n")
+    }
+
     /// What QEMU has written to its standard error.
     pub fn errors(&self) -> String {
         std::fs::read_to_string(&self.errors).unwrap_or_default().trim().to_owned()

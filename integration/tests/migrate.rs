@@ -54,7 +54,12 @@ impl After {
     /// The guest runs on the destination only, and its memory is right.
     fn guest_is_unharmed(&self) -> Result<()> {
         let log = &self.destination.log;
-        log.wait_for_sweeps(2, LIMIT).context("on the destination")?;
+        let sweeps = log.wait_for_sweeps(2, LIMIT);
+        sweeps.with_context(|| {
+            let [source, destination] =
+                [&self.source, &self.destination].map(|guest| guest.diagnosis());
+            format!("source: {source}\ndestination: {destination}\n{:?}", self.moved)
+        })?;
         let (before, after) = (self.source.log.beats(), log.beats());
         let seen = Interruption::measure(&before, &after, self.moved.started)?;
         eprintln!("{seen:?}\n{}\n{}", self.moved.source, self.moved.destination);
