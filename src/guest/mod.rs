@@ -2,10 +2,45 @@
 //!
 //! A virtual machine monitor joins by telling its shape, giving its RAM as shared memory that
 //! farfault can map too, and handing over its device state as opaque bytes. Everything else (dirty
-//! tracking, sending, faults) is the engine's work. All methods block; the session calls them from a
-//! thread where that does no harm.
+//! tracking, sending, faults) is the engine's work. `examples/tiny_vmm.rs` is a complete small
+//! implementation; [`threads`] and [`kvm`] are two larger ones.
+//!
+//! # What a monitor must be able to do
+//!
+//! * **Share its RAM**: every byte that the guest can reach lies in files of shared memory (memfd,
+//!   tmpfs), mapped `MAP_SHARED`. The source tracks the monitor's own mapping of them; what another
+//!   process writes to RAM behind the monitor's back (vhost-user, DPDK) is not seen.
+//! * **Stand still**: after [`SourceGuest::pause`] nothing writes to RAM, neither vCPUs nor devices.
+//! * **Save its devices without their RAM**, and load them while RAM is still empty: each touch of RAM
+//!   during the load is a page fault, which is served from the source.
+//! * **Load without running**: the guest may run on the destination only when
+//!   [`DestinationGuest::run`] is called.
+//!
+//! # The order of calls
+//!
+//! | source | destination |
+//! |---|---|
+//! | `shape`, `memory` | `shape`, `memory`: compared before anything moves |
+//! | `track` | `userfault`: from here on RAM is empty and faults are served |
+//! | (pages are sent while the guest runs) | (pages are written through `memory`) |
+//! | `pause`, `save_device_state` | |
+//! | | `load_device_state` |
+//! | (the decision: from here on it never runs here again) | `run` |
+//! | (missing pages are sent) | (missing pages are faulted in) |
+//! | `release` | `release` |
+//!
+//! `pause` and `save_device_state` may also come earlier, followed by `resume`: a rehearsal, after
+//! which the final device state is sent as a difference. If the migration fails before the decision,
+//! the source gets `resume` and the destination `discard`.
+//!
+//! All methods block; the session calls them from a thread where that does no harm. They are never
+//! called from two threads at once.
 
+#[cfg(target_arch = "x86_64")]
+pub mod kvm;
 pub mod qemu;
+pub mod threads;
+pub mod workload;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -67,30 +102,50 @@ pub struct GuestError {
     pub hint: Option<String>,
 }
 
+impl GuestError {
+    /// An error that says what was wrong and where.
+    pub fn new(message: impl Into<String>) -> Self {
+        GuestError { message: message.into(), hint: None }
+    }
+
+    /// Adds what a person can do about it.
+    #[must_use]
+    pub fn hint(self, hint: impl Into<String>) -> Self {
+        GuestError { hint: Some(hint.into()), ..self }
+    }
+}
+
 impl From<MemoryError> for GuestError {
     fn from(error: MemoryError) -> Self {
-        GuestError { hint: error.hint(), message: error.to_string() }
+        GuestError { message: error.to_string(), hint: error.hint() }
     }
 }
 
 /// The guest on the host that it leaves.
 pub trait SourceGuest: Send {
-    /// What the other side must be like.
+    /// What the other side must be like. Does not change during a migration.
     fn shape(&self) -> &Shape;
 
-    /// The guest's RAM, mapped for reading.
+    /// The guest's RAM, mapped for reading: farfault's alias, not the mapping that the guest uses.
     fn memory(&self) -> Arc<GuestMemory>;
 
-    /// Starts to follow the guest's writes. Called once per migration.
+    /// The tracker that will follow the guest's writes, not armed yet. Called once per migration.
+    ///
+    /// A monitor without dirty tracking of its own hands the work to
+    /// [`open_tracker`](crate::memory::open_tracker), which needs no help from the monitor.
+    /// [`TrackerKind::Auto`] leaves the choice to the monitor.
     fn track(&mut self, kind: TrackerKind) -> Result<Box<dyn DirtyTracker>, GuestError>;
 
     /// Stops all vCPUs and devices: after this returns no byte of RAM changes. Harmless when paused.
     fn pause(&mut self) -> Result<(), GuestError>;
 
-    /// Device state of the paused guest, at most [`DEVICE_STATE_LIMIT_BYTES`].
+    /// Device state of the paused guest, at most [`DEVICE_STATE_LIMIT_BYTES`]: all that the
+    /// destination needs beside the RAM. Opaque to farfault; the monitor versions it. It may be asked
+    /// for more than once, and should then differ in few bytes.
     fn save_device_state(&mut self) -> Result<Vec<u8>, GuestError>;
 
-    /// Lets the guest run on here: the migration failed before the decision. Harmless when running.
+    /// Lets the guest run on here: after a rehearsal, or because the migration failed before the
+    /// decision. Must work after [`Self::save_device_state`]. Harmless when running.
     fn resume(&mut self) -> Result<(), GuestError>;
 
     /// The guest now runs elsewhere and every page has arrived: leave it stopped here, or end its
@@ -107,13 +162,16 @@ pub trait DestinationGuest: Send {
     fn memory(&self) -> Arc<GuestMemory>;
 
     /// Registers all RAM with a userfaultfd (MISSING | MINOR) and makes it all holes. Called once,
-    /// before any device state is loaded.
+    /// before any content arrives and before any device state is loaded. The userfaultfd is made in
+    /// the process that runs the guest, and serves kernel-mode faults too: KVM makes such.
     fn userfault(&mut self) -> Result<Userfault, GuestError>;
 
-    /// Loads device state. Touches RAM, so that faults must be served by another thread meanwhile.
+    /// Loads device state, and leaves the guest paused. Touches RAM, so that faults must be served by
+    /// another thread meanwhile. State that arrived over the network is not trusted: whatever it
+    /// holds, this returns an error or a guest that can only harm itself.
     fn load_device_state(&mut self, state: &[u8]) -> Result<(), GuestError>;
 
-    /// Lets the guest run.
+    /// Lets the guest run. Harmless when running.
     fn run(&mut self) -> Result<(), GuestError>;
 
     /// The guest runs here and all is done: let go of it, leave it running.

@@ -87,6 +87,16 @@ pub enum MemoryError {
         /// How long it was tried.
         waited_ms: u64,
     },
+    /// The monitor's own tracking of writes failed.
+    #[error("{tracker}: cannot {action}: {source}")]
+    Tracker {
+        /// Which one.
+        tracker: &'static str,
+        /// What was tried.
+        action: &'static str,
+        /// What went wrong.
+        source: io::Error,
+    },
     /// The kernel lacks a feature.
     #[error("this kernel lacks {feature}")]
     MissingFeature {

@@ -4,6 +4,7 @@
 pub mod adopt;
 mod error;
 mod fault;
+mod guest_mapping;
 mod guest_memory;
 mod layout;
 mod probe;
@@ -16,6 +17,7 @@ mod userfault;
 
 pub use error::MemoryError;
 pub use fault::{FaultOptions, FaultServer, FaultStats, Mapper};
+pub use guest_mapping::GuestMapping;
 pub use guest_memory::{Access, GuestMemory, RegionBacking};
 pub use layout::{MemoryLayout, RegionLayout};
 pub use probe::{Capability, HostCapabilities, Status};
