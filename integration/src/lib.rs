@@ -16,4 +16,5 @@ pub mod qemu;
 pub mod qmp;
 pub mod ram;
 pub mod timeline;
+pub mod tsc;
 pub mod wan;

@@ -11,6 +11,7 @@ use crate::guest_log::{GuestEar, GuestLog};
 use crate::lab::{Lab, guest_image};
 use crate::process::{Guarded, command_in, kill_by_pid_file, wait_for};
 use crate::qmp::Qmp;
+use crate::tsc;
 
 const PROGRAM: &str = "qemu-system-x86_64";
 /// Under emulation, on a machine that is busy with other things.
@@ -125,7 +126,9 @@ impl Guest {
         guest.add(&["-smp", "1", "-nodefaults", "-display", "none", "-no-reboot"]);
         guest.add(&["-kernel", &text(&kernel), "-initrd", &text(&initrd)]);
         let io = if spec.devices { " ff.io=1" } else { "" };
-        guest.add(&["-append", &format!("quiet panic=-1 {}{io}", spec.work)]);
+        // See `tsc`; its watchdog too takes a busy host for a bad counter.
+        let clock = format!("tsc_early_khz={} tsc=reliable", tsc::khz());
+        guest.add(&["-append", &format!("quiet panic=-1 {clock} {}{io}", spec.work)]);
         guest.add(&["-chardev", &format!("socket,id=console,path={}", text(&console))]);
         guest.add(&["-device", "isa-debugcon,iobase=0xe9,chardev=console"]);
         guest.add(&["-chardev", &format!("socket,id=tty,path={}", text(&serial))]);

@@ -36,7 +36,8 @@ fn packets_take_the_round_trip_time_and_cuts_and_changes_apply_at_once() -> Resu
         (0..20).map(|_| round_trip(&near, &far)).collect::<Result<_>>()?;
     times.sort();
     assert!(times[0] >= Duration::from_millis(40), "{times:?}");
-    assert!(times[10] < Duration::from_millis(42), "{times:?}");
+    // The others may have waited for a processor.
+    assert!(times[0] < Duration::from_millis(41), "{times:?}");
 
     lab.wan.command("cut")?;
     assert!(round_trip(&near, &far).is_err(), "a packet crossed a cut link");
