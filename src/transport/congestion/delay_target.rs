@@ -3,12 +3,14 @@
 //! A delay-based law in the family of TCP Vegas, FAST TCP (Wei et al., 2006) and LEDBAT (RFC 6817),
 //! with the start of HyStart++ (RFC 9406) and the base-RTT refresh of BBR:
 //!
-//! * A *round* is about one round trip. The smallest RTT of a round less the base RTT is its
-//!   *standing queue*; single late acknowledgements and jitter do not count.
-//! * Steady state moves the window half of the way to `window * (base + target) / (base + queue)`,
+//! * A *round* is about one round trip. The smallest RTT of the last two rounds less the base RTT is
+//!   the *standing queue*. Single late acknowledgements, jitter, and the bursts of a busy host, which
+//!   look like a queue to a mean, do not count.
+//! * Steady state moves the window a third of the way to `window * (base + target) / (base + queue)`,
 //!   at which the standing queue is the target. It grows only while the window is really used.
-//! * Start doubles per round trip until eight RTT samples in a row show a queue, then falls back to
-//!   the window that was in force when those packets left: no overshoot into a deep buffer.
+//! * Start doubles per round trip until a sixteenth of a round trip of samples, all of them, show a
+//!   queue, then falls back to the window that was in force when those packets left: no overshoot into
+//!   a deep buffer.
 //! * Loss alone means nothing below 6 % (random loss is common on long links); above 2 % it counts
 //!   when a queue stands at the same time.
 //! * The base RTT is looked for every 10 s by draining the queue for one round. When a cut of the
@@ -27,14 +29,22 @@ use quinn_proto::RttEstimator;
 
 use super::Gauges;
 
-/// RTT samples that must all be late before the start ends or a round is cut short.
+/// RTT samples in a row that must be late before the start ends or a round is cut short.
 const LATE_SAMPLES: u32 = 8;
+/// How long the row must be, as a share of the base RTT. A host that was not scheduled for a while
+/// handles many late acknowledgements at once, and the last of them are in time again.
+const LATE_IN_START: f64 = 0.0625;
+const LATE_IN_STEADY: f64 = 0.5;
 /// Rounds are no shorter than this: below it, timers and schedulers are what one measures.
 const MIN_ROUND: Duration = Duration::from_millis(2);
 /// How long a base RTT is believed without being seen again.
 const BASE_RTT_LIFETIME: Duration = Duration::from_secs(10);
+/// Share of the way to the aim in one round; the queue that is seen is two rounds old.
+const GAIN: f64 = 0.35;
 /// Growth per round, at most.
 const MAX_GROWTH: f64 = 1.25;
+/// After so many rounds without a queue the window grows by that much.
+const CALM_ROUNDS: u32 = 3;
 /// The window never falls by more than this factor in one step.
 const MAX_CUT: f64 = 0.25;
 /// Growth per round for a while after heavy loss, so that a policed link is not hit each round.
@@ -93,6 +103,14 @@ struct Cut {
     in_vain: u32,
 }
 
+/// A row of samples that all show a queue.
+#[derive(Clone, Copy, Debug)]
+struct Late {
+    since: Instant,
+    samples: u32,
+    min_rtt: Duration,
+}
+
 #[derive(Clone, Copy, Debug)]
 struct Round {
     started: Instant,
@@ -122,8 +140,11 @@ pub struct DelayTarget {
     settling: u32,
     cut: Option<Cut>,
     rounds_after_loss: u32,
-    late_samples: u32,
-    recent_min: Duration,
+    /// Full rounds in a row without any queue: the link may have become wider.
+    calm_rounds: u32,
+    /// Smallest RTT of the round before this one, when its packets left under the same window.
+    previous_min_rtt: Option<Duration>,
+    late: Option<Late>,
     in_flight: u64,
     rate_bytes_per_s: f64,
 }
@@ -142,8 +163,9 @@ impl DelayTarget {
             settling: 0,
             cut: None,
             rounds_after_loss: 0,
-            late_samples: 0,
-            recent_min: Duration::MAX,
+            calm_rounds: 0,
+            previous_min_rtt: None,
+            late: None,
             in_flight: 0,
             rate_bytes_per_s: 0.0,
         };
@@ -182,41 +204,50 @@ impl DelayTarget {
         }
         self.round.min_rtt = Some(self.round.min_rtt.map_or(rtt, |min| min.min(rtt)));
         self.round.acked_bytes += bytes;
-        self.recent_min = self.recent_min.min(rtt);
-        self.late_samples += 1;
         if self.phase == Phase::Start && self.window_is_used() {
             self.set_window(self.window + bytes as f64);
         }
-        if self.late_samples >= LATE_SAMPLES {
-            self.judge_recent(now, sent);
-            self.late_samples = 0;
-            self.recent_min = Duration::MAX;
-        }
+        self.judge_sample(now, sent, rtt);
         if sent >= self.round.started && now - self.round.started >= MIN_ROUND {
             self.end_round(now);
         }
     }
 
-    /// Eight samples in a row: a queue that all of them saw is there.
-    fn judge_recent(&mut self, now: Instant, sent: Instant) {
+    /// Follows a row of late samples, and acts when it has become long.
+    fn judge_sample(&mut self, now: Instant, sent: Instant, rtt: Duration) {
         let Some(base) = self.base.map(|base| base.as_secs_f64()) else { return };
-        let queue = self.recent_min.as_secs_f64() - base;
         let target = self.target(base);
-        match self.phase {
-            Phase::Start if queue > target / 2.0 => {
-                // These packets left when the window was half of what it is now.
-                self.set_window(self.window / 2.0 * (base + target) / (base + queue));
-                self.phase = Phase::Steady;
-                self.settle(now);
+        let (limit, share) = match self.phase {
+            Phase::Start => (target / 2.0, LATE_IN_START),
+            Phase::Steady if self.settling == 0 => (3.0 * target, LATE_IN_STEADY),
+            _ => {
+                self.late = None;
+                return;
             }
-            Phase::Steady if self.settling == 0 && queue > 3.0 * target => {
-                // Only packets of this round: what earlier ones saw has been answered already.
-                if sent >= self.round.started || self.cut.is_none() {
-                    self.round.min_rtt = Some(self.recent_min);
-                    self.end_round(now);
-                }
-            }
-            _ => {}
+        };
+        if rtt.as_secs_f64() - base <= limit {
+            self.late = None;
+            return;
+        }
+        let late = self.late.get_or_insert(Late { since: now, samples: 0, min_rtt: rtt });
+        late.samples += 1;
+        late.min_rtt = late.min_rtt.min(rtt);
+        let Late { since, samples, min_rtt } = *late;
+        if samples < LATE_SAMPLES || (now - since).as_secs_f64() < base * share {
+            return;
+        }
+        self.late = None;
+        if self.phase == Phase::Start {
+            let queue = min_rtt.as_secs_f64() - base;
+            // These packets left when the window was half of what it is now.
+            self.set_window(self.window / 2.0 * (base + target) / (base + queue));
+            self.phase = Phase::Steady;
+            self.settle(now);
+        } else if sent >= self.round.started || self.cut.is_none() {
+            // Packets of this round only: what earlier ones saw has been answered already.
+            self.previous_min_rtt = None;
+            self.round.min_rtt = Some(min_rtt);
+            self.end_round(now);
         }
     }
 
@@ -227,6 +258,7 @@ impl DelayTarget {
     /// Lets the packets pass that left under the old window.
     fn settle(&mut self, now: Instant) {
         self.settling = 1;
+        self.previous_min_rtt = None;
         self.round = Round::new(now);
     }
 
@@ -240,6 +272,10 @@ impl DelayTarget {
             self.settling -= 1;
             return;
         }
+        let calm = used && (min_rtt - base).as_secs_f64() < self.target(base.as_secs_f64()) / 4.0;
+        self.calm_rounds = if calm { self.calm_rounds + 1 } else { 0 };
+        let previous = self.previous_min_rtt.replace(min_rtt);
+        let min_rtt = previous.map_or(min_rtt, |previous| previous.min(min_rtt));
         match self.phase {
             Phase::Start => {
                 if self.loss_is_heavy(&round, false) {
@@ -279,11 +315,11 @@ impl DelayTarget {
         if queue <= 2.0 * target {
             self.cut = None;
             let aim = self.window * (base_s + target) / (base_s + queue);
-            let step = (self.window + aim) / 2.0;
+            let step = self.window + (aim - self.window) * GAIN;
             if step <= self.window {
                 self.set_window(step);
             } else if used {
-                self.set_window(step.min(self.window * self.growth(queue, target)));
+                self.set_window(self.grown(step));
             }
             return;
         }
@@ -307,14 +343,13 @@ impl DelayTarget {
         self.settle(now);
     }
 
-    /// Faster when there is no queue at all: the link may have become wider.
-    fn growth(&self, queue: f64, target: f64) -> f64 {
+    fn grown(&self, step: f64) -> f64 {
         if self.rounds_after_loss > 0 {
-            GROWTH_AFTER_LOSS
-        } else if queue < target / 2.0 {
-            MAX_GROWTH
+            step.min(self.window * GROWTH_AFTER_LOSS)
+        } else if self.calm_rounds >= CALM_ROUNDS {
+            self.window * MAX_GROWTH
         } else {
-            1.1
+            step.min(self.window * MAX_GROWTH)
         }
     }
 

@@ -52,6 +52,8 @@ struct Link {
     largest_acked: u64,
     /// Bytes per second that the application offers.
     offered: Option<f64>,
+    /// The sending host is busy: of each period, its process is not run for this long.
+    stall: Option<(Duration, Duration)>,
     queue_ms: Vec<f64>,
     delivered: u64,
     dropped: u64,
@@ -75,6 +77,7 @@ impl Link {
             smoothed_rtt: path.rtt.as_secs_f64(),
             largest_acked: 0,
             offered: None,
+            stall: None,
             queue_ms: Vec::new(),
             delivered: 0,
             dropped: 0,
@@ -90,6 +93,13 @@ impl Link {
         self.random ^= self.random >> 7;
         self.random ^= self.random << 17;
         (self.random >> 11) as f64 / (1u64 << 53) as f64
+    }
+
+    /// The first moment from `time` on at which the sending process runs.
+    fn awake(&self, time: Duration) -> Duration {
+        let Some((period, length)) = self.stall else { return time };
+        let into = time.as_nanos() % period.as_nanos();
+        time + length.saturating_sub(Duration::from_nanos(into as u64))
     }
 
     fn window_open(&self) -> bool {
@@ -147,11 +157,11 @@ impl Link {
         let (began, delivered, dropped) = (self.now, self.delivered, self.dropped);
         self.queue_ms.clear();
         while self.now < end {
-            let arrival = self.arrivals.peek().map(|Reverse((time, _))| *time);
-            let departure = self.window_open().then(|| self.next_send.max(self.now));
+            let arrival = self.arrivals.peek().map(|Reverse((time, _))| self.awake(*time));
+            let departure = self.window_open().then(|| self.awake(self.next_send.max(self.now)));
             match (arrival, departure) {
-                (Some(arrival), departure) if departure.is_none_or(|time| arrival <= time) => {
-                    let Reverse((time, packet)) = self.arrivals.pop().expect("peeked");
+                (Some(time), departure) if departure.is_none_or(|departure| time <= departure) => {
+                    let Reverse((_, packet)) = self.arrivals.pop().expect("peeked");
                     self.now = time;
                     self.acknowledge(packet);
                 }
@@ -195,6 +205,22 @@ fn a_wan_link_is_full_with_a_few_milliseconds_of_queue_whatever_the_buffer_and_t
             assert!(measured.queue_p99_ms < 8.0, "{case}");
         }
     }
+}
+
+#[test]
+fn a_slow_and_long_link_with_loss_is_full() {
+    let measured = steady(path(20.0, 100, 2.0, 0.01), 3.0);
+    assert!(measured.mbit > 19.0, "{measured:?}");
+    assert!(measured.queue_p50_ms < 6.0, "{measured:?}");
+}
+
+#[test]
+fn a_sender_on_a_busy_host_keeps_most_of_the_rate() {
+    let mut link = Link::new(path(100.0, 40, 10.0, 0.0));
+    link.stall = Some((Duration::from_millis(70), Duration::from_millis(25)));
+    link.run_until(3.0);
+    let measured = link.run_until(30.0);
+    assert!(measured.mbit > 80.0, "{measured:?}");
 }
 
 #[test]
