@@ -11,6 +11,7 @@ use std::marker::PhantomData;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -25,6 +26,9 @@ use serde_json::Value;
 
 /// How long a socket may take to accept us and to say that it is QMP.
 const GREETING_TIMEOUT: Duration = Duration::from_secs(4);
+
+/// How long a socket that exists may take until somebody listens on it.
+const LISTEN_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// How long a command may take: `stop` and `cont` flush and open disk images.
 const COMMAND_TIMEOUT: Duration = Duration::from_secs(60);
@@ -452,10 +456,15 @@ fn open(path: &Path) -> Result<UnixStream, QmpError> {
     };
     set_send_timeout(GREETING_TIMEOUT)?;
     let address = UnixAddr::new(path).map_err(failed)?;
+    let begun = Instant::now();
     loop {
         match socket::connect(socket.as_raw_fd(), &address) {
             Ok(()) => break,
             Err(Errno::EINTR) => {}
+            // QEMU has made its socket and is about to listen: a moment ago it was started.
+            Err(Errno::ECONNREFUSED) if begun.elapsed() < LISTEN_TIMEOUT => {
+                thread::sleep(Duration::from_millis(5));
+            }
             Err(Errno::EAGAIN) => return Err(QmpError::Silent { path: path.to_owned() }),
             Err(e) => return Err(failed(e)),
         }

@@ -96,8 +96,15 @@ mod tests {
 
     #[test]
     fn ram_blocks_are_read_in_the_old_and_the_new_form() {
-        let old = "              Block Name    PSize              Offset               Used              Total\n                    ram0    4 KiB  0x0000000000000000 0x0000000010000000 0x0000000010000000\n    /rom@etc/acpi/tables    4 KiB  0x00000000100c0000 0x0000000000020000 0x0000000000200000\n";
-        let new = "Block Name    PSize              Offset               Used              Total                HVA  RO\r\n ram0    4 KiB  0x0000000000000000 0x0000000010000000 0x0000000010000000 0x00007f12fe000000  rw\r\n";
+        let old = "\
+              Block Name    PSize              Offset               Used              Total
+                    ram0    4 KiB  0x0000000000000000 0x0000000010000000 0x0000000010000000
+    /rom@etc/acpi/tables    4 KiB  0x00000000100c0000 0x0000000000020000 0x0000000000200000
+";
+        let new = "\
+Block Name    PSize              Offset               Used              Total                HVA  RO
+ ram0    4 KiB  0x0000000000000000 0x0000000010000000 0x0000000010000000 0x00007f12fe000000  rw
+";
         let ram0 =
             RamBlock { name: "ram0".to_owned(), used_bytes: 256 << 20, limit_bytes: 256 << 20 };
         assert_eq!(ram_blocks(old)[0], ram0);
@@ -113,7 +120,22 @@ mod tests {
 
     #[test]
     fn the_largest_piece_of_each_ram_region_is_found_and_other_spaces_are_ignored() {
-        let table = "FlatView #1\n AS \"I/O\", root: io\n Root memory region: io\n  0000000000000000-00000000ffffffff (prio 0, ram): n0\n\nFlatView #2\n AS \"memory\", root: system\n AS \"cpu-memory-0\", root: system\n Root memory region: system\n  0000000000000000-000000000009ffff (prio 0, ram): n0\n  00000000000a0000-00000000000bffff (prio 1, i/o): vga-lowmem\n  00000000000c0000-00000000000dffff (prio 1, rom): pc.rom\n  0000000000100000-000000000fffffff (prio 0, ram): n0 @0000000000100000 KVM\n  0000000010000000-000000001fffffff (prio 0, ram): n1\n";
+        let table = "\
+FlatView #1
+ AS \"I/O\", root: io
+ Root memory region: io
+  0000000000000000-00000000ffffffff (prio 0, ram): n0
+
+FlatView #2
+ AS \"memory\", root: system
+ AS \"cpu-memory-0\", root: system
+ Root memory region: system
+  0000000000000000-000000000009ffff (prio 0, ram): n0
+  00000000000a0000-00000000000bffff (prio 1, i/o): vga-lowmem
+  00000000000c0000-00000000000dffff (prio 1, rom): pc.rom
+  0000000000100000-000000000fffffff (prio 0, ram): n0 @0000000000100000 KVM
+  0000000010000000-000000001fffffff (prio 0, ram): n1
+";
         let pieces = largest_ram_pieces(table);
         assert_eq!(pieces.keys().collect::<Vec<_>>(), ["n0", "n1"]);
         assert_eq!(
