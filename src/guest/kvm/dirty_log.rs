@@ -48,9 +48,9 @@ impl DirtyLog {
                 failed("read the log", io::Error::from_raw_os_error(error.errno()))
             })?;
         let base = slot.pages.start.0;
-        let mut dirty = PageSet::empty(slot.pages.len().div_ceil(64) * 64);
-        dirty.insert_range(PageRange::new(range.start.0 - base, range.end.0 - base));
-        for (word, wanted) in log.iter_mut().zip(dirty.words()) {
+        let mut wanted = PageSet::empty(log.len() as u64 * 64);
+        wanted.insert_range(PageRange::new(range.start.0 - base, range.end.0 - base));
+        for (word, wanted) in log.iter_mut().zip(wanted.words()) {
             *word &= wanted;
         }
         // KVM clears whole words of its bitmap, or up to the end of the slot.
@@ -61,7 +61,7 @@ impl DirtyLog {
         ioctl::clear_dirty_log(&self.vm.fd, slot.id, first * 64, pages as u32, window)
             .map_err(|errno| failed("clear the log", errno.into()))?;
         // Only now: where clearing fails, the pages are still in KVM's log.
-        let Some(dirty) = PageSet::from_words(log, dirty.pages()) else { return Ok(()) };
+        let Some(dirty) = PageSet::from_words(log, wanted.pages()) else { return Ok(()) };
         for run in dirty.runs() {
             into.insert_range(PageRange::new(base + run.start.0, base + run.end.0));
         }

@@ -1,12 +1,12 @@
 use std::io::Write;
-use std::time::{Duration, Instant};
 
 use kvm_bindings::{Msrs, kvm_mp_state, kvm_msr_entry};
 
 use super::state::VcpuState;
 use super::*;
-use crate::guest::workload::Pattern;
+use crate::guest::workload::page::Stream;
 use crate::guest::workload::trial::{expect_right, move_by_faults, move_live, plan, wait_for};
+use crate::guest::workload::{FIRST_WORKER_PAGE, PROGRAM_PAGE, Worker, fill};
 use crate::page::{PAGE_SIZE_BYTES, PageIndex, PageRange, PageSet};
 
 /// False, and said so past the test harness's capture, where there is no KVM.
@@ -62,6 +62,13 @@ fn the_guest_greets_once_whatever_the_number_of_vcpus() {
 }
 
 #[test]
+fn the_speed_of_a_guest_can_be_told() {
+    need_kvm!("speed");
+    let pages_per_s = measure_speed().unwrap();
+    assert!((1..1_000_000_000).contains(&pages_per_s), "{pages_per_s}");
+}
+
+#[test]
 fn the_assembled_program_does_what_the_worker_does() {
     need_kvm!("program and worker compared");
     for pattern in Pattern::ALL {
@@ -88,7 +95,7 @@ fn the_assembled_program_does_what_the_worker_does() {
             assert_eq!(words(&guest.vm.ram), words(&model), "{pattern:?}, page {page}");
         }
         for (offset_bytes, value) in program::worker_fields(0, &worker) {
-            let words = guest.vm.ram.page(PageIndex(super::super::workload::FIRST_WORKER_PAGE));
+            let words = guest.vm.ram.page(PageIndex(FIRST_WORKER_PAGE));
             assert_eq!(words[offset_bytes / 8].load(Relaxed), value, "{pattern:?} {offset_bytes}");
         }
     }
@@ -200,6 +207,84 @@ fn a_range_is_collected_alone() {
     tracker.collect(PageRange::new(0, pages), &mut rest).unwrap();
     assert_eq!(rest.intersection_len(&dirty), 0, "collected once, not written since");
     assert!(rest.contains(PageIndex(first + 4)) && rest.contains(PageIndex(first + 105)));
+}
+
+/// Lets the guest's only worker work on the pages around the hole that devices have below 4 GiB.
+fn put_to_work_around_the_device_hole(guest: &KvmGuest, mut worker: Worker) {
+    let first = (3 << 30) / PAGE_SIZE_BYTES as u64 - 100;
+    worker.streams = [Stream::new(first, 200), Stream::default()];
+    fill(&worker, |page| guest.vm.ram.page(PageIndex(page)));
+    let page = guest.vm.ram.page(PageIndex(FIRST_WORKER_PAGE));
+    for (offset_bytes, value) in program::worker_fields(0, &worker) {
+        page[offset_bytes / 8].store(value, Relaxed);
+    }
+    guest.gauges[0].replace(200, GuestStatus::default());
+}
+
+#[test]
+fn memory_beyond_the_device_hole_is_tracked_moved_and_faulted_in() {
+    need_kvm!("more memory than 3 GiB");
+    let plan = GuestPlan { memory_bytes: 4 << 30, used_percent: 1, ..plan("sequential", 1) };
+    let mut guest = KvmGuest::assemble(&plan).unwrap();
+    let worker = plan.new_workers().remove(0);
+    let idle = Worker { streams: Default::default(), ..worker.clone() };
+    boot::load(&plan, &[idle], &guest.vm.ram);
+    put_to_work_around_the_device_hole(&guest, worker);
+    assert_eq!(guest.vm.slots.len(), 2);
+    guest.resume().unwrap();
+    wait_for(&guest, |status| status.ops > 300);
+
+    let mut second = KvmGuest::await_arrival(&plan).unwrap();
+    move_live(&mut guest, &mut second, TrackerKind::Auto);
+    wait_for(&second, |status| status.ops > 600);
+    expect_right(&second);
+    let mut third = KvmGuest::await_arrival(&plan).unwrap();
+    assert!(move_by_faults(&mut second, &mut third) >= 200);
+}
+
+#[test]
+fn guests_of_different_shapes_are_told_apart() {
+    need_kvm!("shapes");
+    let larger = GuestPlan { memory_bytes: 6 << 20, ..plan("idle", 2) };
+    let larger = KvmGuest::await_arrival(&larger).unwrap();
+    let differences = waiting(1).shape.differences(&larger.shape);
+    assert_eq!(
+        differences,
+        [
+            "RAM: source has ram of 4 MiB, destination has ram of 6 MiB",
+            "vCPUs: source has 1, destination has 2",
+        ]
+    );
+}
+
+#[test]
+fn a_damaged_device_state_is_refused() {
+    need_kvm!("damaged device states");
+    let state = waiting(1).save_device_state().unwrap();
+    assert!(VmState::decode(&state, 1).is_ok());
+    for end in 0..state.len() {
+        assert!(VmState::decode(&state[..end], 1).is_err(), "cut at {end}");
+    }
+    assert!(VmState::decode(&[&state[..], &[0]].concat(), 1).is_err(), "a byte too many");
+    assert!(VmState::decode(&state, 2).is_err(), "another number of vCPUs");
+    let mut newer = state.clone();
+    newer[0] += 1;
+    let error = VmState::decode(&newer, 1).unwrap_err();
+    assert!(error.message.contains("version 2"), "{error}");
+}
+
+#[test]
+fn an_exit_that_is_being_handled_is_complete_before_state_is_saved() {
+    need_kvm!("complete exits");
+    let mut guest = running("idle", 1);
+    expect_right(&guest);
+    // Now it waits for the answer to its `in`, and gets one because it is to stop.
+    std::thread::sleep(Duration::from_millis(20));
+    guest.pause().unwrap();
+    let regs = guest.vcpus[0].inspect(|vcpu| vcpu.get_regs().unwrap());
+    let behind = (regs.rip - PROGRAM_PAGE * PAGE_SIZE_BYTES as u64) as usize;
+    assert_eq!(program::image()[behind - 2..behind], [0xe5, program::TASK_PORT as u8]);
+    assert_eq!(regs.rax, 0, "no task");
 }
 
 #[test]

@@ -13,12 +13,13 @@ use std::os::unix::thread::JoinHandleExt;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering::SeqCst};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
-use std::sync::{Arc, Mutex, Once, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use kvm_bindings::kvm_run;
 use kvm_ioctls::{VcpuExit, VcpuFd};
+use nix::errno::Errno;
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
 
@@ -94,7 +95,7 @@ impl Vcpu {
         let (commands, inbox) = channel();
         let (outbox, stopped) = channel();
         let stop = Arc::new(AtomicBool::new(false));
-        let runner = Runner { vm, vcpu, stop: stop.clone(), gauge, outlet };
+        let runner = Runner { vcpu, vm, stop: stop.clone(), gauge, outlet };
         let thread = thread::Builder::new()
             .name(format!("vcpu-{id}"))
             .spawn(move || runner.serve(&inbox, &outbox))
@@ -201,8 +202,9 @@ impl Drop for Vcpu {
 }
 
 struct Runner {
-    vm: Arc<Vm>,
+    // Before `vm`: the memory that the VM names goes last.
     vcpu: VcpuFd,
+    vm: Arc<Vm>,
     stop: Arc<AtomicBool>,
     gauge: Arc<Gauge>,
     outlet: Arc<Outlet>,
@@ -305,13 +307,12 @@ impl Drop for KickFlag {
 /// Gives [`KICK`] a handler that does nothing, so that it ends system calls and no more.
 fn install_kick_handler() -> Result<(), GuestError> {
     extern "C" fn ignore(_: c_int) {}
-    static INSTALLED: Once = Once::new();
-    let mut outcome = Ok(());
-    INSTALLED.call_once(|| {
+    static INSTALLED: OnceLock<Result<(), Errno>> = OnceLock::new();
+    let outcome = INSTALLED.get_or_init(|| {
         // Without SA_RESTART, or system calls would go on.
         let action = SigAction::new(SigHandler::Handler(ignore), SaFlags::empty(), SigSet::empty());
         // SAFETY: the handler does nothing, which is safe at any point.
-        outcome = unsafe { sigaction(KICK, &action) }.map(drop);
+        unsafe { sigaction(KICK, &action) }.map(drop)
     });
     outcome.map_err(|errno| failed("install the handler of SIGURG", errno))
 }
