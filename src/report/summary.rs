@@ -1,15 +1,16 @@
 //! The report at the end of a migration.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fmt;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::units::{format_bytes, format_rate};
 use crate::wire::message::Strategy;
 
 /// Which side reports.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Role {
     /// The host that the guest left.
@@ -19,7 +20,7 @@ pub enum Role {
 }
 
 /// How it ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum MigrationResult {
     /// The guest runs at the destination (or is paused there, as asked) with all its pages.
@@ -33,7 +34,7 @@ pub enum MigrationResult {
 }
 
 /// Remote faults: from the guest's fault to its page in place, in microseconds.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FaultLatency {
     /// Half of the faults took at most this long.
     pub p50: u64,
@@ -59,7 +60,7 @@ impl FaultLatency {
 
 /// Everything worth keeping of one migration, seen from one side. Field names are those of the
 /// `report` event and stay as they are.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Report {
     /// Which side.
     pub role: Role,
@@ -79,9 +80,9 @@ pub struct Report {
     /// Pages of guest RAM.
     pub pages_total: u64,
     /// Pages by codec.
-    pub pages_by_codec: BTreeMap<&'static str, u64>,
+    pub pages_by_codec: BTreeMap<Cow<'static, str>, u64>,
     /// Bytes by codec, before QUIC's own framing.
-    pub bytes_by_codec: BTreeMap<&'static str, u64>,
+    pub bytes_by_codec: BTreeMap<Cow<'static, str>, u64>,
     /// Pre-copy rounds.
     pub precopy_rounds: u16,
     /// Pages that the destination still lacked when the guest was stopped.
@@ -99,9 +100,9 @@ pub struct Report {
     /// The link's shortest round trip.
     pub round_trip_ms: f64,
     /// How writes were followed: only the source knows.
-    pub tracker: Option<&'static str>,
+    pub tracker: Option<Cow<'static, str>>,
     /// The time before the freeze, and in it the time of each part of the switchover, by name.
-    pub phases_ms: BTreeMap<&'static str, f64>,
+    pub phases_ms: BTreeMap<Cow<'static, str>, f64>,
 }
 
 impl fmt::Display for Report {
