@@ -4,6 +4,7 @@ pub mod cli;
 pub mod codec;
 pub mod engine;
 pub mod guest;
+pub mod lab;
 pub mod memory;
 pub mod page;
 pub mod report;
