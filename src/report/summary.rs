@@ -105,6 +105,22 @@ pub struct Report {
     pub phases_ms: BTreeMap<Cow<'static, str>, f64>,
 }
 
+impl Report {
+    /// The source's report, with what only the destination knows.
+    #[must_use]
+    pub fn joined(mut self, destination: &Report) -> Report {
+        self.local_faults = destination.local_faults;
+        self.duplicate_pages = destination.duplicate_pages;
+        self.fault_latency_us = destination.fault_latency_us;
+        // Faults that the source was asked for are those of the destination, less what crossed.
+        self.remote_faults = destination.remote_faults;
+        for (part, ms) in &destination.phases_ms {
+            self.phases_ms.entry(part.clone()).or_insert(*ms);
+        }
+        self
+    }
+}
+
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let verdict = match (self.result, self.role) {
@@ -142,7 +158,7 @@ impl fmt::Display for Report {
         row("pages after freeze", self.remaining_pages_at_freeze.to_string())?;
         row("device state", format_bytes(self.device_state_bytes))?;
         row("remote faults", self.remote_faults.to_string())?;
-        if self.role == Role::Destination {
+        if self.role == Role::Destination || self.local_faults > 0 {
             row("local faults", self.local_faults.to_string())?;
         }
         if let Some(latency) = self.fault_latency_us.filter(|_| self.remote_faults > 0) {
