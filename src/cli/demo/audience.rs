@@ -107,6 +107,9 @@ impl Audience {
                 live.guest.add(at, *ops);
             }
             SideEvent::Memory(map) => live.memory = map.clone(),
+            SideEvent::Report(report) if side == Role::Destination => {
+                live.remote_faults = report.remote_faults;
+            }
             _ => {}
         }
         if let Medium::Json = self.medium {

@@ -13,7 +13,7 @@ use crate::guest::kvm::{self, KvmGuest};
 use crate::guest::threads::ThreadsGuest;
 use crate::guest::workload::{GuestPlan, WorkingGuest};
 use crate::guest::{DestinationGuest, GuestError, Shape, SourceGuest};
-use crate::memory::{DirtyTracker, GuestMemory, HostCapabilities, TrackerKind, Userfault};
+use crate::memory::{DirtyTracker, GuestMemory, HostCapabilities, Status, TrackerKind, Userfault};
 
 /// A KVM that checks fewer pages a second than this is an emulated one: hardware does millions.
 const NATIVE_PAGES_PER_S: u64 = 100_000;
@@ -103,14 +103,15 @@ pub(super) fn check_host() -> Result<(), Failure> {
         return Ok(());
     }
     let host = HostCapabilities::probe();
-    let missing = host.missing_to_receive().map(|item| match &item.status {
-        crate::memory::Status::Missing(why) if !why.is_empty() => format!("{} ({why})", item.name),
-        _ => item.name.to_owned(),
+    // The rest follows from the first.
+    let missing = host.missing_to_receive().next().map(|item| match &item.status {
+        Status::Missing(why) => format!("{}: {why}", item.name),
+        Status::Ok(_) | Status::Degraded(_) => item.name.to_owned(),
     });
     Err(Failure::new(
         format!(
-            "this process cannot serve a guest's page faults; missing: {}",
-            missing.collect::<Vec<_>>().join(", ")
+            "this process cannot serve a guest's page faults: {}",
+            missing.unwrap_or_else(|| "the kernel lacks some of userfaultfd".to_owned())
         ),
         "run as root, or let others use userfaultfd: sysctl vm.unprivileged_userfaultfd=1; \
          `farfault doctor` tells more",

@@ -46,7 +46,7 @@ const MEMORY_BYTES: u64 = 256 << 20;
 /// So that an emulated KVM ends within minutes.
 const SLOW_MEMORY_BYTES: u64 = 8 << 20;
 /// A plain pre-copy is given so many times as long as farfault took, and at least as many seconds.
-const PATIENCE: f64 = 4.0;
+const PATIENCE: f64 = 3.0;
 const PATIENCE_AT_LEAST: Duration = Duration::from_secs(20);
 /// Exit status of a command that Ctrl-C has ended, by the shells' custom.
 const INTERRUPTED: u8 = 130;
@@ -85,7 +85,7 @@ pub(super) struct Demo {
     #[arg(long, value_enum, default_value_t)]
     handover: HandoverName,
     /// How long the guest may stand still.
-    #[arg(long, value_name = "TIME", default_value = "300ms", value_parser = duration)]
+    #[arg(long, value_name = "TIME", default_value = "100ms", value_parser = duration)]
     downtime: Duration,
     /// Most pre-copy rounds; auto goes by the trend.
     #[arg(long, value_name = "auto|N", default_value = "auto", value_parser = rounds)]

@@ -148,6 +148,14 @@ impl Live {
         }
     }
 
+    /// Pages that the destination lacks: before the switchover the source knows, then the destination.
+    pub fn remaining_pages(&self) -> u64 {
+        match self.ran_again {
+            Some(_) => self.memory.absent + self.memory.stale,
+            None => self.progress.remaining_pages,
+        }
+    }
+
     /// What the guest does now, in operations a second.
     pub fn guest_rate(&self) -> f64 {
         self.guest.rate_lately(Duration::from_millis(500))
@@ -165,7 +173,7 @@ impl Live {
         match self.step {
             Step::Precopy | Step::Switchover | Step::Postcopy => format!(
                 "{seconds:5.1} s  {name:<10} {} left, {} on the wire, {}, {} faults, {guest}",
-                format_bytes(self.progress.remaining_pages * PAGE_SIZE_BYTES as u64),
+                format_bytes(self.remaining_pages() * PAGE_SIZE_BYTES as u64),
                 format_bytes(self.link.last()),
                 format_rate(self.link_rate()),
                 self.remote_faults,

@@ -27,25 +27,21 @@ fn stages() -> [(char, char, Style, &'static str); 5] {
     ]
 }
 
-/// The lines, none wider than `width`. The memory map has the shape `map`; it is left out when the
-/// map that was told has another one.
+/// The lines, none wider than `width`. The memory map has the shape `map`; until one of that shape was
+/// told, nothing is known of the memory.
 pub fn draw(live: &Live, now: Duration, map: MapShape, width: usize) -> Vec<String> {
     let mut lines = vec![format!(" {}", bold(&live.title)), String::new()];
     lines.push(format!(" {}  {:.1} s", steps(live.step), now.as_secs_f64()));
     lines.push(String::new());
-    if map.cells() > 0 && live.memory.cells.len() == map.cells() {
-        lines.extend(memory(live, map));
-        lines.push(legend(live));
-    } else {
-        lines.push(" the destination waits".to_owned());
-    }
+    lines.extend(memory(live, map));
+    lines.push(legend(live));
     lines.push(String::new());
     let columns = map.columns.saturating_sub(LABEL_COLUMNS).max(10);
     lines.push(guest(live, now, columns));
     lines.push(link(live, now, columns));
     lines.push(format!(
         " {} left, {} on the wire, {} remote faults",
-        format_bytes(live.progress.remaining_pages * PAGE_SIZE_BYTES as u64),
+        format_bytes(live.remaining_pages() * PAGE_SIZE_BYTES as u64),
         format_bytes(live.link.last()),
         live.remote_faults,
     ));
@@ -69,21 +65,20 @@ fn steps(now: Step) -> String {
     Step::ALL.map(|each| step(each).to_string()).join(" ─ ")
 }
 
-fn memory(live: &Live, map: MapShape) -> impl Iterator<Item = String> {
+fn memory(live: &Live, map: MapShape) -> Vec<String> {
     let stages = stages();
-    let cells: Vec<char> = live.memory.cells.chars().collect();
-    let rows: Vec<String> = cells
-        .chunks(map.columns)
-        .map(|row| {
-            // One escape sequence for each run of equal cells: the picture is drawn ten times a second.
-            let runs = row.chunk_by(|a, b| a == b).map(|run| {
-                let shown = stages.iter().find(|stage| stage.0 == run[0]).unwrap_or(&stages[4]);
-                shown.2.apply_to(shown.1.to_string().repeat(run.len())).to_string()
-            });
-            format!(" {}", runs.collect::<String>())
-        })
-        .collect();
-    rows.into_iter()
+    let told = Some(live.memory.cells.chars().collect::<Vec<_>>());
+    let cells = told.filter(|cells| cells.len() == map.cells());
+    let cells = cells.unwrap_or_else(|| vec!['a'; map.cells()]);
+    let draw_row = move |row: &[char]| {
+        // One escape sequence for each run of equal cells: the picture is drawn ten times a second.
+        let runs = row.chunk_by(|a, b| a == b).map(|run| {
+            let shown = stages.iter().find(|stage| stage.0 == run[0]).unwrap_or(&stages[4]);
+            shown.2.apply_to(shown.1.to_string().repeat(run.len())).to_string()
+        });
+        format!(" {}", runs.collect::<String>())
+    };
+    cells.chunks(map.columns.max(1)).map(draw_row).collect()
 }
 
 fn legend(live: &Live) -> String {
@@ -174,6 +169,13 @@ mod tests {
         assert!(lines.iter().any(|line| line.contains("mapped 75 %")));
         let guest = lines.iter().find(|line| line.contains("ops/s")).unwrap();
         assert!(guest.contains("████████  ████████ at the destination"), "{guest:?}");
+    }
+
+    #[test]
+    fn the_picture_keeps_its_height_from_the_first_moment_on() {
+        let nothing = plain(&Live::new("a guest".to_owned(), 1000), Duration::ZERO, 100);
+        assert_eq!(nothing.len(), OTHER_LINES + MAP.rows);
+        assert!(nothing.iter().any(|line| line.trim() == "·".repeat(40)));
     }
 
     #[test]
