@@ -1,16 +1,19 @@
-//! Speed of each codec on made-up pages: text-like content, and sparse changes of it. Throughput is
-//! in bytes of pages, whatever the coded size, which is printed with each name.
+//! Speed of each codec, next to XBZRLE. Throughput is in bytes of pages, whatever the coded size, which
+//! is in each name.
+//!
+//! The pages are made up (text-like content, and sparse changes of it), and, where the environment variable
+//! `FARFAULT_CORPORA` names a directory, those in its files: `NAME.full` (pages), `NAME.old` and `NAME.new`
+//! (the same pages before and after a change), each a plain sequence of pages.
 
 use std::hint::black_box;
 use std::time::Duration;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use farfault::codec::delta::WordMask;
-use farfault::codec::is_zero;
+use farfault::codec::{LineFingerprint, is_zero, xbzrle};
 use farfault::page::{PAGE_SIZE_BYTES, PageBytes, PageIndex, Version};
-use farfault::wire::encode::{DeltaCodec, PageCodec};
 use farfault::wire::limits::MAX_PAGES_PER_FRAME;
-use farfault::wire::{CodecChoice, DecodeScratch, Frame, FrameEncoder, PageToSend};
+use farfault::wire::{DecodeScratch, Frame, FrameEncoder, PageToSend};
 use xxhash_rust::xxh3::xxh3_64;
 
 /// 16 MiB: more than the second-level cache of any machine.
@@ -86,46 +89,88 @@ fn encode_all(encoder: &mut FrameEncoder, pages: &[PageToSend<'_>], out: &mut Ve
 fn decode_all(wire: &[u8], bases: &[PageBytes], scratch: &mut DecodeScratch) {
     let mut rest = wire;
     while !rest.is_empty() {
-        let (frame, left) = Frame::parse(rest, PAGES as u64).expect("our own frame");
+        let (frame, left) = Frame::parse(rest, u64::MAX).expect("our own frame");
         let decoded = frame.decode(scratch, |_, base, into| {
             *into = bases[base.page.0 as usize];
             true
         });
-        black_box(decoded.expect("our own frame").get(0));
+        black_box(decoded.expect("our own frame"));
         rest = left;
     }
 }
 
-fn codecs(criterion: &mut Criterion) {
-    let old = text_pages();
-    let new = changed(&old);
-    let whole = to_send(&old, None);
-    let deltas = to_send(&new, Some(&old));
-    let mut group = criterion.benchmark_group("codec");
-    group.throughput(Throughput::Bytes((PAGES * PAGE_SIZE_BYTES) as u64));
+/// Pages and, for each of some of them, what it was and what it became.
+struct Corpus {
+    name: String,
+    full: Vec<PageBytes>,
+    old: Vec<PageBytes>,
+    new: Vec<PageBytes>,
+}
 
-    let page_codecs = [PageCodec::Raw, PageCodec::Lz4];
-    let delta_codecs = [DeltaCodec::Plain, DeltaCodec::Lz4];
-    let as_page = |page| CodecChoice { page, delta: DeltaCodec::Off };
-    let as_delta = |delta| CodecChoice { page: PageCodec::Raw, delta };
-    let cases = page_codecs
-        .map(|codec| (format!("whole/{codec:?}"), as_page(codec), &whole))
-        .into_iter()
-        .chain(delta_codecs.map(|codec| (format!("delta/{codec:?}"), as_delta(codec), &deltas)));
-    for (name, choice, pages) in cases {
-        let mut encoder = FrameEncoder::new(choice);
-        let mut wire = Vec::new();
-        encode_all(&mut encoder, pages, &mut wire);
-        let size = format!("{} bytes a page", wire.len() / PAGES);
-        group.bench_function(BenchmarkId::new(format!("{name}/encode"), &size), |bench| {
-            bench.iter(|| encode_all(&mut encoder, pages, &mut wire));
+fn corpora() -> Vec<Corpus> {
+    let full = text_pages();
+    let mut corpora =
+        vec![Corpus { name: "made-up".to_owned(), old: full.clone(), new: changed(&full), full }];
+    let Some(directory) = std::env::var_os("FARFAULT_CORPORA") else { return corpora };
+    let files = std::fs::read_dir(&directory).expect("FARFAULT_CORPORA is a directory");
+    let mut paths: Vec<_> = files.map(|file| file.expect("a readable directory").path()).collect();
+    paths.retain(|path| path.extension().is_some_and(|extension| extension == "full"));
+    paths.sort();
+    corpora.extend(paths.into_iter().map(|path| {
+        let pages = |extension: &str| {
+            let bytes = std::fs::read(path.with_extension(extension)).expect("a readable corpus");
+            bytes.as_chunks::<PAGE_SIZE_BYTES>().0.to_vec()
+        };
+        let name = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+        Corpus { name, full: pages("full"), old: pages("old"), new: pages("new") }
+    }));
+    corpora
+}
+
+fn codecs(criterion: &mut Criterion) {
+    for corpus in corpora() {
+        let Corpus { name, full, old, new } = &corpus;
+        let mut group = criterion.benchmark_group(name.as_str());
+        let whole = ["raw/off", "lz4/off", "zstd:1/off", "zstd:3/off", "zstd:6/off"];
+        let delta =
+            ["raw/plain", "lz4/lz4", "zstd:1/zstd:1", "zstd:1/zstd-old:1", "zstd:3/zstd-old:3"];
+        let cases = whole
+            .map(|choice| ("whole", choice, to_send(full, None)))
+            .into_iter()
+            .chain(delta.map(|choice| ("changed", choice, to_send(new, Some(old)))));
+        for (kind, choice, pages) in cases {
+            let mut encoder = FrameEncoder::new(choice.parse().expect("a codec choice"));
+            let mut wire = Vec::new();
+            encode_all(&mut encoder, &pages, &mut wire);
+            group.throughput(Throughput::Bytes((pages.len() * PAGE_SIZE_BYTES) as u64));
+            let id = |step| {
+                let size = format!("{} bytes a page", wire.len() / pages.len());
+                BenchmarkId::new(format!("{kind} {choice} {step}"), size)
+            };
+            let (encode, decode) = (id("encode"), id("decode"));
+            let mut scratch = DecodeScratch::default();
+            group.bench_function(decode, |bench| {
+                bench.iter(|| decode_all(&wire, old, &mut scratch));
+            });
+            group.bench_function(encode, |bench| {
+                bench.iter(|| encode_all(&mut encoder, &pages, &mut wire));
+            });
+        }
+        let mut coded = Vec::new();
+        let mut encode_xbzrle = || {
+            let sizes = old.iter().zip(new).map(|(old, new)| {
+                let fits = xbzrle::encode(old, new, PAGE_SIZE_BYTES, &mut coded);
+                if fits { coded.len() } else { PAGE_SIZE_BYTES }
+            });
+            sizes.sum::<usize>() / old.len()
+        };
+        let size = format!("{} bytes a page", encode_xbzrle());
+        group.throughput(Throughput::Bytes((old.len() * PAGE_SIZE_BYTES) as u64));
+        group.bench_function(BenchmarkId::new("changed XBZRLE encode", size), |bench| {
+            bench.iter(&mut encode_xbzrle);
         });
-        let mut scratch = DecodeScratch::default();
-        group.bench_function(BenchmarkId::new(format!("{name}/decode"), &size), |bench| {
-            bench.iter(|| decode_all(&wire, &old, &mut scratch));
-        });
+        group.finish();
     }
-    group.finish();
 }
 
 fn scans(criterion: &mut Criterion) {
@@ -143,6 +188,12 @@ fn scans(criterion: &mut Criterion) {
     group.bench_function("changed-word mask", |bench| {
         let pairs = || old.iter().zip(&new);
         bench.iter(|| pairs().map(|(old, new)| WordMask::between(old, new).count()).sum::<usize>());
+    });
+    let print = LineFingerprint::of(&zeros[0]);
+    group.bench_function("line fingerprints", |bench| {
+        bench.iter(|| {
+            old.iter().filter(|page| black_box(LineFingerprint::of(page)) == print).count()
+        });
     });
     // What the machine can do at all: read one buffer, write another.
     let mut copy = zeros.clone();

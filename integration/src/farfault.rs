@@ -1,12 +1,14 @@
 //! The program under test, as a user runs it: `farfault receive` and `farfault send`, with `--json`.
 
 use std::io::{BufRead, BufReader, Read};
+use std::path::Path;
 use std::process::{Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use farfault_wan::netns::Netns;
 use serde_json::Value;
 
 use crate::lab::{ADDRESS_B, Lab};
@@ -34,36 +36,60 @@ pub struct Running {
 }
 
 impl Running {
-    /// Starts farfault in a namespace. `wrapper` are words in front of it (`setpriv ...`).
-    pub fn start(netns: &str, wrapper: &[&str], arguments: &[&str]) -> Result<Self> {
+    /// Starts `farfault receive` or `send` in a namespace of the laboratory, with directories of its
+    /// own for journals and temporary files. `wrapper` are words in front of it (`setpriv ...`).
+    pub fn start(
+        lab: &Lab,
+        netns: &Netns,
+        wrapper: &[&str],
+        subcommand: &str,
+        arguments: &[&str],
+    ) -> Result<Self> {
         let program = workspace_program("FARFAULT_BIN", "farfault")?;
         let mut command = match wrapper.split_first() {
-            None => command_in(netns, program),
+            None => command_in(netns.name(), program),
             Some((first, rest)) => {
-                let mut command = command_in(netns, first);
+                let mut command = command_in(netns.name(), first);
                 command.args(rest).arg(program);
                 command
             }
         };
-        Self::spawn(command.args(arguments))
+        command.arg(subcommand).arg("--json").arg("--state-dir").arg(lab.state_directory());
+        Self::spawn(command.args(arguments).env("TMPDIR", lab.temporary_directory()))
     }
 
     /// `farfault receive`, listening on the destination's address, which starts `guest`.
     pub fn receive(lab: &Lab, guest: &Guest, options: &[&str]) -> Result<Self> {
         let listen = format!("{ADDRESS_B}:0");
-        let mut arguments = vec!["receive", "--listen", &listen, "--json"];
+        let mut arguments = vec!["--listen", &listen];
         arguments.extend(options);
         arguments.push("--");
         arguments.extend(guest.command_line().iter().map(String::as_str));
-        Self::start(lab.b().name(), &[], &arguments)
+        Self::start(lab, lab.b(), &[], "receive", &arguments)
+    }
+
+    /// `farfault receive`, attached to a QEMU that is there already.
+    pub fn receive_attached(lab: &Lab, guest: &Guest) -> Result<Self> {
+        let (listen, qmp) = (format!("{ADDRESS_B}:0"), guest.qmp_path().display().to_string());
+        Self::start(lab, lab.b(), &[], "receive", &["--listen", &listen, "--qmp", &qmp])
     }
 
     /// `farfault send` of a guest.
     pub fn send(lab: &Lab, guest: &Guest, ticket: &str, options: &[&str]) -> Result<Self> {
-        let qmp = guest.qmp_path().display().to_string();
-        let mut arguments = vec!["send", "--qmp", &qmp, ticket, "--json"];
-        arguments.extend(options);
-        Self::start(lab.a().name(), &[], &arguments)
+        Self::send_from(lab, guest.qmp_path(), ticket, options, &[])
+    }
+
+    /// `farfault send` of whatever is at a socket, behind a wrapper.
+    pub fn send_from(
+        lab: &Lab,
+        qmp: &Path,
+        ticket: &str,
+        options: &[&str],
+        wrapper: &[&str],
+    ) -> Result<Self> {
+        let qmp = qmp.display().to_string();
+        let arguments = [&["--qmp", &qmp, ticket], options].concat();
+        Self::start(lab, lab.a(), wrapper, "send", &arguments)
     }
 
     fn spawn(command: &mut Command) -> Result<Self> {

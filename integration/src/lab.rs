@@ -60,7 +60,11 @@ impl Lab {
         let b = Netns::create(&format!("{name}-b"))?;
         let wan = Wan::start(a.name(), b.name(), link, queue)?;
         let directory = tempfile::Builder::new().prefix(&format!("{name}-")).tempdir()?;
-        Ok(Some(Lab { name, wan, a, b, directory, _turn: turn }))
+        let lab = Lab { name, wan, a, b, directory, _turn: turn };
+        for directory in [lab.state_directory(), lab.temporary_directory()] {
+            std::fs::create_dir(directory)?;
+        }
+        Ok(Some(lab))
     }
 
     /// Names of files and processes of this laboratory contain it.
@@ -83,9 +87,14 @@ impl Lab {
         self.directory.path().join(file)
     }
 
-    /// For the RAM of guests: a name in shared memory. Whoever makes the file removes it.
-    pub fn shared_memory_path(&self, file: &str) -> PathBuf {
-        Path::new("/dev/shm").join(format!("{}-{file}", self.name))
+    /// Where farfault keeps its journals.
+    pub fn state_directory(&self) -> PathBuf {
+        self.path("state")
+    }
+
+    /// Where farfault makes temporary files.
+    pub fn temporary_directory(&self) -> PathBuf {
+        self.path("tmp")
     }
 }
 

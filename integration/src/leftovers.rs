@@ -1,53 +1,71 @@
 //! What a migration, or a failed one, must not leave behind.
+//!
+//! Everything in a laboratory has a place that is its own: its namespaces, its name in shared
+//! memory, and the directories that farfault is given for its journal and its temporary files. So
+//! what other migrations on this machine do is not mistaken for a leftover.
 
 use std::collections::BTreeSet;
 use std::path::Path;
+use std::process::Command;
 
-/// Files and processes of farfault and of laboratories, at a moment.
-#[derive(Clone, Debug)]
-pub struct Snapshot(BTreeSet<String>);
+use anyhow::{Context, Result, ensure};
 
-impl Snapshot {
+use crate::lab::Lab;
+
+/// Processes and files in a laboratory, at a moment.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Inventory(BTreeSet<String>);
+
+impl Inventory {
     /// Of now.
-    pub fn take() -> Self {
+    pub fn of(lab: &Lab) -> Result<Self> {
         let mut found = BTreeSet::new();
-        let temporary = std::env::temp_dir();
-        for directory in ["/dev/shm", "/run/netns", "/run", "/var/tmp"].map(Path::new) {
-            collect(directory, &mut found);
-        }
-        collect(&temporary, &mut found);
-        // Journals of migrations that are not over.
-        for entry in std::fs::read_dir("/var/lib/farfault").into_iter().flatten().flatten() {
-            found.insert(entry.path().display().to_string());
-        }
-        for entry in std::fs::read_dir("/proc").into_iter().flatten().flatten() {
-            let is_process = entry.file_name().to_string_lossy().parse::<u32>().is_ok();
-            let command_line = std::fs::read(entry.path().join("cmdline")).unwrap_or_default();
-            let words: Vec<_> =
-                command_line.split(|b| *b == 0).map(String::from_utf8_lossy).collect();
-            let program =
-                words.first().map(|word| word.rsplit('/').next().unwrap_or("").to_owned());
-            let ours = program.as_deref() == Some("farfault")
-                || words.iter().any(|word| word.contains(crate::lab::PREFIX));
-            if is_process && ours {
-                let pid = entry.file_name().to_string_lossy().into_owned();
-                found.insert(format!("process {pid}: {}", words.join(" ")));
+        for netns in [lab.a(), lab.b()] {
+            let output = Command::new("ip").args(["netns", "pids", netns.name()]).output()?;
+            ensure!(output.status.success(), "`ip netns pids` failed");
+            for pid in String::from_utf8_lossy(&output.stdout).split_whitespace() {
+                let command_line =
+                    std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+                let words = String::from_utf8_lossy(&command_line).replace('\0', " ");
+                // One that has ended and waits to be reaped, by init perhaps, has no words.
+                if !words.trim().is_empty() {
+                    found.insert(format!("process {pid}: {words}"));
+                }
             }
         }
-        Snapshot(found)
+        collect(Path::new("/dev/shm"), lab.name(), &mut found);
+        for directory in [lab.state_directory(), lab.temporary_directory()] {
+            collect(&directory, "", &mut found);
+        }
+        Ok(Inventory(found))
     }
 
     /// What is there now and was not then.
-    pub fn new_since(&self) -> Vec<String> {
-        Snapshot::take().0.difference(&self.0).cloned().collect()
+    pub fn new_since(&self, lab: &Lab) -> Result<Vec<String>> {
+        Ok(Inventory::of(lab)?.0.difference(&self.0).cloned().collect())
     }
 }
 
-fn collect(directory: &Path, found: &mut BTreeSet<String>) {
+/// Fails when anything is left of the laboratory of this name, which has been dropped.
+pub fn nothing_is_left_of(lab_name: &str) -> Result<()> {
+    let mut found = BTreeSet::new();
+    for directory in [Path::new("/dev/shm"), Path::new("/run/netns"), &std::env::temp_dir()] {
+        collect(directory, lab_name, &mut found);
+    }
+    for entry in std::fs::read_dir("/proc").context("/proc")?.flatten() {
+        let command_line = std::fs::read(entry.path().join("cmdline")).unwrap_or_default();
+        let words = String::from_utf8_lossy(&command_line).replace('\0', " ");
+        if words.contains(lab_name) {
+            found.insert(format!("process {}: {words}", entry.file_name().display()));
+        }
+    }
+    ensure!(found.is_empty(), "left behind: {found:?}");
+    Ok(())
+}
+
+fn collect(directory: &Path, name_contains: &str, found: &mut BTreeSet<String>) {
     for entry in std::fs::read_dir(directory).into_iter().flatten().flatten() {
-        let name = entry.file_name().to_string_lossy().into_owned();
-        // The lock of the laboratories stays.
-        if name.starts_with("farfault") && !name.ends_with(".lock") {
+        if entry.file_name().to_string_lossy().contains(name_contains) {
             found.insert(entry.path().display().to_string());
         }
     }
@@ -58,13 +76,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_file_that_was_made_since_is_found_and_a_removed_one_is_not() {
-        let before = Snapshot::take();
-        let path = Path::new("/dev/shm").join(format!("farfault-leftover-{}", std::process::id()));
+    fn a_file_in_shared_memory_is_a_leftover_until_it_is_removed() {
+        let name = format!("leftover-test-{}", std::process::id());
+        assert!(nothing_is_left_of(&name).is_ok());
+        let path = Path::new("/dev/shm").join(&name);
         std::fs::write(&path, "x").unwrap();
-        let found = before.new_since();
+        let found = nothing_is_left_of(&name);
         std::fs::remove_file(&path).unwrap();
-        assert!(found.contains(&path.display().to_string()), "{found:?}");
-        assert!(!before.new_since().contains(&path.display().to_string()));
+        assert!(found.unwrap_err().to_string().contains(&name));
+        assert!(nothing_is_left_of(&name).is_ok());
     }
 }

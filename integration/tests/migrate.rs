@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use farfault_integration::farfault::{self, Moved, Running};
-use farfault_integration::lab::{ADDRESS_B, Lab};
-use farfault_integration::leftovers::Snapshot;
+use farfault_integration::lab::Lab;
+use farfault_integration::leftovers::{Inventory, nothing_is_left_of};
 use farfault_integration::process::wait_for;
 use farfault_integration::qemu::{Guest, GuestSpec, Machine, Ram};
 use farfault_integration::ram;
@@ -59,32 +59,32 @@ impl After {
         let seen = Interruption::measure(&before, &after, self.moved.started)?;
         eprintln!("{seen:?}\n{}\n{}", self.moved.source, self.moved.destination);
         ensure!(self.source.log.complaints().is_empty(), "{:?}", self.source.log.complaints());
-        ensure!(after.last().map(|b| b.operations) > before.last().map(|b| b.operations));
         assert_eq!(self.destination.monitor()?.status()?, "running");
         Ok(())
     }
 
     /// Ends everything; neither farfault nor the laboratory may have left anything.
-    fn nothing_is_left(self, before: &Snapshot) -> Result<()> {
-        let lab_name = self.lab.name().to_owned();
-        let own: Vec<String> =
-            before.new_since().into_iter().filter(|what| !what.contains(&lab_name)).collect();
-        ensure!(own.is_empty(), "farfault has left {own:?}");
-        drop(self);
-        let left = before.new_since();
-        ensure!(left.is_empty(), "left behind: {left:?}");
-        Ok(())
+    fn nothing_is_left(self) -> Result<()> {
+        let After { source, destination, lab, .. } = self;
+        drop((source, destination));
+        nothing_is_left_in(lab)
     }
+}
+
+fn nothing_is_left_in(lab: Lab) -> Result<()> {
+    assert_eq!(Inventory::of(&lab)?, Inventory::default(), "farfault has left something");
+    let name = lab.name().to_owned();
+    drop(lab);
+    nothing_is_left_of(&name)
 }
 
 /// A running guest moves, and everything is as it should be.
 fn moves_unharmed(spec: &GuestSpec, strategy: &str, more: &[&str]) -> Result<()> {
-    let before = Snapshot::take();
     let send_options = [&["--strategy", strategy], more].concat();
     let Some(after) = move_guest(spec, &[], &send_options)? else { return Ok(()) };
     after.guest_is_unharmed()?;
     assert_eq!(after.source.monitor()?.status()?, "postmigrate");
-    after.nothing_is_left(&before)
+    after.nothing_is_left()
 }
 
 #[test]
@@ -146,11 +146,10 @@ fn a_guest_with_two_memory_nodes_moves_by_hybrid() -> Result<()> {
 
 #[test]
 fn a_strict_handover_moves_a_guest_too() -> Result<()> {
-    let before = Snapshot::take();
     let spec = GuestSpec::new(Machine::Pc, 256, SPARSE);
     let Some(after) = move_guest(&spec, &[], &["--handover", "strict"])? else { return Ok(()) };
     after.guest_is_unharmed()?;
-    after.nothing_is_left(&before)
+    after.nothing_is_left()
 }
 
 /// Pings, blocks and random bytes so far; fails on an error of a device.
@@ -165,7 +164,6 @@ fn device_counters(guest: &Guest) -> Result<[u64; 3]> {
 }
 
 fn devices_go_on(machine: Machine, strategy: &str) -> Result<()> {
-    let before = Snapshot::take();
     let mut spec = GuestSpec::new(machine, 256, "ff.ws=64M ff.pattern=sparse ff.verify=50000");
     spec.devices = true;
     let Some(after) = move_guest(&spec, &[], &["--strategy", strategy])? else { return Ok(()) };
@@ -176,7 +174,7 @@ fn devices_go_on(machine: Machine, strategy: &str) -> Result<()> {
         let go_on = now.iter().zip(&on_source).all(|(now, then)| *now > then + 20);
         Ok(go_on.then_some(()))
     })?;
-    after.nothing_is_left(&before)
+    after.nothing_is_left()
 }
 
 #[test]
@@ -196,7 +194,6 @@ fn virtio_devices_in_use_go_on_after_a_hybrid_move_of_microvm() -> Result<()> {
 
 /// Without running the guest on the destination, both memories are the same, byte by byte.
 fn memories_are_equal(machine: Machine, strategy: &str) -> Result<()> {
-    let before = Snapshot::take();
     let spec = GuestSpec::new(machine, 256, SPARSE);
     let options = ["--strategy", strategy];
     let Some(after) = move_guest(&spec, &["--paused"], &options)? else { return Ok(()) };
@@ -206,7 +203,7 @@ fn memories_are_equal(machine: Machine, strategy: &str) -> Result<()> {
     for (left, right) in after.source.ram_files().iter().zip(after.destination.ram_files()) {
         assert_eq!(ram::compare(left, right)?, ram::Difference::default());
     }
-    after.nothing_is_left(&before)
+    after.nothing_is_left()
 }
 
 #[test]
@@ -226,33 +223,27 @@ fn after_a_paused_postcopy_move_the_memory_files_are_equal() -> Result<()> {
 
 #[test]
 fn with_quit_source_the_source_qemu_has_ended() -> Result<()> {
-    let before = Snapshot::take();
     let spec = GuestSpec::new(Machine::Microvm, 256, SPARSE);
     let Some(mut after) = move_guest(&spec, &[], &["--quit-source"])? else { return Ok(()) };
     after.guest_is_unharmed()?;
     let process = after.source.process().context("the source's process")?;
     assert!(process.wait(Duration::from_secs(10))?.success());
-    after.nothing_is_left(&before)
+    after.nothing_is_left()
 }
 
 #[test]
 fn a_qemu_that_waits_already_is_attached_to() -> Result<()> {
-    let before = Snapshot::take();
     let Some(lab) = Lab::start(LINK)? else { return Ok(()) };
     let spec = GuestSpec::new(Machine::Pc, 256, SPARSE);
     let source = Guest::boot(&lab, "source", &spec)?;
     let mut destination = Guest::prepare(&lab, "destination", &spec)?;
     destination.start(lab.b().name(), &["-incoming", "defer", "-S"])?;
-    let listen = format!("{ADDRESS_B}:0");
-    let qmp = destination.qmp_path().display().to_string();
-    let arguments = ["receive", "--listen", &listen, "--json", "--qmp", &qmp];
-    let mut receive = Running::start(lab.b().name(), &[], &arguments)?;
+    let mut receive = Running::receive_attached(&lab, &destination)?;
     let ticket = receive.ticket()?;
     let send = Running::send(&lab, &source, &ticket, &[])?;
     send.wait(LIMIT)?.report().context("send")?;
     receive.wait(LIMIT)?.report().context("receive")?;
     destination.log.wait_for_sweeps(2, LIMIT)?;
-    drop((source, destination, lab));
-    assert_eq!(before.new_since(), Vec::<String>::new());
-    Ok(())
+    drop((source, destination));
+    nothing_is_left_in(lab)
 }

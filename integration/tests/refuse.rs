@@ -9,8 +9,8 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use farfault_integration::farfault::{self, Ended, Running};
-use farfault_integration::lab::{ADDRESS_B, Lab};
-use farfault_integration::leftovers::Snapshot;
+use farfault_integration::lab::Lab;
+use farfault_integration::leftovers::Inventory;
 use farfault_integration::process::wait_for;
 use farfault_integration::qemu::{Guest, GuestSpec, Machine, Ram};
 
@@ -26,7 +26,7 @@ struct Case {
     source: Guest,
     destination: Guest,
     lab: Lab,
-    before: Snapshot,
+    before: Inventory,
 }
 
 impl Case {
@@ -34,7 +34,8 @@ impl Case {
         let Some(lab) = Lab::start(link)? else { return Ok(None) };
         let source = Guest::boot(&lab, "source", source)?;
         let destination = Guest::prepare(&lab, "destination", destination)?;
-        Ok(Some(Case { source, destination, lab, before: Snapshot::take() }))
+        let before = Inventory::of(&lab)?;
+        Ok(Some(Case { source, destination, lab, before }))
     }
 
     fn receive(&self) -> Result<(Running, String)> {
@@ -60,7 +61,7 @@ impl Case {
             self.destination.ram_files().iter().map(|path| path.display().to_string()).collect();
         let mut left = Vec::new();
         let gone = wait_for("everything to be cleaned up", Duration::from_secs(5), || {
-            left = self.before.new_since();
+            left = self.before.new_since(&self.lab)?;
             left.retain(|what| !ram.contains(what));
             Ok(left.is_empty().then_some(()))
         });
@@ -132,7 +133,7 @@ fn memories_of_different_sizes_are_refused() -> Result<()> {
     let larger = GuestSpec::new(Machine::Pc, 512, WORK);
     let Some(case) = Case::new("200Mbit,10ms", &small_pc(), &larger)? else { return Ok(()) };
     let (receive, ticket) = case.receive()?;
-    says(&case.send(&ticket)?, &["memory"])?;
+    says(&case.send(&ticket)?, &["256 MiB", "512 MiB"])?;
     case.source_goes_on()?;
     receive.terminate(LIMIT)?;
     case.nothing_is_left()
@@ -154,9 +155,8 @@ fn without_privileges_it_says_which_are_missing() -> Result<()> {
     let (receive, ticket) = case.receive()?;
     // Still root by its user id, so that files and sockets are not what fails.
     let wrapper = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"];
-    let qmp = case.source.qmp_path().display().to_string();
-    let arguments = ["send", "--qmp", &qmp, &ticket, "--json"];
-    let sent = Running::start(case.lab.a().name(), &wrapper, &arguments)?.wait(LIMIT)?;
+    let qmp = case.source.qmp_path();
+    let sent = Running::send_from(&case.lab, qmp, &ticket, &[], &wrapper)?.wait(LIMIT)?;
     case.refused_by_source(receive, &sent, &["root"])
 }
 
@@ -174,18 +174,16 @@ fn a_socket_that_is_not_qemu_is_refused() -> Result<()> {
             std::mem::forget(stream);
         }
     });
-    let path = path.display().to_string();
-    let arguments = ["send", "--qmp", &path, &ticket, "--json"];
-    let sent = Running::start(case.lab.a().name(), &[], &arguments)?.wait(LIMIT)?;
-    case.refused_by_source(receive, &sent, &["QMP", &path])
+    let sent = Running::send_from(&case.lab, &path, &ticket, &[], &[])?.wait(LIMIT)?;
+    case.refused_by_source(receive, &sent, &["QMP", &path.display().to_string()])
 }
 
 #[test]
 fn a_socket_that_does_not_exist_is_named() -> Result<()> {
     let Some(case) = Case::new("200Mbit,10ms", &small_pc(), &small_pc())? else { return Ok(()) };
     let (receive, ticket) = case.receive()?;
-    let arguments = ["send", "--qmp", "/nonexistent/qmp.sock", &ticket, "--json"];
-    let sent = Running::start(case.lab.a().name(), &[], &arguments)?.wait(LIMIT)?;
+    let path = Path::new("/nonexistent/qmp.sock");
+    let sent = Running::send_from(&case.lab, path, &ticket, &[], &[])?.wait(LIMIT)?;
     case.refused_by_source(receive, &sent, &["/nonexistent/qmp.sock"])
 }
 
@@ -195,11 +193,8 @@ fn a_destination_that_does_not_wait_for_a_migration_is_refused() -> Result<()> {
         return Ok(());
     };
     case.destination.start(case.lab.b().name(), &["-S"])?;
-    case.before = Snapshot::take();
-    let listen = format!("{ADDRESS_B}:0");
-    let qmp = case.destination.qmp_path().display().to_string();
-    let arguments = ["receive", "--listen", &listen, "--json", "--qmp", &qmp];
-    let received = Running::start(case.lab.b().name(), &[], &arguments)?.wait(LIMIT)?;
+    case.before = Inventory::of(&case.lab)?;
+    let received = Running::receive_attached(&case.lab, &case.destination)?.wait(LIMIT)?;
     says(&received, &["-incoming defer"])?;
     case.source_goes_on()?;
     case.nothing_is_left()
@@ -221,16 +216,17 @@ impl SmallTmpfs {
 impl Drop for SmallTmpfs {
     fn drop(&mut self) {
         let _ = Command::new("umount").arg("--lazy").arg(&self.0).status();
+        let _ = std::fs::remove_dir(&self.0);
     }
 }
 
 #[test]
 fn a_destination_without_room_for_the_memory_ends_with_an_error() -> Result<()> {
-    let directory = std::env::temp_dir().join(format!("farfault-full-{}", std::process::id()));
     let Some(case) = Case::new("200Mbit,10ms", &small_pc(), &small_pc())? else { return Ok(()) };
+    let directory = case.lab.path("full");
     let small = SmallTmpfs::mount(&directory)?;
     let mut spec = small_pc();
-    spec.ram_directory = directory.clone();
+    spec.ram_directory = directory;
     let destination = Guest::prepare(&case.lab, "cramped", &spec)?;
     let mut receive = Running::receive(&case.lab, &destination, &[])?;
     // It may notice at once that the memory cannot fit, or when it is full.
@@ -241,7 +237,6 @@ fn a_destination_without_room_for_the_memory_ends_with_an_error() -> Result<()> 
     says(&receive.wait(LIMIT)?, &["space"])?;
     case.source_goes_on()?;
     drop((destination, small));
-    std::fs::remove_dir(&directory)?;
     case.nothing_is_left()
 }
 

@@ -7,6 +7,7 @@ use std::time::Duration;
 use clap::Args;
 
 use super::{bytes, duration, rate};
+use crate::codec::ladder::{CodecChoice, ParseCodecError};
 use crate::engine::Failure;
 use crate::engine::policy::SwitchoverPolicy;
 use crate::engine::source::{SourceConfig, SourceTimeouts};
@@ -48,6 +49,10 @@ pub(super) struct Send {
     /// Memory for copies of sent pages, against which changed pages are sent as deltas.
     #[arg(long, value_name = "SIZE", default_value = "512MiB", value_parser = bytes)]
     base_cache: u64,
+    /// Codecs, as PAGES/DELTAS: raw, lz4 or zstd:LEVEL, and off, plain, lz4, zstd:LEVEL or
+    /// zstd-old:LEVEL. auto follows the link's rate.
+    #[arg(long, value_name = "auto|CODECS", default_value = "auto", value_parser = codecs)]
+    codec: Codecs,
     /// How the guest's writes are followed: auto takes the fastest that the kernel has.
     #[arg(long, value_name = "auto|write-protect|hash-scan", default_value = "auto")]
     tracker: TrackerKind,
@@ -100,6 +105,19 @@ impl From<HandoverName> for HandoverForm {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Rounds(pub(super) Option<u16>);
 
+#[derive(Clone, Copy, Debug)]
+struct Codecs(Option<CodecChoice>);
+
+fn codecs(text: &str) -> Result<Codecs, String> {
+    match text {
+        "auto" => Ok(Codecs(None)),
+        _ => text
+            .parse()
+            .map(|choice| Codecs(Some(choice)))
+            .map_err(|error: ParseCodecError| error.to_string()),
+    }
+}
+
 /// More rounds than this are beyond what a page's version can count.
 const MAX_ROUNDS: u16 = 1000;
 
@@ -131,6 +149,7 @@ impl Send {
                 timeouts: SourceTimeouts::default(),
             },
             base_cache_bytes: usize::try_from(self.base_cache).unwrap_or(usize::MAX),
+            codecs: self.codec.0,
             tracker: self.tracker,
             state_dir: self.state_dir.clone().unwrap_or_else(default_state_dir),
             quit_source: self.quit_source,

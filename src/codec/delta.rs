@@ -1,171 +1,179 @@
-//! The difference of a page to an older version of itself: a mask of the 8-byte words that changed,
-//! and the new words.
+//! The difference of a page to an older version of itself: a mask of the units that changed, and
+//! the new units. The unit is an 8-byte word where the sender has the older version, and a 64-byte line
+//! where it only has its fingerprint ([`super::lines`]).
 //!
 //! New words, not old XOR new: applying them twice does no harm, and they keep the likeness between
 //! pages that the compressor behind this lives on (481 against 299 bytes per changed page of real
-//! guests, 64 pages together, zstd 1). For the same reason many pages are packed in columns, all masks first
-//! and then all words.
+//! guests, 64 pages together, zstd 1). For the same reason many pages are packed in columns, all masks
+//! first and then all words.
 
 use super::DecodeError;
 use crate::page::{PAGE_SIZE_BYTES, PageBytes};
 
-/// The unit of change.
-pub const WORD_SIZE_BYTES: usize = 8;
-/// Words in a page.
-pub const WORDS_PER_PAGE: usize = PAGE_SIZE_BYTES / WORD_SIZE_BYTES;
-/// Bytes of a mask with one bit per word.
-pub const MASK_SIZE_BYTES: usize = WORDS_PER_PAGE / 8;
+/// A page, and room for one unit more that does not count.
+const GATHER_BYTES: usize = PAGE_SIZE_BYTES + 64;
 
-/// Bytes that one bit-mask byte stands for.
-const LINE_SIZE_BYTES: usize = WORD_SIZE_BYTES * 8;
-
-type Line = [u8; LINE_SIZE_BYTES];
-type Word = [u8; WORD_SIZE_BYTES];
-
-/// Which words of a page changed: word `i` is bit `i % 8` of byte `i / 8`.
+/// Which units of `UNIT` bytes of a page changed, in `MASK` bytes: unit `i` is bit `i % 8` of byte `i / 8`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct WordMask([u8; MASK_SIZE_BYTES]);
+pub struct UnitMask<const MASK: usize, const UNIT: usize>([u8; MASK]);
 
-impl WordMask {
-    /// The words in which `new` differs from `old`.
-    pub fn between(old: &PageBytes, new: &PageBytes) -> WordMask {
-        let mut mask = [0; MASK_SIZE_BYTES];
-        let lines = lines_of(old).iter().zip(lines_of(new));
-        for (bits, (old, new)) in mask.iter_mut().zip(lines) {
-            // Most lines of most changed pages are equal, and that is one wide comparison.
+/// Changed words of 8 bytes.
+pub type WordMask = UnitMask<64, 8>;
+/// Changed lines of 64 bytes.
+pub type LineMask = UnitMask<8, 64>;
+
+impl<const MASK: usize, const UNIT: usize> UnitMask<MASK, UNIT> {
+    /// Bytes of a mask.
+    pub const BYTES: usize = MASK;
+    /// Bytes of a unit.
+    pub const UNIT_BYTES: usize = UNIT;
+    /// Units in a page.
+    pub const UNITS_PER_PAGE: usize = {
+        assert!(MASK * 8 * UNIT == PAGE_SIZE_BYTES, "the mask has a bit for each unit of a page");
+        MASK * 8
+    };
+
+    /// The units in which `new` differs from `old`.
+    pub fn between(old: &PageBytes, new: &PageBytes) -> Self {
+        let mut mask = [0; MASK];
+        let (old, new) = (units_of::<UNIT>(old), units_of::<UNIT>(new));
+        for ((bits, old), new) in mask.iter_mut().zip(old.chunks(8)).zip(new.chunks(8)) {
+            // Most of most changed pages is equal, and that is found by wide comparisons.
             if old != new {
-                *bits = changed_words(old, new);
+                let changed = old.iter().zip(new).map(|(old, new)| old != new);
+                *bits = changed.enumerate().fold(0, |bits, (at, set)| bits | u8::from(set) << at);
             }
         }
-        WordMask(mask)
+        UnitMask(mask)
     }
 
-    /// How many words changed.
+    /// The mask with these bytes.
+    pub fn from_bytes(mask: [u8; MASK]) -> Self {
+        UnitMask(mask)
+    }
+
+    /// How many units changed.
     pub fn count(&self) -> usize {
         count_bits(&self.0)
     }
 
-    /// Appends the words of `page` that the mask names.
-    pub fn gather(&self, page: &PageBytes, words: &mut Vec<u8>) {
-        for (&bits, line) in self.0.iter().zip(lines_of(page)) {
-            if bits == u8::MAX {
-                words.extend_from_slice(line);
-            } else {
-                for word in set_bits(bits) {
-                    words.extend_from_slice(&line.as_chunks::<WORD_SIZE_BYTES>().0[word]);
+    /// Appends the units of `page` that the mask names.
+    pub fn gather(&self, page: &PageBytes, units: &mut Vec<u8>) {
+        // Every unit of a changed group is written, and the end only moves on behind those that count:
+        // no branch on the single bits, which nothing can predict.
+        let mut gathered = [0; GATHER_BYTES];
+        let mut end = 0;
+        for (&bits, of_bits) in self.0.iter().zip(units_of::<UNIT>(page).chunks(8)) {
+            if bits != 0 {
+                for (at, unit) in of_bits.iter().enumerate() {
+                    gathered[end..end + UNIT].copy_from_slice(unit);
+                    end += usize::from(bits >> at & 1) * UNIT;
                 }
             }
         }
+        units.extend_from_slice(&gathered[..end]);
     }
 }
 
 /// Collects the deltas of pages that are coded together.
 #[derive(Default)]
-pub struct DeltaPacker {
+pub struct DeltaPacker<const MASK: usize, const UNIT: usize> {
     masks: Vec<u8>,
-    words: Vec<u8>,
+    units: Vec<u8>,
 }
 
-impl DeltaPacker {
+impl<const MASK: usize, const UNIT: usize> DeltaPacker<MASK, UNIT> {
     /// Begins anew, keeping the buffers.
     pub fn clear(&mut self) {
         self.masks.clear();
-        self.words.clear();
+        self.units.clear();
     }
 
-    /// Adds a page: `mask` as made by [`WordMask::between`] its base and `new`.
-    pub fn push(&mut self, mask: &WordMask, new: &PageBytes) {
+    /// Adds a page, with the mask of what changed in it.
+    pub fn push(&mut self, mask: &UnitMask<MASK, UNIT>, new: &PageBytes) {
         self.masks.extend_from_slice(&mask.0);
-        mask.gather(new, &mut self.words);
+        mask.gather(new, &mut self.units);
     }
 
-    /// Changed words of all pages.
-    pub fn word_count(&self) -> usize {
-        self.words.len() / WORD_SIZE_BYTES
+    /// Changed units of all pages.
+    pub fn unit_count(&self) -> usize {
+        self.units.len() / UNIT
     }
 
-    /// Writes masks and words into `packed`, which is overwritten.
+    /// Writes masks and units into `packed`, which is overwritten.
     pub fn finish(&self, packed: &mut Vec<u8>) {
         packed.clear();
         packed.extend_from_slice(&self.masks);
-        packed.extend_from_slice(&self.words);
+        packed.extend_from_slice(&self.units);
     }
-}
-
-/// Bytes of the packed deltas of `pages` pages with `words` changed words in all.
-pub fn packed_len(pages: usize, words: usize) -> usize {
-    pages * MASK_SIZE_BYTES + words * WORD_SIZE_BYTES
 }
 
 /// Packed deltas, checked to be consistent.
 #[derive(Clone, Copy, Debug)]
-pub struct PackedDeltas<'a> {
-    masks: &'a [[u8; MASK_SIZE_BYTES]],
-    words: &'a [Word],
+pub struct PackedDeltas<'a, const MASK: usize, const UNIT: usize> {
+    masks: &'a [[u8; MASK]],
+    units: &'a [[u8; UNIT]],
 }
 
-impl<'a> PackedDeltas<'a> {
-    /// The deltas of `pages` pages with the rest of `packed` as their words.
+impl<'a, const MASK: usize, const UNIT: usize> PackedDeltas<'a, MASK, UNIT> {
+    /// Bytes of the packed deltas of `pages` pages with `units` changed units in all.
+    pub fn packed_len(pages: usize, units: usize) -> usize {
+        pages * MASK + units * UNIT
+    }
+
+    /// The deltas of `pages` pages with the rest of `packed` as their units.
     ///
     /// # Errors
-    /// When the masks do not name exactly the words that are there.
+    /// When the masks do not name exactly the units that are there.
     pub fn parse(packed: &'a [u8], pages: usize) -> Result<Self, DecodeError> {
-        let (masks, words) = packed.split_at(packed.len().min(pages * MASK_SIZE_BYTES));
-        let (masks, _) = masks.as_chunks::<MASK_SIZE_BYTES>();
-        let (words, odd_bytes) = words.as_chunks::<WORD_SIZE_BYTES>();
+        let (masks, units) = packed.split_at(packed.len().min(pages * MASK));
+        let (masks, _) = masks.as_chunks::<MASK>();
+        let (units, odd_bytes) = units.as_chunks::<UNIT>();
         let found = count_bits(masks.as_flattened());
-        if masks.len() != pages || found != words.len() || !odd_bytes.is_empty() {
-            return Err(DecodeError::Words { found, expected: words.len() });
+        if masks.len() != pages || found != units.len() || !odd_bytes.is_empty() {
+            return Err(DecodeError::Units { found, expected: units.len() });
         }
-        Ok(PackedDeltas { masks, words })
+        Ok(PackedDeltas { masks, units })
     }
 
     /// The delta of each page, in the order in which they were packed.
-    pub fn iter(&self) -> impl Iterator<Item = Delta<'a>> + use<'a> {
-        let PackedDeltas { masks, words } = *self;
-        masks.iter().scan(words, |left, mask| {
-            let (words, rest) = left.split_at(count_bits(mask));
+    pub fn iter(&self) -> impl Iterator<Item = Delta<'a, MASK, UNIT>> + use<'a, MASK, UNIT> {
+        let PackedDeltas { masks, units } = *self;
+        masks.iter().scan(units, |left, mask| {
+            let (units, rest) = left.split_at(count_bits(mask));
             *left = rest;
-            Some(Delta { mask, words })
+            Some(Delta { mask, units })
         })
     }
 }
 
-/// The changed words of one page.
+/// The changed units of one page.
 #[derive(Clone, Copy, Debug)]
-pub struct Delta<'a> {
-    mask: &'a [u8; MASK_SIZE_BYTES],
-    words: &'a [Word],
+pub struct Delta<'a, const MASK: usize, const UNIT: usize> {
+    mask: &'a [u8; MASK],
+    units: &'a [[u8; UNIT]],
 }
 
-impl Delta<'_> {
+impl<const MASK: usize, const UNIT: usize> Delta<'_, MASK, UNIT> {
     /// Turns the base into the new page.
     pub fn apply(&self, page: &mut PageBytes) {
-        let mut words = self.words;
-        let (lines, _) = page.as_chunks_mut::<LINE_SIZE_BYTES>();
-        for (&bits, line) in self.mask.iter().zip(lines) {
+        let mut units = self.units;
+        let (old, _) = page.as_chunks_mut::<UNIT>();
+        for (&bits, old) in self.mask.iter().zip(old.chunks_mut(8)) {
             if bits == 0 {
                 continue;
             }
-            let (now, rest) = words.split_at(bits.count_ones() as usize);
-            words = rest;
-            let (old, _) = line.as_chunks_mut::<WORD_SIZE_BYTES>();
-            for (word, new) in set_bits(bits).zip(now) {
-                old[word] = *new;
+            let (now, rest) = units.split_at(bits.count_ones() as usize);
+            units = rest;
+            for (at, new) in set_bits(bits).zip(now) {
+                old[at] = *new;
             }
         }
     }
 }
 
-fn lines_of(page: &PageBytes) -> &[Line] {
-    page.as_chunks::<LINE_SIZE_BYTES>().0
-}
-
-fn changed_words(old: &Line, new: &Line) -> u8 {
-    let old = old.as_chunks::<WORD_SIZE_BYTES>().0;
-    let new = new.as_chunks::<WORD_SIZE_BYTES>().0;
-    let changed = old.iter().zip(new).enumerate();
-    changed.fold(0, |bits, (word, (old, new))| bits | u8::from(old != new) << word)
+fn units_of<const UNIT: usize>(page: &PageBytes) -> &[[u8; UNIT]] {
+    page.as_chunks::<UNIT>().0
 }
 
 fn set_bits(mut bits: u8) -> impl Iterator<Item = usize> {
@@ -176,7 +184,8 @@ fn set_bits(mut bits: u8) -> impl Iterator<Item = usize> {
     })
 }
 
-fn count_bits(mask: &[u8]) -> usize {
+/// How many bits are set.
+pub(crate) fn count_bits(mask: &[u8]) -> usize {
     let (words, rest) = mask.as_chunks::<8>();
     let whole: u32 = words.iter().map(|word| u64::from_le_bytes(*word).count_ones()).sum();
     (whole + rest.iter().map(|byte| byte.count_ones()).sum::<u32>()) as usize
@@ -188,14 +197,32 @@ mod tests {
     use crate::codec::test_pages::{page_and_change, page_of};
     use proptest::prelude::*;
 
-    fn pack(pages: &[(PageBytes, PageBytes)]) -> (Vec<u8>, usize) {
-        let mut packer = DeltaPacker::default();
+    type WordDeltas<'a> = PackedDeltas<'a, 64, 8>;
+
+    fn pack<const MASK: usize, const UNIT: usize>(
+        pages: &[(PageBytes, PageBytes)],
+    ) -> (Vec<u8>, usize) {
+        let mut packer = DeltaPacker::<MASK, UNIT>::default();
         for (old, new) in pages {
-            packer.push(&WordMask::between(old, new), new);
+            packer.push(&UnitMask::between(old, new), new);
         }
         let mut packed = Vec::new();
         packer.finish(&mut packed);
-        (packed, packer.word_count())
+        (packed, packer.unit_count())
+    }
+
+    fn deltas_apply<const MASK: usize, const UNIT: usize>(pages: &[(PageBytes, PageBytes)]) {
+        let (packed, units) = pack::<MASK, UNIT>(pages);
+        assert_eq!(packed.len(), PackedDeltas::<MASK, UNIT>::packed_len(pages.len(), units));
+        let deltas = PackedDeltas::<MASK, UNIT>::parse(&packed, pages.len()).unwrap();
+        assert_eq!(deltas.iter().count(), pages.len());
+        for (delta, (old, new)) in deltas.iter().zip(pages) {
+            let mut page = *old;
+            delta.apply(&mut page);
+            assert_eq!(&page, new);
+            delta.apply(&mut page);
+            assert_eq!(&page, new, "a second application must do no harm");
+        }
     }
 
     #[test]
@@ -205,7 +232,7 @@ mod tests {
             let mut new = old;
             new[at] ^= 0x10;
             let mask = WordMask::between(&old, &new);
-            let word = at / WORD_SIZE_BYTES;
+            let word = at / WordMask::UNIT_BYTES;
             assert_eq!(mask.count(), 1);
             assert_eq!(mask.0[word / 8], 1 << (word % 8));
         }
@@ -220,17 +247,17 @@ mod tests {
     fn masks_that_name_other_words_than_there_are_get_refused() {
         let (old, mut new) = (page_of(1), page_of(1));
         new[17] ^= 1;
-        let (packed, words) = pack(&[(old, new)]);
-        assert_eq!(packed.len(), packed_len(1, words));
-        assert!(PackedDeltas::parse(&packed, 1).is_ok());
-        assert!(PackedDeltas::parse(&packed, 2).is_err());
-        assert!(PackedDeltas::parse(&packed[..packed.len() - 1], 1).is_err());
-        assert!(PackedDeltas::parse(&packed[..30], 1).is_err());
+        let (packed, words) = pack::<64, 8>(&[(old, new)]);
+        assert_eq!(packed.len(), WordDeltas::packed_len(1, words));
+        assert!(WordDeltas::parse(&packed, 1).is_ok());
+        assert!(WordDeltas::parse(&packed, 2).is_err());
+        assert!(WordDeltas::parse(&packed[..packed.len() - 1], 1).is_err());
+        assert!(WordDeltas::parse(&packed[..30], 1).is_err());
         let mut one_more = packed.clone();
         one_more[0] |= 1;
         assert_eq!(
-            PackedDeltas::parse(&one_more, 1).map(|_| ()),
-            Err(DecodeError::Words { found: 2, expected: 1 })
+            WordDeltas::parse(&one_more, 1).map(|_| ()),
+            Err(DecodeError::Units { found: 2, expected: 1 })
         );
     }
 
@@ -239,17 +266,8 @@ mod tests {
         fn deltas_turn_each_base_into_its_new_page(
             pages in prop::collection::vec(page_and_change(), 1..6),
         ) {
-            let (packed, words) = pack(&pages);
-            prop_assert_eq!(packed.len(), packed_len(pages.len(), words));
-            let deltas = PackedDeltas::parse(&packed, pages.len()).unwrap();
-            prop_assert_eq!(deltas.iter().count(), pages.len());
-            for (delta, (old, new)) in deltas.iter().zip(&pages) {
-                let mut page = *old;
-                delta.apply(&mut page);
-                prop_assert_eq!(&page, new);
-                delta.apply(&mut page);
-                prop_assert_eq!(&page, new, "a second application must do no harm");
-            }
+            deltas_apply::<64, 8>(&pages);
+            deltas_apply::<8, 64>(&pages);
         }
 
         #[test]
@@ -257,8 +275,11 @@ mod tests {
             packed in prop::collection::vec(any::<u8>(), 0..400),
             pages in 0usize..6,
         ) {
-            if let Ok(deltas) = PackedDeltas::parse(&packed, pages) {
-                let mut page = page_of(0);
+            let mut page = page_of(0);
+            if let Ok(deltas) = WordDeltas::parse(&packed, pages) {
+                deltas.iter().for_each(|delta| delta.apply(&mut page));
+            }
+            if let Ok(deltas) = PackedDeltas::<8, 64>::parse(&packed, pages) {
                 deltas.iter().for_each(|delta| delta.apply(&mut page));
             }
         }

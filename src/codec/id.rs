@@ -5,7 +5,8 @@ use std::ops::AddAssign;
 
 use serde::{Deserialize, Serialize};
 
-/// How the pages of a frame are coded. The number is the one on the wire and never changes meaning.
+/// How the pages of a frame are coded: what it carries ([`Content`]) and how that is compressed
+/// ([`Packing`]). The number is the one on the wire and never changes its meaning.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[repr(u8)]
 pub enum CodecId {
@@ -21,17 +22,68 @@ pub enum CodecId {
     Delta = 4,
     /// Changed words of many pages together in one LZ4 block.
     DeltaLz4 = 5,
+    /// Whole pages, together in one zstd frame.
+    Zstd = 6,
+    /// Changed words of many pages together in one zstd frame.
+    DeltaZstd = 7,
+    /// The same, with the words that were there before as the compressor's prefix.
+    DeltaZstdOld = 8,
+    /// Changed 64-byte lines, as they are.
+    Lines = 9,
+    /// Changed lines of many pages together in one LZ4 block.
+    LinesLz4 = 10,
+    /// Changed lines of many pages together in one zstd frame.
+    LinesZstd = 11,
+    /// Pages with the content of another page that the other side holds.
+    Copy = 12,
+}
+
+/// What the frames of a codec carry.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Content {
+    /// Nothing: the pages are zero.
+    Zero,
+    /// Nothing: the pages are as their bases.
+    Unchanged,
+    /// Whole pages.
+    Whole,
+    /// Changed words and where they go.
+    Words,
+    /// Changed lines and where they go.
+    Lines,
+    /// Nothing: the pages are as other pages.
+    Copy,
+}
+
+/// How the content is compressed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Packing {
+    /// Not at all.
+    Plain,
+    /// As one LZ4 block.
+    Lz4,
+    /// As one zstd frame.
+    Zstd,
+    /// As zstd frames, of which the one with the new words has the old words as prefix.
+    ZstdOld,
 }
 
 impl CodecId {
     /// Every codec, in the order of the numbers on the wire.
-    pub const ALL: [CodecId; 6] = [
+    pub const ALL: [CodecId; 13] = [
         CodecId::Zero,
         CodecId::Unchanged,
         CodecId::Raw,
         CodecId::Lz4,
         CodecId::Delta,
         CodecId::DeltaLz4,
+        CodecId::Zstd,
+        CodecId::DeltaZstd,
+        CodecId::DeltaZstdOld,
+        CodecId::Lines,
+        CodecId::LinesLz4,
+        CodecId::LinesZstd,
+        CodecId::Copy,
     ];
 
     /// The codec with this number on the wire.
@@ -44,6 +96,11 @@ impl CodecId {
         self as u8
     }
 
+    /// The codec that carries `content` in this packing, if there is one.
+    pub fn of(content: Content, packing: Packing) -> Option<CodecId> {
+        Self::ALL.into_iter().find(|id| id.content() == content && id.packing() == packing)
+    }
+
     /// The name in reports.
     pub fn name(self) -> &'static str {
         match self {
@@ -53,22 +110,54 @@ impl CodecId {
             CodecId::Lz4 => "lz4",
             CodecId::Delta => "delta",
             CodecId::DeltaLz4 => "delta-lz4",
+            CodecId::Zstd => "zstd",
+            CodecId::DeltaZstd => "delta-zstd",
+            CodecId::DeltaZstdOld => "delta-zstd-old",
+            CodecId::Lines => "lines",
+            CodecId::LinesLz4 => "lines-lz4",
+            CodecId::LinesZstd => "lines-zstd",
+            CodecId::Copy => "copy",
         }
     }
 
-    /// True when the frame carries page bytes; otherwise it says everything in its page list.
+    /// What its frames carry.
+    pub fn content(self) -> Content {
+        match self {
+            CodecId::Zero => Content::Zero,
+            CodecId::Unchanged => Content::Unchanged,
+            CodecId::Raw | CodecId::Lz4 | CodecId::Zstd => Content::Whole,
+            CodecId::Delta | CodecId::DeltaLz4 => Content::Words,
+            CodecId::DeltaZstd | CodecId::DeltaZstdOld => Content::Words,
+            CodecId::Lines | CodecId::LinesLz4 | CodecId::LinesZstd => Content::Lines,
+            CodecId::Copy => Content::Copy,
+        }
+    }
+
+    /// How that is compressed.
+    pub fn packing(self) -> Packing {
+        match self {
+            CodecId::Lz4 | CodecId::DeltaLz4 | CodecId::LinesLz4 => Packing::Lz4,
+            CodecId::Zstd | CodecId::DeltaZstd | CodecId::LinesZstd => Packing::Zstd,
+            CodecId::DeltaZstdOld => Packing::ZstdOld,
+            _ => Packing::Plain,
+        }
+    }
+
+    /// True when no page of a frame can be decoded without the bases of all its pages.
+    pub fn needs_all_bases(self) -> bool {
+        self.packing() == Packing::ZstdOld
+    }
+}
+
+impl Content {
+    /// True when the frame has a body; otherwise it says everything in its header.
     pub fn has_body(self) -> bool {
-        !matches!(self, CodecId::Zero | CodecId::Unchanged)
+        matches!(self, Content::Whole | Content::Words | Content::Lines)
     }
 
-    /// True when each page builds on an older version of itself.
+    /// True when each page builds on another content: of itself, or, for a copy, of another page.
     pub fn has_bases(self) -> bool {
-        matches!(self, CodecId::Unchanged) || self.is_delta()
-    }
-
-    /// True when the body is changed words.
-    pub fn is_delta(self) -> bool {
-        matches!(self, CodecId::Delta | CodecId::DeltaLz4)
+        !matches!(self, Content::Zero | Content::Whole)
     }
 }
 
@@ -138,8 +227,10 @@ mod tests {
         for (number, codec) in CodecId::ALL.into_iter().enumerate() {
             assert_eq!(usize::from(codec.to_wire()), number);
             assert_eq!(CodecId::from_wire(number as u8), Some(codec));
+            assert_eq!(CodecId::of(codec.content(), codec.packing()), Some(codec));
         }
         assert_eq!(CodecId::from_wire(CodecId::ALL.len() as u8), None);
+        assert_eq!(CodecId::of(Content::Whole, Packing::ZstdOld), None);
     }
 
     #[test]

@@ -3,22 +3,31 @@
 //! | file | what it codes |
 //! |---|---|
 //! | [`zero`] | pages of nothing but zeros, which need no bytes at all |
-//! | [`block`] | whole pages, up to 64 together, in one compressed block |
-//! | [`delta`] | pages that the other side holds in an older version: the words that changed |
+//! | [`delta`] | pages that the other side holds in an older version: what changed |
 //! | [`bases`] | the bounded store of those older versions |
+//! | [`lines`] | fingerprints of sent pages, for which there is no room in that store |
+//! | [`pack`] | compression of whole pages or deltas, up to 64 pages together |
+//! | [`ladder`] | which codec for which link |
+//! | [`xbzrle`] | QEMU's delta, for comparison |
 //!
 //! How coded pages are framed, checked and bounded on the wire is the business of [`crate::wire`].
 
 pub mod bases;
-pub mod block;
 pub mod delta;
 mod id;
+pub mod ladder;
+pub mod lines;
+pub mod pack;
 #[cfg(test)]
 pub(crate) mod test_pages;
+pub mod xbzrle;
 pub mod zero;
+mod zstandard;
 
 pub use bases::BaseCache;
-pub use id::{CodecCounts, CodecId};
+pub use id::{CodecCounts, CodecId, Content, Packing};
+pub use ladder::{CodecChoice, DeltaCodec, PageCodec};
+pub use lines::{LineFingerprint, LineStore};
 pub use zero::is_zero;
 
 /// Why coded bytes could not be decoded.
@@ -32,12 +41,12 @@ pub enum DecodeError {
         /// What the frame announced.
         expected_bytes: usize,
     },
-    /// The masks of a delta name another number of words than there are.
-    #[error("delta masks name {found} changed words, {expected} were announced")]
-    Words {
+    /// The masks of a delta name another number of words or lines than there are.
+    #[error("delta masks name {found} changed words or lines, {expected} were announced")]
+    Units {
         /// Set bits in all masks.
         found: usize,
-        /// Words in the delta.
+        /// Words or lines in the delta.
         expected: usize,
     },
 }

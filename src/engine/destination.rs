@@ -73,6 +73,8 @@ pub enum DestinationAction {
         shape: Box<Shape>,
         /// How.
         strategy: Strategy,
+        /// False: leave it paused when all is done.
+        runs: bool,
     },
     /// Tell when this many messages of the round have been applied.
     AwaitRound {
@@ -249,11 +251,11 @@ impl DestinationMachine {
 
     fn handle_message(&mut self, message: ToDestination) {
         match (message, self.state) {
-            (ToDestination::Hello { protocol, shape, strategy }, State::Waiting) => {
+            (ToDestination::Hello { protocol, shape, strategy, runs }, State::Waiting) => {
                 self.state = State::Preparing;
                 if protocol == PROTOCOL {
                     self.act(DestinationAction::Journal(DestinationRecord::Started));
-                    self.act(DestinationAction::Prepare { shape, strategy });
+                    self.act(DestinationAction::Prepare { shape, strategy, runs });
                 } else {
                     let reason = format!(
                         "the source speaks protocol {protocol}, the destination {PROTOCOL}"

@@ -80,7 +80,8 @@ impl World {
             source_end: None,
             destination_end: None,
         };
-        let hello = ToDestination::Hello { protocol: PROTOCOL, shape: shape(), strategy };
+        let hello =
+            ToDestination::Hello { protocol: PROTOCOL, shape: shape(), strategy, runs: true };
         world.tell_source(SourceEvent::Connected(Box::new(hello)));
         world
     }
@@ -373,7 +374,12 @@ fn a_destination_that_falls_silent_is_given_up_at_the_deadline() {
 #[test]
 fn a_version_that_is_not_ours_is_refused() {
     let mut destination = DestinationMachine::new();
-    let hello = ToDestination::Hello { protocol: 99, shape: shape(), strategy: Strategy::Hybrid };
+    let hello = ToDestination::Hello {
+        protocol: 99,
+        shape: shape(),
+        strategy: Strategy::Hybrid,
+        runs: true,
+    };
     destination.handle(DestinationEvent::Message(hello));
     let refused = DestinationAction::Journal(DestinationRecord::Refused);
     assert_eq!(destination.poll(), Some(refused));

@@ -66,6 +66,9 @@ pub enum Next {
 /// Of the downtime budget, the part for stopping, saving and loading the guest rather than for pages.
 const FIXED_DOWNTIME: Duration = Duration::from_millis(40);
 
+/// A remainder that takes no longer than this to send is not worth another round.
+const SMALL_REMAINDER: Duration = Duration::from_millis(15);
+
 /// A round that leaves more than this share of the remainder before it does not converge.
 const SHRINK: f64 = 0.75;
 
@@ -73,14 +76,25 @@ impl SwitchoverPolicy {
     /// What comes after round number `rounds` (from 1 on).
     ///
     /// A remainder that fits the downtime budget ends the migration without post-copy, in either
-    /// strategy: it is the safer end. Otherwise hybrid goes on while rounds pay, that is while the
-    /// changes made during the next round (which takes as long as the remainder) are expected to be
-    /// less than what is left now.
+    /// strategy: it is the safer end. It ends at once when the remainder is small beside the rest of
+    /// the downtime, else only when another short round would not shrink it much further. A
+    /// remainder that does not fit: hybrid goes on while rounds pay, that is while the changes made
+    /// during the next round (which takes as long as the remainder) are expected to be less than what
+    /// is left now.
     pub fn after_round(&self, strategy: Strategy, rounds: u16, round: &RoundSummary) -> Next {
         let remainder = round.remainder();
         let fixed = FIXED_DOWNTIME + round.round_trip / 2;
+        // Changes come at the rate of the last round; the next one takes `remainder` plus the round
+        // trip of its acknowledgement.
+        let last_s = round.duration.as_secs_f64().max(0.001);
+        let shrinks = (remainder + round.round_trip).as_secs_f64() / last_s < SHRINK;
         if remainder + fixed <= self.downtime_budget || round.dirty_pages == 0 {
-            return Next::Switchover(RunWhen::Complete);
+            let limit = self.max_rounds.unwrap_or(HYBRID_ROUNDS);
+            return if remainder > SMALL_REMAINDER && shrinks && rounds < limit {
+                Next::AnotherRound
+            } else {
+                Next::Switchover(RunWhen::Complete)
+            };
         }
         match strategy {
             Strategy::Precopy => {
@@ -100,11 +114,6 @@ impl SwitchoverPolicy {
             }
             Strategy::Hybrid => {
                 let limit = self.max_rounds.unwrap_or(HYBRID_ROUNDS);
-                // Changes come at the rate of the last round; the next one takes `remainder` plus
-                // the round trip of its acknowledgement.
-                let last_s = round.duration.as_secs_f64().max(0.001);
-                let next_s = (remainder + round.round_trip).as_secs_f64();
-                let shrinks = next_s / last_s < SHRINK;
                 if rounds < limit && shrinks {
                     Next::AnotherRound
                 } else {
@@ -138,11 +147,20 @@ mod tests {
 
     #[test]
     fn a_remainder_that_fits_the_budget_ends_without_post_copy() {
-        let small = round(5000, 300, 10_000);
+        let small = round(500, 300, 10_000);
         for strategy in [Strategy::Hybrid, Strategy::Precopy] {
             let next = POLICY.after_round(strategy, 1, &small);
             assert_eq!(next, Next::Switchover(RunWhen::Complete));
         }
+    }
+
+    #[test]
+    fn a_remainder_that_fits_is_shrunk_while_that_is_cheap() {
+        let fits = round(5000, 300, 10_000);
+        assert_eq!(POLICY.after_round(Strategy::Hybrid, 1, &fits), Next::AnotherRound);
+        let stuck = round(5000, 300, 150);
+        let next = POLICY.after_round(Strategy::Hybrid, 2, &stuck);
+        assert_eq!(next, Next::Switchover(RunWhen::Complete));
     }
 
     #[test]

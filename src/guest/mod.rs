@@ -129,6 +129,11 @@ pub trait SourceGuest: Send {
     /// The guest's RAM, mapped for reading: farfault's alias, not the mapping that the guest uses.
     fn memory(&self) -> Arc<GuestMemory>;
 
+    /// False when the guest's owner has paused it: it is then left paused on the destination too.
+    fn runs(&self) -> bool {
+        true
+    }
+
     /// The tracker that will follow the guest's writes, not armed yet. Called once per migration.
     ///
     /// A monitor without dirty tracking of its own hands the work to

@@ -31,6 +31,6 @@ impl Counters {
 
     /// Pages and bytes by codec so far.
     pub fn codecs(&self) -> CodecCounts {
-        self.codecs.lock().expect("no holder panics").clone()
+        *self.codecs.lock().expect("no holder panics")
     }
 }

@@ -137,7 +137,9 @@ impl Arrivals {
             let claimed = match self.table.claim(entry.page, version) {
                 Claim::Claimed { previous } => {
                     let fits = entry.base.is_none_or(|base| {
-                        previous.stage == Stage::Stale && previous.version == base.version
+                        base.page == entry.page
+                            && previous.stage == Stage::Stale
+                            && previous.version == base.version
                     });
                     if !fits {
                         self.table.abandon(entry.page, previous);
@@ -153,6 +155,9 @@ impl Arrivals {
             };
             claims.push(claimed);
         }
+        if claims.iter().all(Option::is_none) {
+            return Ok(());
+        }
         let base_of = |position: usize, base: Base, into: &mut crate::page::PageBytes| {
             let wanted = claims[position].is_some();
             if wanted {
@@ -167,9 +172,12 @@ impl Arrivals {
                     self.table.abandon(page, previous);
                     rejected.push(page);
                 }
-                // Flipped bits are mended by sending again; anything else is not a frame.
+                // Flipped bits, and a base that was overtaken, are mended by sending again; anything
+                // else is not a frame.
                 return match error {
-                    FrameError::Checksum | FrameError::Body(_) => Ok(()),
+                    FrameError::Checksum | FrameError::Body(_) | FrameError::BaseMissing { .. } => {
+                        Ok(())
+                    }
                     other => Err(other.into()),
                 };
             }
@@ -286,3 +294,6 @@ impl Arrivals {
         Ok(missing.len())
     }
 }
+
+#[cfg(test)]
+mod tests;

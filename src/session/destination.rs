@@ -230,8 +230,9 @@ impl Session {
                     let _ = tokio::time::timeout(REFUSAL_GRACE, self.link.finish()).await;
                 }
             }
-            DestinationAction::Prepare { shape, strategy } => {
+            DestinationAction::Prepare { shape, strategy, runs } => {
                 self.strategy = strategy;
+                self.options.paused |= !runs;
                 self.prepare(*shape);
             }
             DestinationAction::AwaitRound { round, messages } => {
@@ -278,8 +279,17 @@ impl Session {
                 });
             }
             DestinationAction::DiscardGuest => {
-                let guest = self.guest.clone();
+                let (guest, prepared) = (self.guest.clone(), self.prepared.clone());
                 self.spawn_step(async move {
+                    // A monitor that waits for a page while it loads would neither return nor end. It
+                    // goes on with wrong content, which does no harm: it never runs.
+                    blocking(move || {
+                        if let Some(prepared) = &*prepared.lock().expect("no holder panics") {
+                            prepared.userfault.release()?;
+                        }
+                        Ok(())
+                    })
+                    .await?;
                     guest.call(|guest| guest.discard()).await?;
                     Ok(DestinationEvent::Released)
                 });

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 
 use bytes::Bytes;
 
-use super::rounds::{BATCH_PAGES, MESSAGE_BYTES, PageReader};
+use super::reader::{BATCH_PAGES, PageReader, is_full};
 use crate::codec::BaseCache;
 use crate::engine::precopy::Remainder;
 use crate::engine::pusher::Pusher;
@@ -57,11 +57,15 @@ impl FrozenPages {
         &self.zero
     }
 
-    /// The next push message; `None` when every page was sent.
-    pub(super) fn next_push(&self, reader: &mut PageReader) -> Option<Bytes> {
-        let mut out = Vec::new();
+    /// The next push message; `None` when every page was sent. `message` is where the last call ended:
+    /// frames that did not fit the message before.
+    pub(super) fn next_push(
+        &self,
+        reader: &mut PageReader,
+        message: &mut Vec<u8>,
+    ) -> Option<Bytes> {
         let mut pages = Vec::with_capacity(BATCH_PAGES);
-        while out.len() < MESSAGE_BYTES {
+        while !is_full(message) {
             {
                 let mut pusher = self.pusher.lock().expect("no holder panics");
                 pusher.take(BATCH_PAGES, &mut pages);
@@ -70,9 +74,12 @@ impl FrozenPages {
             if pages.is_empty() {
                 break;
             }
-            self.encode(&pages, false, reader, &mut out);
+            self.encode(&pages, false, reader, message);
+            if let Some(left_over) = reader.left_over() {
+                return Some(Bytes::from(std::mem::replace(message, left_over)));
+            }
         }
-        (!out.is_empty()).then(|| Bytes::from(out))
+        (!message.is_empty()).then(|| Bytes::from(std::mem::take(message)))
     }
 
     /// The answers to a fault request: first the pages that were asked for, then their neighbours, in

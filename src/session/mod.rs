@@ -3,8 +3,8 @@
 //!
 //! * [`source`] and [`destination`] face each other: each runs its engine's machine on the events of
 //!   the link, of its own threads and of the operator.
-//! * `rounds` and `frozen` are the source's pages before and after the guest was stopped,
-//!   `arrivals` the destination's.
+//! * `rounds` and `frozen` are the source's pages before and after the guest was stopped, `reader`
+//!   copies and encodes them; `arrivals` are the destination's.
 //! * [`journal`] is what a side must not forget.
 
 use std::borrow::Cow;
@@ -25,6 +25,7 @@ mod arrivals;
 pub mod destination;
 mod frozen;
 pub mod journal;
+mod reader;
 mod rounds;
 pub mod source;
 

@@ -10,29 +10,15 @@ use bytes::Bytes;
 use tokio::sync::mpsc;
 
 use super::frozen::FrozenPages;
-use crate::codec::{BaseCache, CodecCounts};
+use super::reader::{BATCH_PAGES, PageReader, Purpose, is_full};
+use crate::codec::BaseCache;
+use crate::codec::ladder::CodecChoice;
 use crate::engine::Failure;
 use crate::engine::policy::RoundSummary;
 use crate::engine::precopy::PrecopyPlan;
 use crate::memory::{DirtyTracker, GuestMemory, MemoryError, ReadWitness};
-use crate::page::{PAGE_SIZE_BYTES, PageBytes, PageIndex, PageRange, Version};
+use crate::page::{PageBytes, PageIndex, PageRange, Version};
 use crate::report::Counters;
-use crate::transport::Lane;
-use crate::wire::limits::MAX_PAGES_PER_FRAME;
-use crate::wire::{FrameEncoder, PageToSend};
-
-/// A push message is closed when it has reached this size: small enough that one lost packet delays
-/// little, large enough that its stream costs nothing.
-pub(super) const MESSAGE_BYTES: usize = 96 << 10;
-
-/// Pages encoded together. LZ4 looks back 64 KiB, so more would gain nothing; and a message that was
-/// not yet full has room for one more batch of them, even raw, within the push lane's limit.
-pub(super) const BATCH_PAGES: usize = 32;
-
-const _: () = {
-    assert!(BATCH_PAGES <= MAX_PAGES_PER_FRAME);
-    assert!(MESSAGE_BYTES + BATCH_PAGES * (PAGE_SIZE_BYTES + 128) <= Lane::Push.limit_bytes());
-};
 
 /// Changed pages that are encoded for trial to learn what a changed page costs.
 const SAMPLE_PAGES: u64 = 256;
@@ -49,68 +35,12 @@ pub(super) struct RoundSender {
     counters: Arc<Counters>,
 }
 
-/// Copies pages out of the guest and encodes the copies. One for each thread that sends.
-pub(super) struct PageReader {
-    copies: Box<[PageBytes]>,
-    encoder: FrameEncoder,
-}
-
-impl Default for PageReader {
-    fn default() -> Self {
-        PageReader {
-            copies: vec![[0; PAGE_SIZE_BYTES]; BATCH_PAGES].into_boxed_slice(),
-            encoder: FrameEncoder::default(),
-        }
-    }
-}
-
-impl PageReader {
-    /// Copies `pages` (at most [`BATCH_PAGES`]) once and appends their frames to `out`. The
-    /// copies can be had from [`Self::copies`] until the next call.
-    pub(super) fn encode(
-        &mut self,
-        memory: &GuestMemory,
-        bases: Option<&BaseCache>,
-        version: Version,
-        pages: &[PageIndex],
-        out: &mut Vec<u8>,
-    ) -> CodecCounts {
-        assert!(pages.len() <= BATCH_PAGES, "{} pages in a batch", pages.len());
-        for (page, copy) in pages.iter().zip(self.copies.iter_mut()) {
-            memory.read_page(*page, copy);
-        }
-        let list: Vec<PageToSend<'_>> = pages
-            .iter()
-            .zip(&self.copies)
-            .map(|(page, bytes)| {
-                let base = bases.and_then(|bases| bases.get(*page));
-                PageToSend { page: *page, bytes, base }
-            })
-            .collect();
-        self.encoder.encode(version, &list, out)
-    }
-
-    /// Appends frames that say that `runs` are zero.
-    pub(super) fn encode_zero_runs(
-        &mut self,
-        version: Version,
-        runs: &[PageRange],
-        out: &mut Vec<u8>,
-    ) -> CodecCounts {
-        self.encoder.encode_zero_runs(version, runs, out)
-    }
-
-    /// The copies that were sent last.
-    fn copies(&self) -> &[PageBytes] {
-        &self.copies
-    }
-}
-
 impl RoundSender {
     /// A guest of which nothing was sent. `base_cache_bytes` bounds what is kept of sent pages.
     pub(super) fn new(
         memory: Arc<GuestMemory>,
         base_cache_bytes: usize,
+        codecs: Option<CodecChoice>,
         counters: Arc<Counters>,
     ) -> Self {
         let pages = memory.pages();
@@ -120,7 +50,7 @@ impl RoundSender {
             memory,
             tracker: None,
             witness: None,
-            reader: PageReader::default(),
+            reader: PageReader::new(Purpose::Round, codecs, None),
             counters,
         }
     }
@@ -176,6 +106,10 @@ impl RoundSender {
                 let RoundSender { memory, bases, reader, witness, .. } = self;
                 let buffer = &mut outgoing.buffer;
                 let batch_counts = reader.encode(memory, Some(bases), version, batch, buffer);
+                if let Some(left_over) = reader.left_over() {
+                    outgoing.send(reader);
+                    outgoing.buffer = left_over;
+                }
                 for (page, copy) in batch.iter().zip(reader.copies()) {
                     remember(bases, *page, version, copy);
                     if let Some(witness) = witness {
@@ -185,7 +119,9 @@ impl RoundSender {
                 self.counters.add_frames(&batch_counts);
                 summary.sent_pages += batch.len() as u64;
                 counts += batch_counts;
-                outgoing.send_if_large();
+                if is_full(&outgoing.buffer) {
+                    outgoing.send(&mut self.reader);
+                }
             }
             summary.sent_bytes += counts.total_bytes();
             self.tell_remaining();
@@ -193,7 +129,7 @@ impl RoundSender {
                 return Err(Failure::plain("the link closed during a pre-copy round"));
             }
         }
-        outgoing.send();
+        outgoing.send(&mut self.reader);
         self.collect(PageRange::new(0, self.memory.pages()))?;
         self.tell_remaining();
         summary.messages = outgoing.sent;
@@ -264,11 +200,14 @@ impl RoundSender {
             runs.is_ok_and(|runs| !runs.is_empty())
         };
         let populated: Vec<PageIndex> = sample.iter().copied().filter(is_populated).collect();
-        let mut trial = Vec::new();
+        let mut bytes = 0;
         for batch in populated.chunks(BATCH_PAGES) {
-            self.reader.encode(&self.memory, Some(&self.bases), next, batch, &mut trial);
+            let mut trial = Vec::new();
+            let bases = Some(&self.bases);
+            let counts = self.reader.encode(&self.memory, bases, next, batch, &mut trial);
+            bytes += counts.total_bytes();
         }
-        (trial.len() as u64).checked_div(sample.len() as u64)
+        bytes.checked_div(sample.len() as u64)
     }
 }
 
@@ -292,19 +231,15 @@ struct Outgoing<'a> {
 }
 
 impl Outgoing<'_> {
-    fn send_if_large(&mut self) {
-        if self.buffer.len() >= MESSAGE_BYTES {
-            self.send();
-        }
-    }
-
-    fn send(&mut self) {
+    fn send(&mut self, reader: &mut PageReader) {
         if self.buffer.is_empty() {
             return;
         }
         let message = Bytes::from(std::mem::take(&mut self.buffer));
+        let (bytes, begin) = (message.len(), Instant::now());
         self.sent += 1;
         self.closed |= self.messages.blocking_send(message).is_err();
+        reader.sent(bytes, begin.elapsed());
     }
 }
 

@@ -11,8 +11,10 @@ use tokio::task::JoinSet;
 
 use super::frozen::FrozenPages;
 use super::journal::Journal;
-use super::rounds::{PageReader, RoundSender, ms};
+use super::reader::{PageReader, Purpose};
+use super::rounds::{RoundSender, ms};
 use super::{PROGRESS_INTERVAL, ProgressMeter, Shared, StopSignals, Timeline, blocking};
+use crate::codec::ladder::CodecChoice;
 use crate::engine::source::*;
 use crate::engine::{Failure, MigrationPhase};
 use crate::guest::SourceGuest;
@@ -35,6 +37,8 @@ pub struct SendOptions {
     pub engine: SourceConfig,
     /// Most memory for copies of sent pages, against which changed ones are sent as deltas.
     pub base_cache_bytes: usize,
+    /// The codecs to use; by default those that suit the link.
+    pub codecs: Option<CodecChoice>,
     /// How to follow the guest's writes.
     pub tracker: TrackerKind,
     /// Where the journal is kept.
@@ -69,7 +73,7 @@ enum Happened {
     /// A round's sender comes back from its thread.
     Round(Box<RoundSender>, Result<crate::engine::policy::RoundSummary, Failure>),
     /// The freeze is over.
-    Frozen(Box<RoundSender>, Result<(FrozenPages, Vec<u8>), Failure>),
+    Frozen(Box<RoundSender>, Result<Box<(FrozenPages, Vec<u8>)>, Failure>),
 }
 
 struct Session {
@@ -115,6 +119,7 @@ impl Session {
             sender: Some(Box::new(RoundSender::new(
                 memory,
                 options.base_cache_bytes,
+                options.codecs,
                 counters.clone(),
             ))),
             guest: Shared::new(guest),
@@ -146,6 +151,7 @@ impl Session {
             protocol: PROTOCOL,
             shape: Box::new(self.guest.with(|guest| guest.shape().clone())),
             strategy: self.options.engine.strategy,
+            runs: self.guest.with(|guest| guest.runs()),
         };
         self.handle(SourceEvent::Connected(Box::new(hello))).await;
         let mut meter = ProgressMeter::new(self.pages_total);
@@ -218,7 +224,8 @@ impl Session {
             Happened::Frozen(sender, result) => {
                 self.sender = Some(sender);
                 let event = match result {
-                    Ok((frozen, device_state)) => {
+                    Ok(collected) => {
+                        let (frozen, device_state) = *collected;
                         self.pack_flight(frozen, &device_state);
                         SourceEvent::Frozen
                     }
@@ -351,7 +358,7 @@ impl Session {
                 let scanning = Instant::now();
                 let frozen = sender.freeze(version)?;
                 timeline.part("freeze.last_scan", scanning.elapsed());
-                Ok((frozen, device_state))
+                Ok(Box::new((frozen, device_state)))
             };
             let result = freeze(&mut sender);
             let _ = happened.send(Happened::Frozen(sender, result));
@@ -388,12 +395,16 @@ impl Session {
         let Some(frozen) = self.frozen.clone() else { return };
         let (messages, queue) = mpsc::channel(2);
         let pushed = frozen.clone();
+        let (codecs, rate) = (self.options.codecs, self.link.stats().delivery_rate_bytes_per_s);
         self.tasks.spawn_blocking(move || {
-            let mut reader = PageReader::default();
-            while let Some(message) = pushed.next_push(&mut reader) {
+            let mut reader = PageReader::new(Purpose::Push, codecs, Some(rate));
+            let mut begun = Vec::new();
+            while let Some(message) = pushed.next_push(&mut reader, &mut begun) {
+                let (bytes, waiting) = (message.len(), Instant::now());
                 if messages.blocking_send(message).is_err() {
                     return;
                 }
+                reader.sent(bytes, waiting.elapsed());
             }
         });
         let (link, happened) = (self.link.clone(), self.happened.clone());
@@ -409,7 +420,8 @@ impl Session {
         });
         let (link, happened) = (self.link.clone(), self.happened.clone());
         self.tasks.spawn(async move {
-            if let Err(failure) = answer_faults(&link, &frozen).await {
+            let reader = PageReader::new(Purpose::Fault, codecs, Some(rate));
+            if let Err(failure) = answer_faults(&link, &frozen, reader).await {
                 let _ = happened.send(Happened::Event(SourceEvent::LinkLost(failure)));
             }
         });
@@ -495,8 +507,11 @@ async fn forward<F: Future<Output = Result<(), crate::transport::LinkError>>>(
 }
 
 /// Answers fault requests until the link ends.
-async fn answer_faults(link: &Link, frozen: &FrozenPages) -> Result<(), Failure> {
-    let mut reader = PageReader::default();
+async fn answer_faults(
+    link: &Link,
+    frozen: &FrozenPages,
+    mut reader: PageReader,
+) -> Result<(), Failure> {
     loop {
         let bytes = link.recv(Lane::FaultRequest).await?;
         let request: FaultRequest = decode(&bytes)?;

@@ -28,12 +28,12 @@ pub async fn connect(ticket: &Ticket, options: &TransportOptions) -> Result<Link
     establish(ticket, Claim::Ticket, &ticket.secret, options).await
 }
 
-/// Connects again to the receiver of a migration that began with [`connect`], with the key of that
+/// Connects again to the receiver of a migration that began with [`connect()`], with the key of that
 /// session ([`Link::session_key`]). The receiver must be in
 /// [`accept_resumed`](super::Listener::accept_resumed), or get there soon.
 ///
 /// # Errors
-/// As [`connect`].
+/// As [`connect()`].
 pub async fn reconnect(
     ticket: &Ticket,
     session: &SessionKey,

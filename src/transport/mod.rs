@@ -1,6 +1,6 @@
 //! The network between the two hosts: one QUIC connection, both ends authenticated.
 //!
-//! * [`Listener::bind`] makes a one-time identity and prints it as a [`Ticket`]; [`connect`] proves the
+//! * [`Listener::bind`] makes a one-time identity and prints it as a [`Ticket`]; [`connect()`] proves the
 //!   ticket's secret. Afterwards both ends hold a [`Link`].
 //! * A link has *lanes* ([`Lane`]), each with its own priority, limits and receive queue, so that a
 //!   page fault never stands behind bulk data at either end: control messages in order on one

@@ -11,7 +11,7 @@ pub struct TransportOptions {
     pub keep_alive_ms: u64,
     /// A link without any sign of the peer for so long is dead.
     pub idle_timeout_ms: u64,
-    /// Bound on [`connect`](super::connect), over all addresses of the ticket.
+    /// Bound on [`connect`](super::connect()), over all addresses of the ticket.
     pub connect_timeout_ms: u64,
     /// Push data that this end holds for a consumer that has not taken it yet; the sender stops there.
     pub push_window_bytes: u64,

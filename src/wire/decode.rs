@@ -1,16 +1,20 @@
 //! The pages of a frame.
 
-use super::frame::{Base, Frame, FrameError};
+use super::error::FrameError;
+use super::frame::{Base, Frame};
 use super::limits::MAX_PAGES_PER_FRAME;
-use crate::codec::delta::PackedDeltas;
-use crate::codec::{CodecId, block};
-use crate::page::{PAGE_SIZE_BYTES, PageBytes};
+use crate::codec::delta::{LineMask, PackedDeltas, WordMask};
+use crate::codec::pack::Decompressor;
+use crate::codec::{Content, DecodeError, Packing};
+use crate::page::{PAGE_SIZE_BYTES, PageBytes, PageIndex};
 
 /// Memory to decode into, kept from frame to frame: one for each thread that decodes.
 pub struct DecodeScratch {
     pages: Box<[PageBytes]>,
     packed: Vec<u8>,
+    old_words: Vec<u8>,
     outcomes: Vec<Outcome>,
+    decompressor: Decompressor,
 }
 
 impl Default for DecodeScratch {
@@ -18,7 +22,9 @@ impl Default for DecodeScratch {
         DecodeScratch {
             pages: vec![[0; PAGE_SIZE_BYTES]; MAX_PAGES_PER_FRAME].into_boxed_slice(),
             packed: Vec::new(),
+            old_words: Vec::new(),
             outcomes: Vec::with_capacity(MAX_PAGES_PER_FRAME),
+            decompressor: Decompressor::default(),
         }
     }
 }
@@ -41,21 +47,21 @@ pub enum DecodedPage<'a> {
     Unchanged,
     /// The base was not given, so the page was left out.
     NoBase,
-    /// The base was given, but is not what the sender took it for: the resulting content is wrong, and
-    /// the whole page must be asked for.
+    /// The base was given, but the resulting content is wrong: the base is not what the sender took it
+    /// for, or the fingerprints that the sender went by missed a change. The whole page must be asked for.
     WrongBase,
 }
 
 /// The pages of a frame, by their position in [`Frame::pages`].
 #[derive(Clone, Copy)]
-pub struct DecodedPages<'a>(Content<'a>);
+pub struct DecodedPages<'a>(Decoded<'a>);
 
 #[derive(Clone, Copy)]
-enum Content<'a> {
+enum Decoded<'a> {
     Zero,
     Unchanged,
     Whole(&'a [PageBytes]),
-    Deltas(&'a [PageBytes], &'a [Outcome]),
+    Built(&'a [PageBytes], &'a [Outcome]),
 }
 
 impl<'a> DecodedPages<'a> {
@@ -65,10 +71,10 @@ impl<'a> DecodedPages<'a> {
     /// When a frame with page bytes has no such position.
     pub fn get(&self, position: usize) -> DecodedPage<'a> {
         match self.0 {
-            Content::Zero => DecodedPage::Zero,
-            Content::Unchanged => DecodedPage::Unchanged,
-            Content::Whole(pages) => DecodedPage::Bytes(&pages[position]),
-            Content::Deltas(pages, outcomes) => match outcomes[position] {
+            Decoded::Zero => DecodedPage::Zero,
+            Decoded::Unchanged => DecodedPage::Unchanged,
+            Decoded::Whole(pages) => DecodedPage::Bytes(&pages[position]),
+            Decoded::Built(pages, outcomes) => match outcomes[position] {
                 Outcome::Decoded => DecodedPage::Bytes(&pages[position]),
                 Outcome::NoBase => DecodedPage::NoBase,
                 Outcome::WrongBase => DecodedPage::WrongBase,
@@ -80,12 +86,15 @@ impl<'a> DecodedPages<'a> {
 impl<'a> Frame<'a> {
     /// Decodes the pages.
     ///
-    /// `base_of` is called for each page of a delta in turn, with the page's position and its base:
-    /// it writes the base's content into the buffer it is given and says true, or says
-    /// false when that content is no longer there or the page is not wanted. The others are decoded all the same.
+    /// `base_of` is called for each page that builds on another content, in turn, with the page's position and
+    /// that base: it writes the base's content into the buffer it is given and says true, or says false when
+    /// that content is no longer there or the page is not wanted. The others are decoded all the same,
+    /// unless the codec needs all bases ([`crate::codec::CodecId::needs_all_bases`]): then keep what a page was before it
+    /// is replaced for as long as such a frame may be on its way, or ask for its pages again.
     ///
     /// # Errors
-    /// When the body does not decode or fails the checksum. No page may be used then.
+    /// When the body does not decode, fails the checksum, or needs a base that is not there. No page
+    /// may be used then.
     pub fn decode<'s>(
         &self,
         scratch: &'s mut DecodeScratch,
@@ -94,48 +103,119 @@ impl<'a> Frame<'a> {
     where
         'a: 's,
     {
-        let DecodeScratch { pages, packed, outcomes } = scratch;
-        let content = match self.codec {
-            CodecId::Zero => Content::Zero,
-            CodecId::Unchanged => Content::Unchanged,
-            CodecId::Raw => {
-                self.check(self.body)?;
-                Content::Whole(self.body.as_chunks::<PAGE_SIZE_BYTES>().0)
-            }
-            CodecId::Lz4 => {
-                let pages = &mut pages[..self.page_count() as usize];
-                block::decode_lz4(self.body, pages.as_flattened_mut(), self.codec)?;
-                self.check(pages.as_flattened())?;
-                Content::Whole(pages)
-            }
-            CodecId::Delta | CodecId::DeltaLz4 => {
-                let packed = match self.codec {
-                    CodecId::Delta => self.body,
-                    _ => {
-                        packed.resize(self.decoded_len(), 0);
-                        block::decode_lz4(self.body, packed, self.codec)?;
-                        packed
-                    }
-                };
-                self.check(packed)?;
-                let deltas = PackedDeltas::parse(packed, self.page_count() as usize)?;
-                outcomes.clear();
-                for (position, (delta, entry)) in deltas.iter().zip(self.pages()).enumerate() {
-                    let bytes = &mut pages[position];
-                    let base = entry.base.expect("parsing gave each page of a delta its base");
-                    outcomes.push(if !base_of(position, base, bytes) {
-                        Outcome::NoBase
-                    } else {
-                        delta.apply(bytes);
-                        match self.page_matches(position, entry.page, bytes) {
-                            true => Outcome::Decoded,
-                            false => Outcome::WrongBase,
-                        }
-                    });
+        let DecodeScratch { pages, packed, old_words, outcomes, decompressor } = scratch;
+        let pages = &mut pages[..self.page_count().min(MAX_PAGES_PER_FRAME as u64) as usize];
+        let codec = self.codec();
+        outcomes.clear();
+        Ok(DecodedPages(match codec.content() {
+            Content::Zero => Decoded::Zero,
+            Content::Unchanged => Decoded::Unchanged,
+            Content::Copy => {
+                for (position, (bytes, entry)) in pages.iter_mut().zip(self.pages()).enumerate() {
+                    let base = entry.base.expect("parsing gave each copy its original");
+                    let there = base_of(position, base, bytes);
+                    outcomes.push(self.outcome(position, entry.page, there, bytes));
                 }
-                Content::Deltas(pages, outcomes)
+                Decoded::Built(pages, outcomes)
             }
-        };
-        Ok(DecodedPages(content))
+            Content::Whole if codec.packing() == Packing::Plain => {
+                self.check(self.body)?;
+                Decoded::Whole(self.body.as_chunks::<PAGE_SIZE_BYTES>().0)
+            }
+            Content::Whole => {
+                decompressor.unpack(codec, self.body, pages.as_flattened_mut())?;
+                self.check(pages.as_flattened())?;
+                Decoded::Whole(pages)
+            }
+            Content::Words if codec.packing() == Packing::ZstdOld => {
+                packed.resize(self.decoded_len(), 0);
+                let (masks, words) = packed.split_at_mut(pages.len() * WordMask::BYTES);
+                let coded_words = decompressor.unpack_masks(self.body, masks)?;
+                self.gather_old(masks, pages, old_words, &mut base_of)?;
+                if old_words.len() != words.len() {
+                    let unit = WordMask::UNIT_BYTES;
+                    let (found, expected) = (old_words.len() / unit, words.len() / unit);
+                    return Err(DecodeError::Units { found, expected }.into());
+                }
+                decompressor.unpack_words(coded_words, old_words, words)?;
+                // The bases are in place.
+                self.apply::<{ WordMask::BYTES }, { WordMask::UNIT_BYTES }>(
+                    packed,
+                    pages,
+                    outcomes,
+                    |_, _, _| true,
+                )?;
+                Decoded::Built(pages, outcomes)
+            }
+            content @ (Content::Words | Content::Lines) => {
+                let packed = if codec.packing() == Packing::Plain {
+                    self.body
+                } else {
+                    packed.resize(self.decoded_len(), 0);
+                    decompressor.unpack(codec, self.body, packed)?;
+                    packed
+                };
+                if content == Content::Words {
+                    self.apply::<{ WordMask::BYTES }, { WordMask::UNIT_BYTES }>(
+                        packed, pages, outcomes, base_of,
+                    )?;
+                } else {
+                    self.apply::<{ LineMask::BYTES }, { LineMask::UNIT_BYTES }>(
+                        packed, pages, outcomes, base_of,
+                    )?;
+                }
+                Decoded::Built(pages, outcomes)
+            }
+        }))
+    }
+
+    /// Fetches all bases, and from them the words that the masks name.
+    fn gather_old(
+        &self,
+        masks: &[u8],
+        pages: &mut [PageBytes],
+        old_words: &mut Vec<u8>,
+        base_of: &mut impl FnMut(usize, Base, &mut PageBytes) -> bool,
+    ) -> Result<(), FrameError> {
+        old_words.clear();
+        let (masks, _) = masks.as_chunks::<{ WordMask::BYTES }>();
+        for (position, (entry, mask)) in self.pages().zip(masks).enumerate() {
+            let base = entry.base.expect("parsing gave each page of a delta its base");
+            if !base_of(position, base, &mut pages[position]) {
+                return Err(FrameError::BaseMissing { page: entry.page });
+            }
+            WordMask::from_bytes(*mask).gather(&pages[position], old_words);
+        }
+        Ok(())
+    }
+
+    /// Checks the unpacked deltas and applies each to its base.
+    fn apply<const MASK: usize, const UNIT: usize>(
+        &self,
+        packed: &[u8],
+        pages: &mut [PageBytes],
+        outcomes: &mut Vec<Outcome>,
+        mut base_of: impl FnMut(usize, Base, &mut PageBytes) -> bool,
+    ) -> Result<(), FrameError> {
+        self.check(packed)?;
+        let deltas = PackedDeltas::<MASK, UNIT>::parse(packed, pages.len())?;
+        for (position, (delta, entry)) in deltas.iter().zip(self.pages()).enumerate() {
+            let bytes = &mut pages[position];
+            let base = entry.base.expect("parsing gave each page of a delta its base");
+            let there = base_of(position, base, bytes);
+            if there {
+                delta.apply(bytes);
+            }
+            outcomes.push(self.outcome(position, entry.page, there, bytes));
+        }
+        Ok(())
+    }
+
+    fn outcome(&self, position: usize, page: PageIndex, there: bool, bytes: &PageBytes) -> Outcome {
+        match there {
+            false => Outcome::NoBase,
+            true if self.page_matches(position, page, bytes) => Outcome::Decoded,
+            true => Outcome::WrongBase,
+        }
     }
 }

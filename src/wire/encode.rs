@@ -1,16 +1,17 @@
 //! Pages into frames: each page by the codec that suits it, pages of one kind together.
 
-use super::frame::{FrameParts, PAGE_CHECK_BYTES, page_check};
+use super::frame::{Base, page_check};
 use super::limits::{MAX_PAGES_PER_FRAME, MAX_RUNS_PER_FRAME};
 use super::page_list;
-use crate::codec::block::Lz4Encoder;
-use crate::codec::delta::{DeltaPacker, WORDS_PER_PAGE, WordMask};
-use crate::codec::{CodecCounts, CodecId, is_zero};
+use super::write::FrameParts;
+use crate::codec::delta::{DeltaPacker, LineMask, UnitMask, WordMask};
+use crate::codec::pack::{Compression, Compressor};
+use crate::codec::{CodecChoice, CodecCounts, CodecId, Content, DeltaCodec, Packing, is_zero};
 use crate::page::{PageBytes, PageIndex, PageRange, Version};
 
 /// With more changed words than this a page is sent whole: beside the likeness to its neighbours, the
 /// compressor then also has the unchanged words to find matches in, and no mask to carry.
-const MAX_DELTA_WORDS: usize = WORDS_PER_PAGE * 3 / 4;
+const MAX_DELTA_WORDS: usize = WordMask::UNITS_PER_PAGE * 3 / 4;
 
 /// A page to be sent.
 #[derive(Clone, Copy)]
@@ -23,35 +24,29 @@ pub struct PageToSend<'a> {
     pub base: Option<(Version, &'a PageBytes)>,
 }
 
-/// How whole pages are coded.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum PageCodec {
-    /// As they are.
-    Raw,
-    /// Together in one LZ4 block; as they are if that is no smaller.
-    #[default]
-    Lz4,
+/// A page to be sent, of which only a fingerprint of what the other side holds is known.
+#[derive(Clone, Copy)]
+pub struct LinesToSend<'a> {
+    /// Which page.
+    pub page: PageIndex,
+    /// Its content.
+    pub bytes: &'a PageBytes,
+    /// The older version that the other side is known to hold.
+    pub base: Version,
+    /// The lines whose hash is not that of the older version: see
+    /// [`crate::codec::LineFingerprint::changed`].
+    pub changed: LineMask,
 }
 
-/// How pages with a base are coded.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum DeltaCodec {
-    /// As whole pages.
-    Off,
-    /// The changed words as they are.
-    Plain,
-    /// The changed words of all pages together in one LZ4 block.
-    #[default]
-    Lz4,
-}
-
-/// Which codecs an encoder uses. Zero and unchanged pages are always told apart.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct CodecChoice {
-    /// For pages that go whole.
-    pub page: PageCodec,
-    /// For pages that go as a difference.
-    pub delta: DeltaCodec,
+/// A page that has the content of another one at the other side.
+#[derive(Clone, Copy)]
+pub struct CopyToSend<'a> {
+    /// Which page.
+    pub page: PageIndex,
+    /// Its content.
+    pub bytes: &'a PageBytes,
+    /// The other page, and which version of it has this content, byte by byte.
+    pub original: Base,
 }
 
 /// Makes frames. Keeps its buffers: one for each thread that encodes.
@@ -59,24 +54,38 @@ pub struct CodecChoice {
 pub struct FrameEncoder {
     choice: CodecChoice,
     zero: Vec<PageIndex>,
-    unchanged: Vec<(PageIndex, Version)>,
-    deltas: Deltas,
+    unchanged: Listed,
+    words: Deltas<{ WordMask::BYTES }, { WordMask::UNIT_BYTES }>,
+    lines: Deltas<{ LineMask::BYTES }, { LineMask::UNIT_BYTES }>,
+    old_words: Vec<u8>,
     whole: Vec<PageIndex>,
     /// The content of `whole`, page after page.
     block: Vec<u8>,
-    runs: Vec<PageRange>,
-    versions: Vec<Version>,
-    coded: Vec<u8>,
-    lz4: Lz4Encoder,
+    copies: Listed,
+    coder: Coder,
+}
+
+/// Pages with what a frame's header says about each.
+#[derive(Default)]
+struct Listed {
+    pages: Vec<PageIndex>,
+    bases: Vec<Base>,
+    checks: Vec<u64>,
 }
 
 #[derive(Default)]
-struct Deltas {
-    pages: Vec<PageIndex>,
-    bases: Vec<Version>,
-    checks: Vec<[u8; PAGE_CHECK_BYTES]>,
-    packer: DeltaPacker,
+struct Deltas<const MASK: usize, const UNIT: usize> {
+    list: Listed,
+    packer: DeltaPacker<MASK, UNIT>,
     packed: Vec<u8>,
+}
+
+/// What turns content into a frame.
+#[derive(Default)]
+struct Coder {
+    compressor: Compressor,
+    coded: Vec<u8>,
+    runs: Vec<PageRange>,
 }
 
 impl FrameEncoder {
@@ -103,15 +112,16 @@ impl FrameEncoder {
         pages: &[PageToSend<'_>],
         out: &mut Vec<u8>,
     ) -> CodecCounts {
-        assert!(pages.len() <= MAX_PAGES_PER_FRAME, "{} pages for one frame", pages.len());
-        assert!(pages.is_sorted_by(|a, b| a.page < b.page), "pages must ascend");
-        assert!(Version::NONE < version && version <= Version::MAX, "content of {version:?}");
+        check_batch(version, pages.iter().map(|page| page.page));
         self.sort(version, pages);
         let mut counts = CodecCounts::default();
-        self.write_zero(version, out, &mut counts);
-        self.write_unchanged(version, out, &mut counts);
-        self.write_deltas(version, out, &mut counts);
-        self.write_whole(version, out, &mut counts);
+        if !self.zero.is_empty() {
+            page_list::collect(self.zero.iter().copied(), &mut self.coder.runs);
+            put_zero_frame(version, &self.coder.runs, out, &mut counts);
+        }
+        self.coder.put_list(CodecId::Unchanged, version, &self.unchanged, out, &mut counts);
+        self.put_words(version, out, &mut counts);
+        self.put_whole(version, out, &mut counts);
         counts
     }
 
@@ -130,10 +140,58 @@ impl FrameEncoder {
         let mut counts = CodecCounts::default();
         let mut runs = runs.iter().copied().filter(|run| !run.is_empty()).peekable();
         while runs.peek().is_some() {
-            self.runs.clear();
-            self.runs.extend(runs.by_ref().take(MAX_RUNS_PER_FRAME));
-            put_zero_frame(version, &self.runs, out, &mut counts);
+            self.coder.runs.clear();
+            self.coder.runs.extend(runs.by_ref().take(MAX_RUNS_PER_FRAME));
+            put_zero_frame(version, &self.coder.runs, out, &mut counts);
         }
+        counts
+    }
+
+    /// Appends a frame with the changed lines of `pages`. Pages with most lines changed are better sent
+    /// whole.
+    ///
+    /// # Panics
+    /// As [`Self::encode`].
+    pub fn encode_lines(
+        &mut self,
+        version: Version,
+        pages: &[LinesToSend<'_>],
+        out: &mut Vec<u8>,
+    ) -> CodecCounts {
+        check_batch(version, pages.iter().map(|page| page.page));
+        self.lines.clear();
+        for &LinesToSend { page, bytes, base, changed } in pages {
+            assert!(base < version, "{page:?} has a base no older than itself");
+            self.lines.push(Base { page, version: base }, &changed, bytes);
+        }
+        let mut counts = CodecCounts::default();
+        let how = self.choice.delta.compression();
+        self.coder.put_deltas(Content::Lines, how, version, &mut self.lines, out, &mut counts);
+        counts
+    }
+
+    /// Appends a frame that says of which other pages `pages` are copies. The caller has compared
+    /// them byte by byte, and knows that the originals do not change at the other side before this arrives.
+    ///
+    /// # Panics
+    /// When there are more than [`MAX_PAGES_PER_FRAME`] pages, when they do not ascend, or when an original is
+    /// newer than `version` or the page itself.
+    pub fn encode_copies(
+        &mut self,
+        version: Version,
+        pages: &[CopyToSend<'_>],
+        out: &mut Vec<u8>,
+    ) -> CodecCounts {
+        check_batch(version, pages.iter().map(|page| page.page));
+        self.copies.clear();
+        for &CopyToSend { page, bytes, original } in pages {
+            assert!(original.version <= version && original.page != page, "copy of {original:?}");
+            self.copies.pages.push(page);
+            self.copies.bases.push(original);
+            self.copies.checks.push(page_check(page, bytes));
+        }
+        let mut counts = CodecCounts::default();
+        self.coder.put_list(CodecId::Copy, version, &self.copies, out, &mut counts);
         counts
     }
 
@@ -141,7 +199,8 @@ impl FrameEncoder {
     fn sort(&mut self, version: Version, pages: &[PageToSend<'_>]) {
         self.zero.clear();
         self.unchanged.clear();
-        self.deltas.clear();
+        self.words.clear();
+        self.old_words.clear();
         self.whole.clear();
         self.block.clear();
         for &PageToSend { page, bytes, base } in pages {
@@ -149,16 +208,21 @@ impl FrameEncoder {
                 self.zero.push(page);
                 continue;
             }
-            if let Some((base_version, base)) = base {
+            if let Some((base_version, base_bytes)) = base {
                 assert!(base_version < version, "{page:?} has a base no older than itself");
-                let mask = WordMask::between(base, bytes);
+                let base = Base { page, version: base_version };
+                let mask = WordMask::between(base_bytes, bytes);
                 let words = mask.count();
                 if words == 0 {
-                    self.unchanged.push((page, base_version));
+                    self.unchanged.pages.push(page);
+                    self.unchanged.bases.push(base);
                     continue;
                 }
                 if self.choice.delta != DeltaCodec::Off && words <= MAX_DELTA_WORDS {
-                    self.deltas.push(page, base_version, &mask, bytes);
+                    self.words.push(base, &mask, bytes);
+                    if matches!(self.choice.delta, DeltaCodec::ZstdOld { .. }) {
+                        mask.gather(base_bytes, &mut self.old_words);
+                    }
                     continue;
                 }
             }
@@ -167,81 +231,137 @@ impl FrameEncoder {
         }
     }
 
-    fn write_zero(&mut self, version: Version, out: &mut Vec<u8>, counts: &mut CodecCounts) {
-        if !self.zero.is_empty() {
-            page_list::collect(self.zero.iter().copied(), &mut self.runs);
-            put_zero_frame(version, &self.runs, out, counts);
-        }
-    }
-
-    fn write_unchanged(&mut self, version: Version, out: &mut Vec<u8>, counts: &mut CodecCounts) {
-        if self.unchanged.is_empty() {
+    fn put_words(&mut self, version: Version, out: &mut Vec<u8>, counts: &mut CodecCounts) {
+        let DeltaCodec::ZstdOld { level } = self.choice.delta else {
+            let how = self.choice.delta.compression();
+            self.coder.put_deltas(Content::Words, how, version, &mut self.words, out, counts);
             return;
-        }
-        page_list::collect(self.unchanged.iter().map(|&(page, _)| page), &mut self.runs);
-        self.versions.clear();
-        self.versions.extend(self.unchanged.iter().map(|&(_, base)| base));
-        let frame = FrameParts {
-            bases: &self.versions,
-            ..FrameParts::new(CodecId::Unchanged, version, &self.runs)
         };
-        counts.add(frame.codec, self.unchanged.len() as u64, frame.write(out) as u64);
-    }
-
-    fn write_deltas(&mut self, version: Version, out: &mut Vec<u8>, counts: &mut CodecCounts) {
-        let Deltas { pages, bases, checks, packer, packed } = &mut self.deltas;
-        if pages.is_empty() {
+        let Deltas { list, packer, packed } = &mut self.words;
+        if list.pages.is_empty() {
             return;
         }
         packer.finish(packed);
+        let (masks, words) = packed.split_at(list.pages.len() * WordMask::BYTES);
+        let coded = &mut self.coder.coded;
         let shrunk =
-            self.choice.delta == DeltaCodec::Lz4 && self.lz4.encode(packed, &mut self.coded);
-        let (codec, body) =
-            if shrunk { (CodecId::DeltaLz4, &self.coded) } else { (CodecId::Delta, &*packed) };
-        page_list::collect(pages.iter().copied(), &mut self.runs);
-        let frame = FrameParts {
-            bases,
-            words: packer.word_count(),
-            checks,
-            decoded: packed,
-            body,
-            ..FrameParts::new(codec, version, &self.runs)
-        };
-        counts.add(codec, pages.len() as u64, frame.write(out) as u64);
+            self.coder.compressor.pack_with_old(masks, words, &self.old_words, level, coded);
+        let packing = if shrunk { Packing::ZstdOld } else { Packing::Plain };
+        self.coder.put_packed(Content::Words, packing, version, &self.words, out, counts);
     }
 
-    fn write_whole(&mut self, version: Version, out: &mut Vec<u8>, counts: &mut CodecCounts) {
+    fn put_whole(&mut self, version: Version, out: &mut Vec<u8>, counts: &mut CodecCounts) {
         if self.whole.is_empty() {
             return;
         }
-        let shrunk =
-            self.choice.page == PageCodec::Lz4 && self.lz4.encode(&self.block, &mut self.coded);
-        let (codec, body) =
-            if shrunk { (CodecId::Lz4, &self.coded) } else { (CodecId::Raw, &self.block) };
-        page_list::collect(self.whole.iter().copied(), &mut self.runs);
+        let Coder { compressor, coded, runs } = &mut self.coder;
+        let packing = compressor.pack(&self.block, self.choice.page.compression(), coded);
+        page_list::collect(self.whole.iter().copied(), runs);
+        let codec = codec_of(Content::Whole, packing);
         let frame = FrameParts {
             decoded: &self.block,
-            body,
-            ..FrameParts::new(codec, version, &self.runs)
+            body: if packing == Packing::Plain { &self.block } else { coded },
+            ..FrameParts::new(codec, version, runs)
         };
         counts.add(codec, self.whole.len() as u64, frame.write(out) as u64);
     }
 }
 
-impl Deltas {
+impl Coder {
+    /// Appends a frame without a body, unless the list is empty.
+    fn put_list(
+        &mut self,
+        codec: CodecId,
+        version: Version,
+        list: &Listed,
+        out: &mut Vec<u8>,
+        counts: &mut CodecCounts,
+    ) {
+        if list.pages.is_empty() {
+            return;
+        }
+        page_list::collect(list.pages.iter().copied(), &mut self.runs);
+        let frame = FrameParts {
+            bases: &list.bases,
+            checks: &list.checks,
+            ..FrameParts::new(codec, version, &self.runs)
+        };
+        counts.add(codec, list.pages.len() as u64, frame.write(out) as u64);
+    }
+
+    /// Packs deltas and appends their frame, unless there are none.
+    fn put_deltas<const MASK: usize, const UNIT: usize>(
+        &mut self,
+        content: Content,
+        how: Compression,
+        version: Version,
+        deltas: &mut Deltas<MASK, UNIT>,
+        out: &mut Vec<u8>,
+        counts: &mut CodecCounts,
+    ) {
+        if deltas.list.pages.is_empty() {
+            return;
+        }
+        deltas.packer.finish(&mut deltas.packed);
+        let packing = self.compressor.pack(&deltas.packed, how, &mut self.coded);
+        self.put_packed(content, packing, version, deltas, out, counts);
+    }
+
+    /// Appends the frame of deltas that were packed.
+    fn put_packed<const MASK: usize, const UNIT: usize>(
+        &mut self,
+        content: Content,
+        packing: Packing,
+        version: Version,
+        deltas: &Deltas<MASK, UNIT>,
+        out: &mut Vec<u8>,
+        counts: &mut CodecCounts,
+    ) {
+        let Deltas { list, packer, packed } = deltas;
+        page_list::collect(list.pages.iter().copied(), &mut self.runs);
+        let codec = codec_of(content, packing);
+        let frame = FrameParts {
+            bases: &list.bases,
+            units: packer.unit_count(),
+            checks: &list.checks,
+            decoded: packed,
+            body: if packing == Packing::Plain { packed } else { &self.coded },
+            ..FrameParts::new(codec, version, &self.runs)
+        };
+        counts.add(codec, list.pages.len() as u64, frame.write(out) as u64);
+    }
+}
+
+impl Listed {
     fn clear(&mut self) {
         self.pages.clear();
         self.bases.clear();
         self.checks.clear();
+    }
+}
+
+impl<const MASK: usize, const UNIT: usize> Deltas<MASK, UNIT> {
+    fn clear(&mut self) {
+        self.list.clear();
         self.packer.clear();
     }
 
-    fn push(&mut self, page: PageIndex, base: Version, mask: &WordMask, bytes: &PageBytes) {
-        self.pages.push(page);
-        self.bases.push(base);
-        self.checks.push(page_check(page, bytes));
+    fn push(&mut self, base: Base, mask: &UnitMask<MASK, UNIT>, bytes: &PageBytes) {
+        self.list.pages.push(base.page);
+        self.list.bases.push(base);
+        self.list.checks.push(page_check(base.page, bytes));
         self.packer.push(mask, bytes);
     }
+}
+
+fn check_batch(version: Version, pages: impl ExactSizeIterator<Item = PageIndex>) {
+    assert!(Version::NONE < version && version <= Version::MAX, "content of {version:?}");
+    assert!(pages.len() <= MAX_PAGES_PER_FRAME, "{} pages for one frame", pages.len());
+    assert!(pages.is_sorted_by(|a, b| a < b), "pages must ascend");
+}
+
+fn codec_of(content: Content, packing: Packing) -> CodecId {
+    CodecId::of(content, packing).expect("each packing that is asked for exists for its content")
 }
 
 fn put_zero_frame(

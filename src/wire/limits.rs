@@ -1,6 +1,6 @@
 //! Bounds on what is read from the network and on what is written to it.
 
-use crate::codec::delta::MASK_SIZE_BYTES;
+use crate::codec::delta::WordMask;
 use crate::page::PAGE_SIZE_BYTES;
 
 /// Pages in a frame that carries page bytes.
@@ -10,7 +10,7 @@ pub const MAX_PAGES_PER_FRAME: usize = 64;
 pub const MAX_RUNS_PER_FRAME: usize = 1024;
 
 /// Bytes of a frame's body, and of what it decodes to.
-pub const MAX_BODY_BYTES: usize = MAX_PAGES_PER_FRAME * (PAGE_SIZE_BYTES + MASK_SIZE_BYTES);
+pub const MAX_BODY_BYTES: usize = MAX_PAGES_PER_FRAME * (PAGE_SIZE_BYTES + WordMask::BYTES);
 
 /// Bytes of a frame's header: two numbers for each run, or four for each page, are its longest.
 pub const MAX_HEADER_BYTES: usize = 64 + MAX_RUNS_PER_FRAME * 2 * super::varint::MAX_BYTES;

@@ -63,6 +63,8 @@ pub enum ToDestination {
         shape: Box<Shape>,
         /// For the report.
         strategy: Strategy,
+        /// False: its owner has paused it, and it is to be left so.
+        runs: bool,
     },
     /// All messages of a pre-copy round are on their way.
     RoundEnd {

@@ -14,6 +14,7 @@
 
 pub mod decode;
 pub mod encode;
+mod error;
 pub mod frame;
 #[doc(hidden)]
 pub mod fuzz;
@@ -23,7 +24,10 @@ mod page_list;
 #[cfg(test)]
 mod tests;
 mod varint;
+mod write;
 
+pub use crate::codec::{CodecChoice, CodecCounts, DeltaCodec, PageCodec};
 pub use decode::{DecodeScratch, DecodedPage, DecodedPages};
-pub use encode::{CodecChoice, FrameEncoder, PageToSend};
-pub use frame::{Base, Frame, FrameError, FramePage};
+pub use encode::{CopyToSend, FrameEncoder, LinesToSend, PageToSend};
+pub use error::FrameError;
+pub use frame::{Base, Frame, FramePage};

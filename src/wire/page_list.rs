@@ -4,7 +4,7 @@
 //! first), times two, plus one if it is longer than one page; then, if so, its length less two. Scattered neighbours
 //! cost a byte a page, a whole block of adjacent pages three or four bytes, a million zero pages the same.
 
-use super::frame::FrameError;
+use super::error::FrameError;
 use super::limits::MAX_RUNS_PER_FRAME;
 use super::varint;
 use crate::page::{PageIndex, PageRange};

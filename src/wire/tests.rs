@@ -4,14 +4,14 @@ use std::collections::BTreeMap;
 
 use proptest::prelude::*;
 
-use super::encode::{DeltaCodec, PageCodec};
-use super::frame::FrameParts;
 use super::fuzz::{GUEST_PAGES, fuzz_bodies, fuzz_frames};
 use super::limits::{MAX_BODY_BYTES, MAX_FRAME_BYTES, MAX_PAGES_PER_FRAME, MAX_RUNS_PER_FRAME};
+use super::write::FrameParts;
 use super::*;
-use crate::codec::delta::{DeltaPacker, WordMask};
+use crate::codec::delta::{DeltaPacker, LineMask, UnitMask};
+use crate::codec::pack::{Compression, Compressor};
 use crate::codec::test_pages::{noise_of, page_and_change, page_of};
-use crate::codec::{CodecCounts, CodecId};
+use crate::codec::{CodecId, Content, LineFingerprint, Packing};
 use crate::page::{PAGE_SIZE_BYTES, PageBytes, PageIndex, PageRange, Version};
 
 const NOW: Version = Version(9);
@@ -69,9 +69,16 @@ fn decode(wire: &[u8], pages: &[Sent]) -> (BTreeMap<u64, PageBytes>, CodecCounts
 }
 
 fn choices() -> impl Strategy<Value = CodecChoice> {
-    let page = prop_oneof![Just(PageCodec::Raw), Just(PageCodec::Lz4)];
-    let delta = prop_oneof![Just(DeltaCodec::Off), Just(DeltaCodec::Plain), Just(DeltaCodec::Lz4)];
-    (page, delta).prop_map(|(page, delta)| CodecChoice { page, delta })
+    let page = [PageCodec::Raw, PageCodec::Lz4, PageCodec::Zstd { level: 1 }];
+    let delta = [
+        DeltaCodec::Off,
+        DeltaCodec::Plain,
+        DeltaCodec::Lz4,
+        DeltaCodec::Zstd { level: 1 },
+        DeltaCodec::ZstdOld { level: 3 },
+    ];
+    (prop::sample::select(page.to_vec()), prop::sample::select(delta.to_vec()))
+        .prop_map(|(page, delta)| CodecChoice { page, delta })
 }
 
 fn batches() -> impl Strategy<Value = Vec<Sent>> {
@@ -212,14 +219,7 @@ fn a_page_that_became_zero_needs_no_base() {
 
 #[test]
 fn a_delta_can_be_decoded_without_some_of_its_pages() {
-    let pages: Vec<Sent> = (0..10)
-        .map(|i| {
-            let (old, mut new) = (page_of(i), page_of(i));
-            new[i as usize * 100] ^= 1;
-            (i, new, Some((Version(4), old)))
-        })
-        .collect();
-    let (wire, _) = encode(CodecChoice::default(), &pages);
+    let (wire, pages) = ten_deltas(DeltaCodec::Lz4);
     let (frame, _) = Frame::parse(&wire, GUEST_PAGES).unwrap();
     assert_eq!(frame.codec(), CodecId::DeltaLz4);
     let mut scratch = DecodeScratch::default();
@@ -305,28 +305,23 @@ fn the_first_bytes_are_told_apart() {
 /// What parsing says about a frame that is well-formed but for what `change` did to it. Buffers are
 /// leaked, so that a change may bring its own.
 fn refusal_of(codec: CodecId, change: impl FnOnce(&mut FrameParts<'static>)) -> FrameError {
+    let content = codec.content();
     let old = page_of(1);
     let mut new = old;
     new[0] ^= 1;
-    let mut packer = DeltaPacker::default();
-    for _ in 0..2 {
-        packer.push(&WordMask::between(&old, &new), &new);
-    }
-    let mut packed = Vec::new();
-    packer.finish(&mut packed);
-    let whole = [new, new].concat();
-    let plain: &[u8] = if codec.is_delta() { packed.leak() } else { whole.leak() };
-    let compressed = matches!(codec, CodecId::Lz4 | CodecId::DeltaLz4);
+    let (plain, coded) = match content {
+        Content::Words => packed_twice::<64, 8>(&old, &new, codec),
+        Content::Lines => packed_twice::<8, 64>(&old, &new, codec),
+        Content::Whole => coded_as(codec, [new, new].concat()),
+        _ => Default::default(),
+    };
+    let has_checks = !matches!(content, Content::Whole | Content::Zero | Content::Unchanged);
     let mut parts = FrameParts {
-        bases: if codec.has_bases() { &[Version(1), Version(2)] } else { &[] },
-        words: 2,
-        checks: &[[0; 4]; 2],
-        decoded: if codec.has_body() { plain } else { &[] },
-        body: match (codec.has_body(), compressed) {
-            (false, _) => &[],
-            (true, false) => plain,
-            (true, true) => lz4_flex::block::compress(plain).leak(),
-        },
+        bases: if content.has_bases() { base_list([1, 2]) } else { &[] },
+        units: 2,
+        checks: if has_checks { &[0; 2] } else { &[] },
+        decoded: plain.leak(),
+        body: coded.leak(),
         ..FrameParts::new(
             codec,
             NOW,
@@ -337,24 +332,82 @@ fn refusal_of(codec: CodecId, change: impl FnOnce(&mut FrameParts<'static>)) -> 
         let mut wire = Vec::new();
         parts.write(&mut wire);
         let (frame, _) = Frame::parse(&wire, GUEST_PAGES)?;
-        frame.decode(&mut DecodeScratch::default(), |_, _, _| false).map(|_| ())
+        let base = |_: usize, _: Base, into: &mut PageBytes| {
+            *into = old;
+            true
+        };
+        frame.decode(&mut DecodeScratch::default(), base).map(|_| ())
     };
     assert_eq!(verdict(&parts), Ok(()), "{codec} before the change");
     change(&mut parts);
     verdict(&parts).expect_err("the changed frame was accepted")
 }
 
+/// Bases of pages 10 and 11: for copies these are 11 and 12.
+fn base_list(versions: [u16; 2]) -> &'static [Base] {
+    let base = |(page, version)| Base { page: PageIndex(page), version: Version(version) };
+    [11, 12].into_iter().zip(versions).map(base).collect::<Vec<_>>().leak()
+}
+
+/// The delta twice over, plain and coded.
+fn packed_twice<const MASK: usize, const UNIT: usize>(
+    old: &PageBytes,
+    new: &PageBytes,
+    codec: CodecId,
+) -> (Vec<u8>, Vec<u8>) {
+    let mut packer = DeltaPacker::<MASK, UNIT>::default();
+    let mask = UnitMask::between(old, new);
+    let mut old_units = Vec::new();
+    for _ in 0..2 {
+        packer.push(&mask, new);
+        mask.gather(old, &mut old_units);
+    }
+    let mut packed = Vec::new();
+    packer.finish(&mut packed);
+    if codec.packing() != Packing::ZstdOld {
+        return coded_as(codec, packed);
+    }
+    let (masks, units) = packed.split_at(2 * MASK);
+    let mut coded = Vec::new();
+    assert!(Compressor::default().pack_with_old(masks, units, &old_units, 1, &mut coded));
+    (packed, coded)
+}
+
+fn coded_as(codec: CodecId, plain: Vec<u8>) -> (Vec<u8>, Vec<u8>) {
+    let how = match codec.packing() {
+        Packing::Plain => return (plain.clone(), plain),
+        Packing::Lz4 => Compression::Lz4,
+        Packing::Zstd | Packing::ZstdOld => Compression::Zstd { level: 1 },
+    };
+    let mut coded = Vec::new();
+    assert_eq!(Compressor::default().pack(&plain, how, &mut coded), codec.packing());
+    (plain, coded)
+}
+
 #[test]
 fn versions_that_cannot_be_are_refused() {
     let too_new = refusal_of(CodecId::Raw, |parts| parts.version = Version(2048));
     assert_eq!(too_new, FrameError::Version { field: "content version", found: 2048 });
-    for codec in [CodecId::Unchanged, CodecId::Delta] {
-        let found = refusal_of(codec, |parts| parts.bases = &[NOW, NOW]);
-        assert_eq!(found, FrameError::Version { field: "base version", found: 9 });
-        let found = refusal_of(codec, |parts| parts.bases = &[Version(1), NOW]);
-        assert_eq!(found, FrameError::Version { field: "base version", found: 9 });
-        let found = refusal_of(codec, |parts| parts.bases = &[Version(1), Version::NONE]);
-        assert_eq!(found, FrameError::Version { field: "base version", found: 0 });
+    for codec in CodecId::ALL.into_iter().filter(|codec| codec.content().has_bases()) {
+        // A copy may be of a page of the same version.
+        let too_new = if codec == CodecId::Copy { NOW.0 + 1 } else { NOW.0 };
+        for (versions, found) in
+            [([too_new, too_new], too_new), ([1, too_new], too_new), ([1, 0], 0)]
+        {
+            let refused = refusal_of(codec, |parts| parts.bases = base_list(versions));
+            let expected = FrameError::Version { field: "base version", found: found.into() };
+            assert_eq!(refused, expected, "{codec}: {versions:?}");
+        }
+    }
+}
+
+#[test]
+fn copies_of_nothing_or_of_itself_are_refused() {
+    for from in [10, GUEST_PAGES] {
+        let mut bases = base_list([1, 2]).to_vec();
+        bases[0].page = PageIndex(from);
+        let refused = refusal_of(CodecId::Copy, |parts| parts.bases = bases.leak());
+        assert_eq!(refused, FrameError::CopyFrom { page: PageIndex(10), from });
     }
 }
 
@@ -374,24 +427,28 @@ fn page_lists_that_cannot_be_are_refused() {
 #[test]
 fn bodies_of_impossible_length_are_refused_before_they_are_read() {
     let long: &[u8] = vec![0; MAX_BODY_BYTES + 1].leak();
-    for codec in CodecId::ALL.into_iter().filter(|codec| codec.has_body()) {
+    for codec in CodecId::ALL.into_iter().filter(|codec| codec.content().has_body()) {
         let found = refusal_of(codec, |parts| parts.body = long);
         assert!(matches!(found, FrameError::BodyLength { .. }), "{codec}: {found}");
         let found = refusal_of(codec, |parts| parts.body = &[]);
         assert!(matches!(found, FrameError::BodyLength { .. }), "{codec}: {found}");
     }
-    for codec in [CodecId::Raw, CodecId::Delta] {
+    for codec in [CodecId::Raw, CodecId::Delta, CodecId::Lines] {
         let found = refusal_of(codec, |parts| parts.body = &parts.body[1..]);
         assert!(matches!(found, FrameError::BodyLength { .. }), "{codec}: {found}");
     }
 }
 
 #[test]
-fn word_counts_that_cannot_be_are_refused() {
-    let found = refusal_of(CodecId::DeltaLz4, |parts| parts.words = 2 * 512 + 1);
-    assert_eq!(found, FrameError::Words { words: 1025, pages: 2 });
-    let found = refusal_of(CodecId::DeltaLz4, |parts| parts.words = 3);
-    assert!(matches!(found, FrameError::Body(_)), "{found}");
+fn unit_counts_that_cannot_be_are_refused() {
+    for (codec, units_per_page) in
+        [(CodecId::DeltaLz4, 512), (CodecId::DeltaZstdOld, 512), (CodecId::LinesZstd, 64)]
+    {
+        let found = refusal_of(codec, |parts| parts.units = 2 * units_per_page + 1);
+        assert_eq!(found, FrameError::Units { units: 2 * units_per_page as u64 + 1, pages: 2 });
+        let found = refusal_of(codec, |parts| parts.units = 3);
+        assert!(matches!(found, FrameError::Body(_)), "{codec}: {found}");
+    }
     let found = refusal_of(CodecId::Delta, |parts| {
         let wrong_mask = parts.body.to_vec().leak();
         wrong_mask[1] = 0xff;
@@ -399,6 +456,120 @@ fn word_counts_that_cannot_be_are_refused() {
         parts.body = wrong_mask;
     });
     assert!(matches!(found, FrameError::Body(_)), "{found}");
+}
+
+/// Ten pages with a changed word each.
+fn ten_deltas(delta: DeltaCodec) -> (Vec<u8>, Vec<Sent>) {
+    let pages: Vec<Sent> = (0..10)
+        .map(|i| {
+            let (old, mut new) = (page_of(i), page_of(i));
+            new[i as usize * 100] ^= 1;
+            (i, new, Some((Version(4), old)))
+        })
+        .collect();
+    (encode(CodecChoice { page: PageCodec::Raw, delta }, &pages).0, pages)
+}
+
+#[test]
+fn a_delta_with_old_words_needs_every_base_as_it_was() {
+    // Noise whose first half moves by a word: only the old words make it small.
+    let old = noise_of(1);
+    let mut new = old;
+    new[8..2048].copy_from_slice(&old[..2040]);
+    let pages: Vec<Sent> =
+        vec![(0, new, Some((Version(4), old))), (1, new, Some((Version(4), old)))];
+    let choice = CodecChoice { page: PageCodec::Raw, delta: DeltaCodec::ZstdOld { level: 1 } };
+    let (wire, counts) = encode(choice, &pages);
+    assert_eq!(counts.pages(CodecId::DeltaZstdOld), 2);
+    assert!(wire.len() < 200, "{} bytes", wire.len());
+    let (frame, _) = Frame::parse(&wire, GUEST_PAGES).unwrap();
+    let mut scratch = DecodeScratch::default();
+    let mut decode_with = |change: fn(usize, &mut PageBytes) -> bool| {
+        let base_of = |position: usize, _: Base, into: &mut PageBytes| {
+            *into = old;
+            change(position, into)
+        };
+        let decoded = frame.decode(&mut scratch, base_of)?;
+        Ok([decoded.get(0), decoded.get(1)].map(|page| page == DecodedPage::Bytes(&new)))
+    };
+    assert_eq!(decode_with(|_, _| true), Ok([true, true]));
+    let missing = decode_with(|position, _| position == 0);
+    assert_eq!(missing, Err(FrameError::BaseMissing { page: PageIndex(1) }));
+    // A difference where nothing was changed shows in the page, one in an old word in the frame.
+    let elsewhere = decode_with(|position, bytes| {
+        bytes[4000] ^= position as u8;
+        true
+    });
+    assert_eq!(elsewhere, Ok([true, false]));
+    let in_old_words = decode_with(|_, bytes| {
+        bytes[500] ^= 8;
+        true
+    });
+    assert_eq!(in_old_words, Err(FrameError::Checksum));
+}
+
+#[test]
+fn changed_lines_are_enough_where_no_hash_collides() {
+    let (old, mut new) = (page_of(1), page_of(1));
+    new[70] ^= 1;
+    new[4000] ^= 1;
+    let changed = LineFingerprint::of(&old).changed(&LineFingerprint::of(&new));
+    for delta in [DeltaCodec::Plain, DeltaCodec::Lz4, DeltaCodec::ZstdOld { level: 1 }] {
+        let mut encoder = FrameEncoder::new(CodecChoice { page: PageCodec::Raw, delta });
+        let mut wire = Vec::new();
+        let lines = LinesToSend { page: PageIndex(7), bytes: &new, base: Version(3), changed };
+        let counts = encoder.encode_lines(NOW, &[lines], &mut wire);
+        assert!(wire.len() < 200, "{} bytes", wire.len());
+        assert_eq!(counts.total_pages(), 1);
+        let (got, counted) = decode(&wire, &[(7, new, Some((Version(3), old)))]);
+        assert!(got[&7] == new);
+        assert_eq!(counted, counts);
+    }
+}
+
+#[test]
+fn a_collision_of_line_hashes_is_found_at_the_destination() {
+    let (old, mut new) = (page_of(1), page_of(1));
+    new[70] ^= 1;
+    new[4000] ^= 1;
+    // As if the hashes of the first changed line were the same.
+    let mut seen = [0; LineMask::BYTES];
+    seen[4000 / 64 / 8] = 1 << (4000 / 64 % 8);
+    let changed = LineMask::from_bytes(seen);
+    let mut wire = Vec::new();
+    let lines = LinesToSend { page: PageIndex(7), bytes: &new, base: Version(3), changed };
+    FrameEncoder::default().encode_lines(NOW, &[lines], &mut wire);
+    let (frame, _) = Frame::parse(&wire, GUEST_PAGES).unwrap();
+    let mut scratch = DecodeScratch::default();
+    let decoded = frame.decode(&mut scratch, |_, _, into| {
+        *into = old;
+        true
+    });
+    assert_eq!(decoded.unwrap().get(0), DecodedPage::WrongBase);
+}
+
+#[test]
+fn a_copy_is_checked_against_its_original() {
+    let page = noise_of(1);
+    let original = Base { page: PageIndex(9_000), version: NOW };
+    let copies = [3u64, 4, 5].map(|i| CopyToSend { page: PageIndex(i), bytes: &page, original });
+    let mut wire = Vec::new();
+    let counts = FrameEncoder::default().encode_copies(NOW, &copies, &mut wire);
+    assert!(wire.len() < 40, "{} bytes", wire.len());
+    assert_eq!(counts.pages(CodecId::Copy), 3);
+    let (frame, _) = Frame::parse(&wire, GUEST_PAGES).unwrap();
+    let mut scratch = DecodeScratch::default();
+    let decoded = frame
+        .decode(&mut scratch, |position, base, into| {
+            assert_eq!(base, original);
+            *into = page;
+            into[1] ^= u8::from(position == 1);
+            position != 2
+        })
+        .unwrap();
+    assert_eq!(decoded.get(0), DecodedPage::Bytes(&page));
+    assert_eq!(decoded.get(1), DecodedPage::WrongBase);
+    assert_eq!(decoded.get(2), DecodedPage::NoBase);
 }
 
 #[test]

@@ -76,11 +76,6 @@ impl QemuSource {
         self.process.pid()
     }
 
-    /// False when the guest was paused before we came: it should then stay paused where it goes.
-    pub fn was_running(&self) -> bool {
-        self.was_running
-    }
-
     fn status(&mut self) -> Result<String, QmpError> {
         Ok(self.qmp.execute(&QueryStatus {})?.status)
     }
@@ -114,6 +109,10 @@ impl QemuSource {
 impl SourceGuest for QemuSource {
     fn shape(&self) -> &Shape {
         &self.shape
+    }
+
+    fn runs(&self) -> bool {
+        self.was_running
     }
 
     fn memory(&self) -> Arc<GuestMemory> {

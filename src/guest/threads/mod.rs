@@ -2,7 +2,7 @@
 //! kind of memory. It stands in where there is no KVM, or only an emulated one.
 //!
 //! A thread pauses between two operations, so its registers hold nothing that matters, and the
-//! [`Worker`]s are the whole device state.
+//! Workers are the whole device state.
 
 mod crew;
 #[cfg(test)]

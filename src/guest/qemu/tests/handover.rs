@@ -50,7 +50,7 @@ fn a_guest_that_its_owner_paused_stays_paused() {
     }
     let qemu = TestQemu::machine("q35", "-S");
     let mut source = qemu.source().expect("a paused guest can be moved");
-    assert!(!source.was_running());
+    assert!(!source.runs());
     source.pause().expect("harmless");
     source.save_device_state().expect("it hands over its state");
     source.resume().expect("nothing to do");

@@ -1,0 +1,330 @@
+//! Which codec for which link.
+//!
+//! The slower the link, the more work a byte is worth. A codec that takes pages at `speed` and leaves
+//! `ratio` of their bytes moves `min(speed, link / ratio)` of pages a second, and the one that moves most is
+//! chosen: on a slow link the densest, on a fast one a quicker one, at last none, so that the encoder is
+//! never the bottleneck. A fault reply is one page that somebody waits for: there the sum of the times to
+//! encode, send and decode it counts.
+//!
+//! The tables say how codecs compare, measured on the memory of real guests (redis, PostgreSQL,
+//! Python and SQLite, idle) by one core. How fast this machine is and how well this guest compresses is
+//! measured on the way ([`Ladder::observe`]).
+
+use std::fmt;
+use std::str::FromStr;
+use std::time::Duration;
+
+use super::pack::Compression;
+use super::{CodecCounts, Content};
+use crate::page::PAGE_SIZE_BYTES;
+
+/// How whole pages are coded.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum PageCodec {
+    /// As they are.
+    Raw,
+    /// Together in one LZ4 block; as they are if that is no smaller.
+    #[default]
+    Lz4,
+    /// Together in one zstd frame; as they are if that is no smaller.
+    Zstd {
+        /// zstd's own number.
+        level: i32,
+    },
+}
+
+/// How pages with a base are coded.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum DeltaCodec {
+    /// As whole pages.
+    Off,
+    /// What changed, as it is.
+    Plain,
+    /// What changed in all pages, in one LZ4 block.
+    #[default]
+    Lz4,
+    /// What changed in all pages, in one zstd frame.
+    Zstd {
+        /// zstd's own number.
+        level: i32,
+    },
+    /// The same, with what was there before as the prefix.
+    ZstdOld {
+        /// zstd's own number.
+        level: i32,
+    },
+}
+
+impl PageCodec {
+    /// How the block of pages is compressed.
+    pub fn compression(self) -> Compression {
+        match self {
+            PageCodec::Raw => Compression::None,
+            PageCodec::Lz4 => Compression::Lz4,
+            PageCodec::Zstd { level } => Compression::Zstd { level },
+        }
+    }
+}
+
+impl DeltaCodec {
+    /// How masks and units are compressed when the old units are not used.
+    pub fn compression(self) -> Compression {
+        match self {
+            DeltaCodec::Off | DeltaCodec::Plain => Compression::None,
+            DeltaCodec::Lz4 => Compression::Lz4,
+            DeltaCodec::Zstd { level } | DeltaCodec::ZstdOld { level } => {
+                Compression::Zstd { level }
+            }
+        }
+    }
+}
+
+/// Which codecs an encoder uses. Zero and unchanged pages are always told apart.
+///
+/// Written as `PAGES/DELTAS`, for instance `zstd:3/zstd-old:1`, `lz4/off`, `raw/plain`; `PAGES` alone
+/// takes the deltas that go with it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct CodecChoice {
+    /// For pages that go whole.
+    pub page: PageCodec,
+    /// For pages that go as a difference.
+    pub delta: DeltaCodec,
+}
+
+impl fmt::Display for CodecChoice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.page {
+            PageCodec::Raw => f.write_str("raw/")?,
+            PageCodec::Lz4 => f.write_str("lz4/")?,
+            PageCodec::Zstd { level } => write!(f, "zstd:{level}/")?,
+        }
+        match self.delta {
+            DeltaCodec::Off => f.write_str("off"),
+            DeltaCodec::Plain => f.write_str("plain"),
+            DeltaCodec::Lz4 => f.write_str("lz4"),
+            DeltaCodec::Zstd { level } => write!(f, "zstd:{level}"),
+            DeltaCodec::ZstdOld { level } => write!(f, "zstd-old:{level}"),
+        }
+    }
+}
+
+/// A codec choice that was not understood.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "no codec {text:?}: write PAGES or PAGES/DELTAS, where PAGES is raw, lz4 or zstd:LEVEL and DELTAS is \
+     off, plain, lz4, zstd:LEVEL or zstd-old:LEVEL, with levels from -7 to 19"
+)]
+pub struct ParseCodecError {
+    text: String,
+}
+
+impl FromStr for CodecChoice {
+    type Err = ParseCodecError;
+
+    fn from_str(text: &str) -> Result<Self, ParseCodecError> {
+        parse_choice(text).ok_or_else(|| ParseCodecError { text: text.to_owned() })
+    }
+}
+
+fn parse_choice(text: &str) -> Option<CodecChoice> {
+    let (page, delta) = match text.split_once('/') {
+        Some((page, delta)) => (page, Some(delta)),
+        None => (text, None),
+    };
+    let page = match split_level(page)? {
+        ("raw", None) => PageCodec::Raw,
+        ("lz4", None) => PageCodec::Lz4,
+        ("zstd", Some(level)) => PageCodec::Zstd { level },
+        _ => return None,
+    };
+    let delta = match delta.map(split_level) {
+        None => match page {
+            PageCodec::Raw => DeltaCodec::Plain,
+            PageCodec::Lz4 => DeltaCodec::Lz4,
+            PageCodec::Zstd { level } => DeltaCodec::ZstdOld { level },
+        },
+        Some(delta) => match delta? {
+            ("off", None) => DeltaCodec::Off,
+            ("plain", None) => DeltaCodec::Plain,
+            ("lz4", None) => DeltaCodec::Lz4,
+            ("zstd", Some(level)) => DeltaCodec::Zstd { level },
+            ("zstd-old", Some(level)) => DeltaCodec::ZstdOld { level },
+            _ => return None,
+        },
+    };
+    Some(CodecChoice { page, delta })
+}
+
+fn split_level(text: &str) -> Option<(&str, Option<i32>)> {
+    let Some((name, level)) = text.split_once(':') else { return Some((text, None)) };
+    let level = level.parse().ok().filter(|level| (-7..=19).contains(level))?;
+    Some((name, Some(level)))
+}
+
+/// What a codec does to pages of 4,096 bytes.
+#[derive(Clone, Copy)]
+struct Rung<C> {
+    codec: C,
+    /// Bytes that are left of each.
+    ratio: f64,
+    /// How fast one core takes them in.
+    encode_mb_per_s: f64,
+    /// How fast one core gives them back.
+    decode_mb_per_s: f64,
+}
+
+const fn rung<C: Copy>(codec: C, ratio: f64, encode: f64, decode: f64) -> Rung<C> {
+    Rung { codec, ratio, encode_mb_per_s: encode, decode_mb_per_s: decode }
+}
+
+/// Whole pages, 64 together.
+const PAGES: [Rung<PageCodec>; 5] = [
+    rung(PageCodec::Raw, 1.0, 6_500.0, 18_000.0),
+    rung(PageCodec::Lz4, 0.438, 800.0, 2_960.0),
+    rung(PageCodec::Zstd { level: 1 }, 0.326, 561.0, 1_400.0),
+    rung(PageCodec::Zstd { level: 3 }, 0.314, 378.0, 1_330.0),
+    rung(PageCodec::Zstd { level: 6 }, 0.305, 139.0, 1_470.0),
+];
+
+/// Changed pages, 64 together.
+const DELTAS: [Rung<DeltaCodec>; 5] = [
+    rung(DeltaCodec::Plain, 0.258, 6_200.0, 10_800.0),
+    rung(DeltaCodec::Lz4, 0.104, 1_940.0, 4_540.0),
+    rung(DeltaCodec::Zstd { level: 1 }, 0.073, 1_440.0, 2_820.0),
+    rung(DeltaCodec::ZstdOld { level: 1 }, 0.064, 1_000.0, 2_130.0),
+    rung(DeltaCodec::ZstdOld { level: 3 }, 0.058, 760.0, 2_110.0),
+];
+
+/// A whole page by itself.
+const SINGLE_PAGE: [Rung<PageCodec>; 3] = [
+    rung(PageCodec::Raw, 1.0, 6_500.0, 18_000.0),
+    rung(PageCodec::Lz4, 0.489, 800.0, 2_960.0),
+    rung(PageCodec::Zstd { level: 1 }, 0.370, 400.0, 1_400.0),
+];
+
+/// A changed page by itself.
+const SINGLE_DELTA: [Rung<DeltaCodec>; 2] = [
+    rung(DeltaCodec::Plain, 0.258, 6_200.0, 10_800.0),
+    rung(DeltaCodec::ZstdOld { level: 1 }, 0.078, 515.0, 1_520.0),
+];
+
+/// How fast one core finds a page to be zero or unchanged.
+const SCAN_MB_PER_S: f64 = 12_000.0;
+/// A codec stays until another moves so much more: measurements are never quite steady.
+const SWITCH_GAIN: f64 = 1.05;
+/// Input over which measurements are averaged.
+const AVERAGE_OVER_BYTES: f64 = (8 << 20) as f64;
+
+/// Chooses codecs.
+#[derive(Clone, Debug)]
+pub struct Ladder {
+    current: CodecChoice,
+    /// Time that encoding takes here, over what the tables say.
+    slowness: f64,
+    /// Coded size of this guest's pages over what the tables say.
+    page_bulk: f64,
+    delta_bulk: f64,
+}
+
+impl Default for Ladder {
+    fn default() -> Self {
+        let current = CodecChoice { page: PAGES[4].codec, delta: DELTAS[4].codec };
+        Ladder { current, slowness: 1.0, page_bulk: 1.0, delta_bulk: 1.0 }
+    }
+}
+
+impl Ladder {
+    /// Takes note of what one core did in `encode_time` with `choice`.
+    pub fn observe(&mut self, choice: CodecChoice, counts: &CodecCounts, encode_time: Duration) {
+        let of = |content: Content| {
+            let used = counts.used().filter(|(codec, ..)| codec.content() == content);
+            used.fold((0.0, 0.0), |(input, coded), (_, pages, bytes)| {
+                (input + pages as f64 * PAGE_SIZE_BYTES as f64, coded + bytes as f64)
+            })
+        };
+        let (page_input, page_coded) = of(Content::Whole);
+        let (delta_input, delta_coded) = of(Content::Words);
+        let page = find(&PAGES, |codec| codec == choice.page);
+        let delta = find(&DELTAS, |codec| codec == choice.delta);
+        let scanned = of(Content::Zero).0 + of(Content::Unchanged).0;
+        let mut expected_s = scanned / (SCAN_MB_PER_S * 1e6);
+        if let Some(rung) = page {
+            expected_s += page_input / (rung.encode_mb_per_s * 1e6);
+            // Sent raw, pages do not tell how they would compress: let what was known fade.
+            let ratio = if choice.page == PageCodec::Raw { page_input } else { page_coded };
+            average(&mut self.page_bulk, ratio / (page_input * rung.ratio), page_input);
+        }
+        if let Some(rung) = delta {
+            expected_s += delta_input / (rung.encode_mb_per_s * 1e6);
+            average(&mut self.delta_bulk, delta_coded / (delta_input * rung.ratio), delta_input);
+        }
+        if expected_s > 0.0 {
+            let slowness = encode_time.as_secs_f64() / expected_s;
+            average(&mut self.slowness, slowness, scanned + page_input + delta_input);
+        }
+    }
+
+    /// The codecs for bulk on a link that takes `link_bytes_per_s`, with `encoders` cores at work.
+    pub fn choose(&mut self, link_bytes_per_s: f64, encoders: usize) -> CodecChoice {
+        let speed = encoders.max(1) as f64 * 1e6 / self.slowness;
+        self.current = CodecChoice {
+            page: best(&PAGES, self.current.page, |rung| {
+                let ratio = (rung.ratio * self.page_bulk).min(1.0);
+                (rung.encode_mb_per_s * speed).min(link_bytes_per_s / ratio)
+            }),
+            delta: best(&DELTAS, self.current.delta, |rung| {
+                let ratio = rung.ratio * self.delta_bulk;
+                (rung.encode_mb_per_s * speed).min(link_bytes_per_s / ratio)
+            }),
+        };
+        self.current
+    }
+
+    /// The codecs for fault replies on such a link.
+    pub fn choose_for_fault(&self, link_bytes_per_s: f64) -> CodecChoice {
+        let replies_per_s = |ratio: f64, encode_mb_per_s: f64, decode_mb_per_s: f64| {
+            let cpu = self.slowness * (1.0 / encode_mb_per_s + 1.0 / decode_mb_per_s) / 1e6;
+            1.0 / (cpu + ratio / link_bytes_per_s)
+        };
+        CodecChoice {
+            page: best(&SINGLE_PAGE, PageCodec::Raw, |rung| {
+                let ratio = (rung.ratio * self.page_bulk).min(1.0);
+                replies_per_s(ratio, rung.encode_mb_per_s, rung.decode_mb_per_s)
+            }),
+            delta: best(&SINGLE_DELTA, DeltaCodec::Plain, |rung| {
+                let ratio = rung.ratio * self.delta_bulk;
+                replies_per_s(ratio, rung.encode_mb_per_s, rung.decode_mb_per_s)
+            }),
+        }
+    }
+}
+
+fn find<C: Copy>(rungs: &[Rung<C>], is: impl Fn(C) -> bool) -> Option<&Rung<C>> {
+    rungs.iter().find(|rung| is(rung.codec))
+}
+
+/// The rung that gains most; `current` unless that is clearly more.
+fn best<C: Copy + PartialEq>(rungs: &[Rung<C>], current: C, gain: impl Fn(&Rung<C>) -> f64) -> C {
+    let mut best = (current, find(rungs, |codec| codec == current).map_or(0.0, &gain));
+    let mut bar = best.1 * SWITCH_GAIN;
+    for rung in rungs {
+        let found = gain(rung);
+        if found > bar {
+            best = (rung.codec, found);
+            bar = found;
+        }
+    }
+    best.0
+}
+
+/// Moves `value` towards what was found over `input_bytes`. Bounded, so that one odd measurement does
+/// no lasting harm.
+fn average(value: &mut f64, found: f64, input_bytes: f64) {
+    if input_bytes > 0.0 {
+        let weight = input_bytes / (input_bytes + AVERAGE_OVER_BYTES);
+        *value += (found.clamp(0.01, 100.0) - *value) * weight;
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,111 @@
+use super::*;
+use crate::codec::CodecId;
+
+const MBIT: f64 = 1e6 / 8.0;
+
+fn fresh_choice(link_mbit: f64) -> CodecChoice {
+    Ladder::default().choose(link_mbit * MBIT, 1)
+}
+
+#[test]
+fn the_slower_the_link_the_denser_the_codec() {
+    let page = |mbit| fresh_choice(mbit).page;
+    assert_eq!(page(25.0), PageCodec::Zstd { level: 6 });
+    assert_eq!(page(900.0), PageCodec::Zstd { level: 3 });
+    assert_eq!(page(1_500.0), PageCodec::Zstd { level: 1 });
+    assert_eq!(page(2_800.0), PageCodec::Lz4);
+    assert_eq!(page(25_000.0), PageCodec::Raw);
+    let delta = |mbit| fresh_choice(mbit).delta;
+    assert_eq!(delta(25.0), DeltaCodec::ZstdOld { level: 3 });
+    assert_eq!(delta(500.0), DeltaCodec::ZstdOld { level: 1 });
+    assert_eq!(delta(850.0), DeltaCodec::Zstd { level: 1 });
+    assert_eq!(delta(1_800.0), DeltaCodec::Lz4);
+    assert_eq!(delta(10_000.0), DeltaCodec::Plain);
+}
+
+#[test]
+fn more_cores_afford_denser_codecs() {
+    let mut ladder = Ladder::default();
+    assert_eq!(ladder.choose(1_500.0 * MBIT, 1).page, PageCodec::Zstd { level: 1 });
+    assert_eq!(ladder.choose(1_500.0 * MBIT, 8).page, PageCodec::Zstd { level: 6 });
+}
+
+#[test]
+fn bulk_is_never_slower_than_raw() {
+    for mbit in (0..200).map(|i| 1.1f64.powi(i)) {
+        for slowness in [0.3, 1.0, 5.0, 50.0] {
+            let mut ladder = Ladder { slowness, ..Ladder::default() };
+            let link = mbit * MBIT;
+            let page = ladder.choose(link, 1).page;
+            let rung = find(&PAGES, |codec| codec == page).unwrap();
+            let moves = (rung.encode_mb_per_s * 1e6 / slowness).min(link / rung.ratio);
+            let raw = (PAGES[0].encode_mb_per_s * 1e6 / slowness).min(link);
+            assert!(moves * SWITCH_GAIN >= raw, "{page:?} at {mbit} Mbit/s: {moves} < {raw}");
+        }
+    }
+}
+
+#[test]
+fn a_machine_slower_than_the_tables_gets_a_quicker_codec() {
+    let mut ladder = Ladder::default();
+    let choice = ladder.choose(250.0 * MBIT, 1);
+    assert_eq!(choice.page, PageCodec::Zstd { level: 6 });
+    let mut counts = CodecCounts::default();
+    counts.add(CodecId::Zstd, 64, 64 * 4096 * 305 / 1000);
+    for _ in 0..200 {
+        // Five times as long as the 1.9 ms that 64 pages should take.
+        ladder.observe(choice, &counts, Duration::from_micros(9_430));
+    }
+    assert!((ladder.slowness - 5.0).abs() < 0.2, "{}", ladder.slowness);
+    assert_eq!(ladder.choose(250.0 * MBIT, 1).page, PageCodec::Zstd { level: 1 });
+}
+
+#[test]
+fn memory_that_does_not_compress_is_not_worth_a_slow_codec() {
+    let mut ladder = Ladder::default();
+    let choice = ladder.choose(600.0 * MBIT, 1);
+    let mut counts = CodecCounts::default();
+    counts.add(CodecId::Raw, 64, 64 * 4096);
+    for _ in 0..300 {
+        ladder.observe(choice, &counts, Duration::from_micros(690));
+    }
+    let choice = ladder.choose(5_000.0 * MBIT, 1);
+    assert_eq!(choice.page, PageCodec::Raw);
+    // And when it does again, that is found out.
+    for _ in 0..300 {
+        ladder.observe(choice, &counts, Duration::from_micros(40));
+    }
+    assert_ne!(ladder.choose(600.0 * MBIT, 1).page, PageCodec::Raw);
+}
+
+#[test]
+fn small_changes_of_the_link_do_not_change_the_codec() {
+    let mut ladder = Ladder::default();
+    let first = ladder.choose(400.0 * MBIT, 1);
+    for i in 0..100 {
+        let wobble = 1.0 + f64::from(i % 5 - 2) * 0.01;
+        assert_eq!(ladder.choose(400.0 * MBIT * wobble, 1), first);
+    }
+}
+
+#[test]
+fn fault_replies_weigh_encoding_against_sending() {
+    let ladder = Ladder::default();
+    let slow = ladder.choose_for_fault(25.0 * MBIT);
+    assert_eq!(slow.page, PageCodec::Zstd { level: 1 });
+    assert_eq!(slow.delta, DeltaCodec::ZstdOld { level: 1 });
+    let fast = ladder.choose_for_fault(40_000.0 * MBIT);
+    assert_eq!(fast, CodecChoice { page: PageCodec::Raw, delta: DeltaCodec::Plain });
+}
+
+#[test]
+fn choices_are_read_as_they_are_written() {
+    for text in ["raw/plain", "lz4/off", "zstd:3/zstd-old:1", "zstd:-5/zstd:19", "lz4/lz4"] {
+        assert_eq!(text.parse::<CodecChoice>().unwrap().to_string(), text);
+    }
+    assert_eq!("zstd:6".parse::<CodecChoice>().unwrap().to_string(), "zstd:6/zstd-old:6");
+    assert_eq!("lz4".parse::<CodecChoice>().unwrap(), CodecChoice::default());
+    for bad in ["", "zstd", "zstd:99", "raw:1", "lz4/", "lz4/x", "gzip", "zstd:3/zstd-old"] {
+        assert!(bad.parse::<CodecChoice>().is_err(), "{bad}");
+    }
+}

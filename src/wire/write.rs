@@ -1,0 +1,75 @@
+//! The writing of a frame, from parts that are right.
+
+use xxhash_rust::xxh3::xxh3_64;
+
+use super::frame::{Base, FORMAT, MAGIC, check_bytes, checksum};
+use super::{page_list, varint};
+use crate::codec::{CodecId, Content};
+use crate::page::{PageRange, Version};
+
+/// What a frame is written from.
+pub(super) struct FrameParts<'a> {
+    pub(super) codec: CodecId,
+    pub(super) version: Version,
+    pub(super) runs: &'a [PageRange],
+    /// The base of each page; empty for a codec without.
+    pub(super) bases: &'a [Base],
+    /// Changed units in all, for a delta.
+    pub(super) units: usize,
+    /// The check of each page, where it has one.
+    pub(super) checks: &'a [u64],
+    pub(super) decoded: &'a [u8],
+    pub(super) body: &'a [u8],
+}
+
+impl<'a> FrameParts<'a> {
+    /// A frame without bases, checks and body.
+    pub(super) fn new(codec: CodecId, version: Version, runs: &'a [PageRange]) -> Self {
+        FrameParts {
+            codec,
+            version,
+            runs,
+            bases: &[],
+            units: 0,
+            checks: &[],
+            decoded: &[],
+            body: &[],
+        }
+    }
+
+    /// Appends the frame to `out`; gives its length in bytes.
+    pub(super) fn write(&self, out: &mut Vec<u8>) -> usize {
+        let start = out.len();
+        let content = self.codec.content();
+        out.extend_from_slice(&[MAGIC, FORMAT, self.codec.to_wire()]);
+        varint::put(out, u64::from(self.version.0));
+        page_list::put(out, self.runs);
+        self.put_bases(out);
+        if matches!(content, Content::Words | Content::Lines) {
+            varint::put(out, self.units as u64);
+        }
+        for check in self.checks {
+            out.extend_from_slice(&check.to_le_bytes()[..check_bytes(content)]);
+        }
+        if content.has_body() {
+            varint::put(out, self.body.len() as u64);
+        }
+        let checksum = checksum(xxh3_64(&out[start..]), self.decoded);
+        out.extend_from_slice(&checksum.to_le_bytes());
+        out.extend_from_slice(self.body);
+        out.len() - start
+    }
+
+    fn put_bases(&self, out: &mut Vec<u8>) {
+        let Some((first, others)) = self.bases.split_first() else { return };
+        if others.iter().all(|other| other.version == first.version) {
+            varint::put(out, u64::from(first.version.0));
+        } else {
+            varint::put(out, 0);
+            self.bases.iter().for_each(|base| varint::put(out, u64::from(base.version.0)));
+        }
+        if self.codec.content() == Content::Copy {
+            self.bases.iter().for_each(|base| varint::put(out, base.page.0));
+        }
+    }
+}
