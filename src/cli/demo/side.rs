@@ -137,6 +137,7 @@ impl Side {
             // Where nothing is kept, there is nothing that a delta could be made against.
             base_cache_bytes: if method.deltas { BASE_CACHE_BYTES } else { 0 },
             tracker: TrackerKind::Auto,
+            codecs: None,
             state_dir: self.settings.state_dir.clone(),
             quit_source: false,
         };

@@ -9,7 +9,7 @@ use crate::page::PAGE_SIZE_BYTES;
 use crate::units::{format_bytes, format_rate};
 
 /// Lines beside those of the map.
-pub(super) const OTHER_LINES: usize = 10;
+pub(super) const OTHER_LINES: usize = 9;
 
 const LEVELS: [char; 8] = ['▁', '▂', '▃', '▄', '▅', '▆', '▇', '█'];
 /// In front of a sparkline: what it is and its rate now.
