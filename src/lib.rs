@@ -40,8 +40,9 @@
 //! | room | subject | begin with |
 //! |---|---|---|
 //! | [`cli`] | arguments and wording, one file a subcommand | `cli/send.rs` |
+//! | [`lab`] | an emulated link, for `farfault demo` and `tools/wan` | [`lab::link`], [`lab::relay`] |
 //! | [`session`] | one migration, driven: the engine's decisions carried out | [`session::source`] beside [`session::destination`] |
-//! | [`report`] | counters, progress, JSON lines, the report | [`report::Report`] |
+//! | [`report`] | counters, progress, a live picture, JSON lines, the report | [`report::Report`] |
 //! | [`engine`] | the decisions, without clock, socket or thread | [`engine::source`] beside [`engine::destination`] |
 //! | [`transport`] | tickets, QUIC, lanes, congestion control | [`transport::Lane`], [`transport::congestion`] |
 //! | [`wire`] | page frames and messages, and the limits on both | [`wire::frame`], [`wire::message`] |
@@ -67,6 +68,7 @@ pub mod cli;
 pub mod codec;
 pub mod engine;
 pub mod guest;
+pub mod lab;
 pub mod memory;
 pub mod page;
 pub mod report;

@@ -58,6 +58,12 @@ impl Running {
         Self::spawn(command.args(arguments).env("TMPDIR", lab.temporary_directory()))
     }
 
+    /// Starts farfault outside of any laboratory, with a directory for its temporary files.
+    pub fn here(arguments: &[&str], temporary: &Path) -> Result<Self> {
+        let mut command = Command::new(workspace_program("FARFAULT_BIN", "farfault")?);
+        Self::spawn(command.args(arguments).env("TMPDIR", temporary))
+    }
+
     /// `farfault receive`, listening on the destination's address, which starts `guest`.
     pub fn receive(lab: &Lab, guest: &Guest, options: &[&str]) -> Result<Self> {
         let listen = format!("{ADDRESS_B}:0");

@@ -8,6 +8,7 @@ use clap::{Parser, Subcommand};
 use crate::engine::Failure;
 use crate::report::{MigrationResult, Output, Report};
 
+mod demo;
 mod doctor;
 mod receive;
 mod send;
@@ -33,6 +34,10 @@ enum Command {
     Receive(receive::Receive),
     /// Moves a running QEMU guest to a waiting receiver.
     Send(send::Send),
+    /// Shows a whole migration on this machine, with a built-in guest.
+    Demo(demo::Demo),
+    #[command(hide = true)]
+    DemoSide(demo::DemoSide),
     /// Tells what this host can do, and how to mend what it cannot.
     Doctor(doctor::Doctor),
 }
@@ -52,6 +57,8 @@ pub fn main() -> ExitCode {
     match arguments.command {
         Command::Receive(receive) => run_migration(receive.json, |output| receive.run(output)),
         Command::Send(send) => run_migration(send.json, |output| send.run(output)),
+        Command::Demo(demo) => demo.run(&arguments.log_level),
+        Command::DemoSide(side) => side.run(),
         Command::Doctor(doctor) => doctor.run(),
     }
 }

@@ -74,6 +74,7 @@ impl Receive {
         let options = ReceiveOptions {
             state_dir: self.state_dir.clone().unwrap_or_else(default_state_dir),
             paused: self.paused,
+            page_table: Arc::default(),
         };
         let migration = ticket.migration.to_string();
         receive(guest, &listener, &migration, options, output).await

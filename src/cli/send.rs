@@ -69,7 +69,7 @@ pub(super) struct Send {
 }
 
 #[derive(Clone, Copy, Debug, Default, clap::ValueEnum)]
-enum StrategyName {
+pub(super) enum StrategyName {
     #[default]
     Hybrid,
     Precopy,
@@ -77,14 +77,33 @@ enum StrategyName {
 }
 
 #[derive(Clone, Copy, Debug, Default, clap::ValueEnum)]
-enum HandoverName {
+pub(super) enum HandoverName {
     #[default]
     OneFlight,
     Strict,
 }
 
+impl From<StrategyName> for Strategy {
+    fn from(name: StrategyName) -> Self {
+        match name {
+            StrategyName::Hybrid => Strategy::Hybrid,
+            StrategyName::Precopy => Strategy::Precopy,
+            StrategyName::Postcopy => Strategy::Postcopy,
+        }
+    }
+}
+
+impl From<HandoverName> for HandoverForm {
+    fn from(name: HandoverName) -> Self {
+        match name {
+            HandoverName::OneFlight => HandoverForm::OneFlight,
+            HandoverName::Strict => HandoverForm::Strict,
+        }
+    }
+}
+
 #[derive(Clone, Copy, Debug)]
-struct Rounds(Option<u16>);
+pub(super) struct Rounds(pub(super) Option<u16>);
 
 #[derive(Clone, Copy, Debug)]
 struct Codecs(Option<CodecChoice>);
@@ -102,7 +121,7 @@ fn codecs(text: &str) -> Result<Codecs, String> {
 /// More rounds than this are beyond what a page's version can count.
 const MAX_ROUNDS: u16 = 1000;
 
-fn rounds(text: &str) -> Result<Rounds, String> {
+pub(super) fn rounds(text: &str) -> Result<Rounds, String> {
     match text {
         "auto" => Ok(Rounds(None)),
         _ => match text.parse() {
@@ -121,15 +140,8 @@ impl Send {
         };
         let options = SendOptions {
             engine: SourceConfig {
-                strategy: match self.strategy {
-                    StrategyName::Hybrid => Strategy::Hybrid,
-                    StrategyName::Precopy => Strategy::Precopy,
-                    StrategyName::Postcopy => Strategy::Postcopy,
-                },
-                handover: match self.handover {
-                    HandoverName::OneFlight => HandoverForm::OneFlight,
-                    HandoverName::Strict => HandoverForm::Strict,
-                },
+                strategy: self.strategy.into(),
+                handover: self.handover.into(),
                 policy: SwitchoverPolicy {
                     downtime_budget: self.downtime,
                     max_rounds: self.precopy_rounds.0,

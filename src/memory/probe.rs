@@ -127,6 +127,11 @@ impl HostCapabilities {
         self.items.iter().all(|item| !item.status.is_missing())
     }
 
+    /// What this host lacks to receive guests.
+    pub fn missing_to_receive(&self) -> impl Iterator<Item = &Capability> {
+        self.items.iter().filter(|item| item.needed_for == DESTINATION && item.status.is_missing())
+    }
+
     /// Whether the kernel has all that tracking by write protection needs.
     pub(super) fn can_write_protect() -> bool {
         offered_features().is_ok_and(|offered| offered.contains(TRACK_FEATURES))

@@ -1,9 +1,11 @@
-//! What a migration tells: counters while it goes on, events, and the report at its end.
+//! What a migration tells: counters and a picture while it goes on, events, and the report at its end.
 
 mod counters;
+mod live;
 mod output;
 mod summary;
 
 pub use counters::Counters;
+pub use live::{History, Live, MapShape, MemoryMap, Screen, Step, draw};
 pub use output::{Event, Output, Progress};
 pub use summary::{FaultLatency, MigrationResult, Report, Role};

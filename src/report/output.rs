@@ -4,7 +4,7 @@ use std::io::Write;
 use std::sync::Mutex;
 
 use indicatif::{ProgressBar, ProgressStyle};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::Report;
 use crate::engine::{Failure, MigrationPhase};
@@ -38,7 +38,7 @@ pub enum Event<'a> {
 }
 
 /// How far a migration is.
-#[derive(Clone, Copy, Debug, Default, Serialize)]
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
 pub struct Progress {
     /// Since the link's first message.
     pub elapsed_ms: u64,

@@ -1,15 +1,16 @@
 //! The report at the end of a migration.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fmt;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::units::{format_bytes, format_rate};
 use crate::wire::message::Strategy;
 
 /// Which side reports.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Role {
     /// The host that the guest left.
@@ -19,7 +20,7 @@ pub enum Role {
 }
 
 /// How it ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum MigrationResult {
     /// The guest runs at the destination (or is paused there, as asked) with all its pages.
@@ -35,7 +36,7 @@ pub enum MigrationResult {
 }
 
 /// Remote faults: from the guest's fault to its page in place, in microseconds.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FaultLatency {
     /// Half of the faults took at most this long.
     pub p50: u64,
@@ -61,7 +62,7 @@ impl FaultLatency {
 
 /// Everything worth keeping of one migration, seen from one side. Field names are those of the
 /// `report` event and stay as they are.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Report {
     /// Which side.
     pub role: Role,
@@ -81,9 +82,9 @@ pub struct Report {
     /// Pages of guest RAM.
     pub pages_total: u64,
     /// Pages by codec.
-    pub pages_by_codec: BTreeMap<&'static str, u64>,
+    pub pages_by_codec: BTreeMap<Cow<'static, str>, u64>,
     /// Bytes by codec, before QUIC's own framing.
-    pub bytes_by_codec: BTreeMap<&'static str, u64>,
+    pub bytes_by_codec: BTreeMap<Cow<'static, str>, u64>,
     /// Pre-copy rounds.
     pub precopy_rounds: u16,
     /// Pages that the destination still lacked when the guest was stopped.
@@ -101,9 +102,25 @@ pub struct Report {
     /// The link's shortest round trip.
     pub round_trip_ms: f64,
     /// How writes were followed: only the source knows.
-    pub tracker: Option<&'static str>,
+    pub tracker: Option<Cow<'static, str>>,
     /// The time before the freeze, and in it the time of each part of the switchover, by name.
-    pub phases_ms: BTreeMap<&'static str, f64>,
+    pub phases_ms: BTreeMap<Cow<'static, str>, f64>,
+}
+
+impl Report {
+    /// The source's report, with what only the destination knows.
+    #[must_use]
+    pub fn joined(mut self, destination: &Report) -> Report {
+        self.local_faults = destination.local_faults;
+        self.duplicate_pages = destination.duplicate_pages;
+        self.fault_latency_us = destination.fault_latency_us;
+        // Faults that the source was asked for are those of the destination, less what crossed.
+        self.remote_faults = destination.remote_faults;
+        for (part, ms) in &destination.phases_ms {
+            self.phases_ms.entry(part.clone()).or_insert(*ms);
+        }
+        self
+    }
 }
 
 impl fmt::Display for Report {
@@ -144,7 +161,7 @@ impl fmt::Display for Report {
         row("pages after freeze", self.remaining_pages_at_freeze.to_string())?;
         row("device state", format_bytes(self.device_state_bytes))?;
         row("remote faults", self.remote_faults.to_string())?;
-        if self.role == Role::Destination {
+        if self.role == Role::Destination || self.local_faults > 0 {
             row("local faults", self.local_faults.to_string())?;
         }
         if let Some(latency) = self.fault_latency_us.filter(|_| self.remote_faults > 0) {

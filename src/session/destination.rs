@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -36,6 +36,9 @@ pub struct ReceiveOptions {
     pub state_dir: PathBuf,
     /// Leave the guest stopped, with all its pages, instead of letting it run.
     pub paused: bool,
+    /// Filled with the table of page states once the guest's memory is registered, for someone who
+    /// wants to watch it.
+    pub page_table: Arc<OnceLock<Arc<PageTable>>>,
 }
 
 /// Waits for a sender and receives its guest into `guest`. The report is there even when the
@@ -319,6 +322,7 @@ impl Session {
         let (counters, ledger) = (self.counters.clone(), self.ledger.clone());
         let (prepared, happened) = (self.prepared.clone(), self.happened.clone());
         let (asked, handle) = (self.asked.clone(), Handle::current());
+        let watched = self.options.page_table.clone();
         if let Some(asking) = self.asking.take() {
             self.tasks.spawn(ask(link.clone(), asking, counters.clone()));
         }
@@ -334,6 +338,7 @@ impl Session {
                 let memory = guest.with(|guest| guest.memory());
                 let userfault = Arc::new(guest.with(|guest| guest.userfault())?);
                 let table = Arc::new(PageTable::anonymous(memory.pages())?);
+                let _ = watched.set(table.clone());
                 let wanted = asked.clone();
                 let ask = move |page: PageIndex| {
                     let _ = wanted.send((page, false));
@@ -471,8 +476,14 @@ impl Session {
             wire_sent_bytes: stats.sent_bytes,
             wire_received_bytes: stats.received_bytes,
             pages_total: self.pages_total,
-            pages_by_codec: codecs.used().map(|(codec, pages, _)| (codec.name(), pages)).collect(),
-            bytes_by_codec: codecs.used().map(|(codec, _, bytes)| (codec.name(), bytes)).collect(),
+            pages_by_codec: codecs
+                .used()
+                .map(|(codec, pages, _)| (codec.name().into(), pages))
+                .collect(),
+            bytes_by_codec: codecs
+                .used()
+                .map(|(codec, _, bytes)| (codec.name().into(), bytes))
+                .collect(),
             precopy_rounds: self.rounds,
             remaining_pages_at_freeze: *self.remaining_at_freeze.lock().expect("no panics"),
             device_state_bytes: *self.device_state_bytes.lock().expect("no holder panics"),

@@ -7,6 +7,7 @@
 //!   copies and encodes them; `arrivals` are the destination's.
 //! * [`journal`] is what a side must not forget.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -96,7 +97,7 @@ async fn blocking<T: Send + 'static>(
 struct Timeline {
     begin: Instant,
     phase: Mutex<(MigrationPhase, Instant)>,
-    parts_ms: Mutex<BTreeMap<&'static str, f64>>,
+    parts_ms: Mutex<BTreeMap<Cow<'static, str>, f64>>,
 }
 
 impl Timeline {
@@ -123,11 +124,11 @@ impl Timeline {
     }
 
     fn part(&self, name: &'static str, duration: Duration) {
-        *self.parts_ms.lock().expect("no holder panics").entry(name).or_default() +=
+        *self.parts_ms.lock().expect("no holder panics").entry(name.into()).or_default() +=
             rounds::ms(duration);
     }
 
-    fn parts_ms(&self) -> BTreeMap<&'static str, f64> {
+    fn parts_ms(&self) -> BTreeMap<Cow<'static, str>, f64> {
         self.parts_ms.lock().expect("no holder panics").clone()
     }
 }

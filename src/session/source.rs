@@ -474,8 +474,14 @@ impl Session {
             wire_sent_bytes: stats.sent_bytes,
             wire_received_bytes: stats.received_bytes,
             pages_total: self.pages_total,
-            pages_by_codec: codecs.used().map(|(codec, pages, _)| (codec.name(), pages)).collect(),
-            bytes_by_codec: codecs.used().map(|(codec, _, bytes)| (codec.name(), bytes)).collect(),
+            pages_by_codec: codecs
+                .used()
+                .map(|(codec, pages, _)| (codec.name().into(), pages))
+                .collect(),
+            bytes_by_codec: codecs
+                .used()
+                .map(|(codec, _, bytes)| (codec.name().into(), bytes))
+                .collect(),
             precopy_rounds: self.machine.rounds(),
             remaining_pages_at_freeze: self.remaining_at_freeze,
             device_state_bytes: self.device_state_bytes,
@@ -484,7 +490,7 @@ impl Session {
             duplicate_pages: 0,
             fault_latency_us: None,
             round_trip_ms: stats.min_rtt_us as f64 / 1e3,
-            tracker: self.tracker,
+            tracker: self.tracker.map(Into::into),
             phases_ms: self.timeline.parts_ms(),
         }
     }

@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use crate::spec::{Loss, Rate};
+use super::spec::{Loss, Rate};
 
 /// Work is counted in bit-nanoseconds-per-second: a bit is this much, and a link of rate `r` does
 /// `r` of it in a nanosecond. So a whole second of any rate is an integer.
