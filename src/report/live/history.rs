@@ -33,12 +33,12 @@ impl History {
         self.points.last().map_or(0, |last| last.1)
     }
 
-    /// Growth per second over the last `window`.
+    /// Growth per second over the last `window`, or since the point before when points are further apart.
     pub fn rate_lately(&self, window: Duration) -> f64 {
         let Some(last) = self.points.last() else { return 0.0 };
         let since = last.0.saturating_sub(window);
-        let first = self.points.iter().rev().take_while(|point| point.0 >= since).last();
-        let first = first.unwrap_or(last);
+        let within = self.points.partition_point(|point| point.0 <= since);
+        let first = self.points[within.saturating_sub(1)];
         let seconds = (last.0 - first.0).as_secs_f64();
         if seconds > 0.0 { (last.1 - first.1) as f64 / seconds } else { 0.0 }
     }
@@ -94,7 +94,9 @@ mod tests {
         history.add(at(5), 9);
         assert_eq!(history.last(), 5);
         history.add(at(30), 5);
-        assert_eq!(history.rate_lately(at(100)), 0.0);
+        assert_eq!(history.rate_lately(at(15)), 0.0);
+        history.add(at(1030), 7);
+        assert_eq!(history.rate_lately(at(15)), 2.0);
     }
 
     #[test]

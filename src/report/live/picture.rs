@@ -11,6 +11,7 @@ use crate::units::{format_bytes, format_rate};
 /// Lines beside those of the map.
 pub(super) const OTHER_LINES: usize = 9;
 
+const STOP_MARK: char = '│';
 const LEVELS: [char; 8] = ['▁', '▂', '▃', '▄', '▅', '▆', '▇', '█'];
 /// In front of a sparkline: what it is and its rate now.
 const LABEL_COLUMNS: usize = 24;
@@ -91,7 +92,8 @@ fn legend(live: &Live) -> String {
     format!(" destination:  {}", entries.collect::<Vec<_>>().join("   "))
 }
 
-/// The guest's own throughput, in the colour of the host that it runs on.
+/// The guest's own throughput, in the colour of the host that it runs on. The moment at which it was
+/// stopped is marked, since a good pause is shorter than a column.
 fn guest(live: &Live, now: Duration, columns: usize) -> String {
     let rates = live.guest.rates(columns, now);
     let most = rates.iter().copied().fold(1.0, f64::max);
@@ -100,7 +102,7 @@ fn guest(live: &Live, now: Duration, columns: usize) -> String {
     };
     let (stopped, ran_again) = (live.stopped.map(column_of), live.ran_again.map(column_of));
     let bars = rates.iter().enumerate().map(|(column, rate)| {
-        let bar = level(*rate, most);
+        let bar = if stopped == Some(column) { STOP_MARK } else { level(*rate, most) };
         let colour = match (stopped, ran_again) {
             (Some(from), _) if column < from => style().cyan(),
             (Some(_), Some(to)) if column > to => style().green(),
@@ -168,7 +170,10 @@ mod tests {
         assert!(lines.iter().any(|line| line.trim() == "▒".repeat(40)));
         assert!(lines.iter().any(|line| line.contains("mapped 75 %")));
         let guest = lines.iter().find(|line| line.contains("ops/s")).unwrap();
-        assert!(guest.contains("████████  ████████ at the destination"), "{guest:?}");
+        assert!(
+            guest.contains("100 ops/s    ████████│ ██████ at the destination"),
+            "{guest:?}"
+        );
     }
 
     #[test]
