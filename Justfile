@@ -24,9 +24,9 @@ lint:
 release:
     cargo build --release --workspace --bins
 
-# Moves a guest between two namespaces over an emulated link, and shows what it felt (root)
-demo link="100Mbit,40ms": release
-    target/release/compare --link {{link}} --working-set 128 --methods farfault-hybrid
+# A whole migration of a built-in guest over an emulated slow link, on this machine
+demo *arguments:
+    cargo run --release -- demo {{arguments}}
 
 # farfault's strategies and QEMU's own methods on the same link, as a table (root; 10 minutes)
 compare *arguments: release

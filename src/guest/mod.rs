@@ -39,8 +39,11 @@
 #[cfg(target_arch = "x86_64")]
 pub mod kvm;
 pub mod qemu;
+mod shared;
 pub mod threads;
 pub mod workload;
+
+pub use shared::SharedGuest;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;

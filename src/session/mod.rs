@@ -294,3 +294,6 @@ mod tests {
         assert_eq!(ledger.expect(Version(1), 0), Noted::OutOfTurn);
     }
 }
+
+#[cfg(test)]
+mod moves;

@@ -27,6 +27,9 @@ use crate::wire::message::{
     decode, encode,
 };
 
+/// A round gets so long to notice that the link is closed.
+const ROUND_GRACE: Duration = Duration::from_secs(10);
+
 /// The last message gets so long to reach the destination.
 const FAREWELL_GRACE: Duration = Duration::from_secs(2);
 
@@ -429,6 +432,19 @@ impl Session {
         });
     }
 
+    /// A round that still goes on ends with the link; then its sender comes back.
+    async fn take_sender_back(&mut self) {
+        while self.sender.is_none() {
+            match self.happenings.recv().await {
+                Some(Happened::Round(sender, _) | Happened::Frozen(sender, _)) => {
+                    self.sender = Some(sender);
+                }
+                Some(Happened::Event(_)) => {}
+                None => return,
+            }
+        }
+    }
+
     async fn finish(mut self) -> Report {
         let outcome = self.outcome.take().expect("the loop ends with an outcome");
         self.timeline.enter(MigrationPhase::Done, &self.output);
@@ -444,9 +460,12 @@ impl Session {
         // What was said last must arrive before the link is closed.
         let _ = tokio::time::timeout(FAREWELL_GRACE, self.link.finish()).await;
         self.link.close(u32::from(failure.is_some()), goodbye).await;
-        self.tasks.shutdown().await;
-        // Ends the tracking of the guest's writes.
+        // Ends the tracking of the guest's writes, which must not outlive the migration.
+        if tokio::time::timeout(ROUND_GRACE, self.take_sender_back()).await.is_err() {
+            tracing::warn!("a pre-copy round did not end: the guest's writes are still followed");
+        }
         self.sender = None;
+        self.tasks.shutdown().await;
         if let Some(failure) = &failure {
             self.output.error(failure);
         }

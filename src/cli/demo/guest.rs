@@ -1,6 +1,5 @@
-//! The demo's guests: which one, and one that a session and the demo can use together.
+//! The demo's guests: which one, and whether it is whole.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use clap::ValueEnum;
@@ -11,9 +10,9 @@ use crate::engine::Failure;
 #[cfg(target_arch = "x86_64")]
 use crate::guest::kvm::{self, KvmGuest};
 use crate::guest::threads::ThreadsGuest;
-use crate::guest::workload::{GuestPlan, WorkingGuest};
-use crate::guest::{DestinationGuest, GuestError, Shape, SourceGuest};
-use crate::memory::{DirtyTracker, GuestMemory, HostCapabilities, Status, TrackerKind, Userfault};
+use crate::guest::workload::GuestPlan;
+use crate::guest::{GuestError, SharedGuest, SourceGuest};
+use crate::memory::{HostCapabilities, Status};
 
 /// A KVM that checks fewer pages a second than this is an emulated one: hardware does millions.
 const NATIVE_PAGES_PER_S: u64 = 100_000;
@@ -118,17 +117,10 @@ pub(super) fn check_host() -> Result<(), Failure> {
     ))
 }
 
-/// A guest of the demo: the session moves it, and the demo looks at it meanwhile.
-#[derive(Clone)]
-pub(super) struct SharedGuest {
-    guest: Arc<Mutex<Box<dyn WorkingGuest>>>,
-    shape: Shape,
-}
-
-impl SharedGuest {
-    /// A running one.
-    pub(super) fn boot(kind: GuestKind, plan: &GuestPlan) -> Result<Self, GuestError> {
-        let mut guest = Self::new(match kind {
+impl GuestKind {
+    /// A running guest.
+    pub(super) fn boot(self, plan: &GuestPlan) -> Result<SharedGuest, GuestError> {
+        let mut guest = SharedGuest::new(match self {
             #[cfg(target_arch = "x86_64")]
             GuestKind::Kvm => Box::new(KvmGuest::boot(plan)?),
             #[cfg(not(target_arch = "x86_64"))]
@@ -139,9 +131,9 @@ impl SharedGuest {
         Ok(guest)
     }
 
-    /// An empty one.
-    pub(super) fn await_arrival(kind: GuestKind, plan: &GuestPlan) -> Result<Self, GuestError> {
-        Ok(Self::new(match kind {
+    /// An empty guest.
+    pub(super) fn await_arrival(self, plan: &GuestPlan) -> Result<SharedGuest, GuestError> {
+        Ok(SharedGuest::new(match self {
             #[cfg(target_arch = "x86_64")]
             GuestKind::Kvm => Box::new(KvmGuest::await_arrival(plan)?),
             #[cfg(not(target_arch = "x86_64"))]
@@ -149,106 +141,31 @@ impl SharedGuest {
             GuestKind::Threads => Box::new(ThreadsGuest::await_arrival(plan)?),
         }))
     }
+}
 
-    fn new(guest: Box<dyn WorkingGuest>) -> Self {
-        let shape = SourceGuest::shape(&*guest).clone();
-        SharedGuest { guest: Arc::new(Mutex::new(guest)), shape }
-    }
-
-    fn guest(&self) -> MutexGuard<'_, Box<dyn WorkingGuest>> {
-        self.guest.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Operations so far; `None` while the session is busy with the guest.
-    pub(super) fn ops(&self) -> Option<u64> {
-        Some(self.guest.try_lock().ok()?.status().ops)
-    }
-
-    /// Lets the running guest check all its pages. Ends when it has, or when it has stopped by itself.
-    pub(super) async fn verify(&self) -> Result<Verified, Failure> {
-        let pages = {
-            let guest = self.guest();
-            guest.verify_all();
-            guest.still_to_verify()
-        };
-        loop {
-            {
-                let guest = self.guest();
-                if let Some(failure) = guest.failure() {
-                    return Err(Failure::plain(format!("the guest has stopped: {failure}")));
-                }
-                if guest.still_to_verify() == 0 {
-                    let status = guest.status();
-                    return Ok(Verified {
-                        pages,
-                        wrong_pages: status.wrong_pages,
-                        first_wrong_page: (status.wrong_pages > 0)
-                            .then_some(status.first_wrong_page),
-                    });
-                }
+/// Lets the running guest check all its pages. Ends when it has, or when it has stopped by itself.
+pub(super) async fn verify(guest: &SharedGuest) -> Result<Verified, Failure> {
+    let pages = {
+        let guest = guest.lock();
+        guest.verify_all();
+        guest.still_to_verify()
+    };
+    loop {
+        {
+            let guest = guest.lock();
+            if let Some(failure) = guest.failure() {
+                return Err(Failure::plain(format!("the guest has stopped: {failure}")));
             }
-            tokio::time::sleep(Duration::from_millis(20)).await;
+            if guest.still_to_verify() == 0 {
+                let status = guest.status();
+                return Ok(Verified {
+                    pages,
+                    wrong_pages: status.wrong_pages,
+                    first_wrong_page: (status.wrong_pages > 0).then_some(status.first_wrong_page),
+                });
+            }
         }
-    }
-}
-
-impl SourceGuest for SharedGuest {
-    fn shape(&self) -> &Shape {
-        &self.shape
-    }
-
-    fn memory(&self) -> Arc<GuestMemory> {
-        SourceGuest::memory(&**self.guest())
-    }
-
-    fn track(&mut self, kind: TrackerKind) -> Result<Box<dyn DirtyTracker>, GuestError> {
-        self.guest().track(kind)
-    }
-
-    fn pause(&mut self) -> Result<(), GuestError> {
-        self.guest().pause()
-    }
-
-    fn save_device_state(&mut self) -> Result<Vec<u8>, GuestError> {
-        self.guest().save_device_state()
-    }
-
-    fn resume(&mut self) -> Result<(), GuestError> {
-        self.guest().resume()
-    }
-
-    fn release(&mut self, quit: bool) -> Result<(), GuestError> {
-        SourceGuest::release(&mut **self.guest(), quit)
-    }
-}
-
-impl DestinationGuest for SharedGuest {
-    fn shape(&self) -> &Shape {
-        &self.shape
-    }
-
-    fn memory(&self) -> Arc<GuestMemory> {
-        DestinationGuest::memory(&**self.guest())
-    }
-
-    fn userfault(&mut self) -> Result<Userfault, GuestError> {
-        self.guest().userfault()
-    }
-
-    fn load_device_state(&mut self, state: &[u8]) -> Result<(), GuestError> {
-        self.guest().load_device_state(state)
-    }
-
-    fn run(&mut self) -> Result<(), GuestError> {
-        self.guest().run()
-    }
-
-    fn release(&mut self) -> Result<(), GuestError> {
-        DestinationGuest::release(&mut **self.guest())
-    }
-
-    fn discard(&mut self) -> Result<(), GuestError> {
-        self.guest().discard()
+        tokio::time::sleep(Duration::from_millis(20)).await;
     }
 }
 

@@ -10,11 +10,13 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use serde::Serialize;
 use tokio::sync::mpsc;
 
-use super::guest::SharedGuest;
+use super::guest::verify;
 use super::protocol::{Method, Order, SideEvent, SideSettings};
 use crate::engine::Failure;
 use crate::engine::policy::SwitchoverPolicy;
 use crate::engine::source::{SourceConfig, SourceTimeouts};
+use crate::guest::SharedGuest;
+use crate::guest::workload::GuestStatus;
 use crate::lab::relay::MAX_DATAGRAM_BYTES;
 use crate::memory::{PageTable, TrackerKind};
 use crate::report::{MemoryMap, Output, Role};
@@ -83,13 +85,13 @@ impl Side {
         let (kind, plan) = (self.settings.kind, &self.settings.plan);
         let guest = match self.settings.role {
             Role::Source => {
-                let guest = SharedGuest::boot(kind, plan)?;
+                let guest = kind.boot(plan)?;
                 emit(&SideEvent::Booted);
                 self.sample(&guest);
                 guest
             }
             Role::Destination => {
-                let guest = SharedGuest::await_arrival(kind, plan)?;
+                let guest = kind.await_arrival(plan)?;
                 self.sample(&guest);
                 self.receive(&guest).await?;
                 guest
@@ -98,7 +100,7 @@ impl Side {
         while let Some(order) = orders.recv().await {
             match order {
                 Order::Migrate { ticket, method } => self.send(&guest, &ticket, method).await?,
-                Order::Verify => emit(&SideEvent::Verified(guest.verify().await?)),
+                Order::Verify => emit(&SideEvent::Verified(verify(&guest).await?)),
             }
         }
         std::future::pending().await
@@ -153,7 +155,7 @@ impl Side {
         let cells = self.settings.map_cells;
         thread::spawn(move || {
             for tick in 0u64.. {
-                if let Some(ops) = guest.ops() {
+                if let Some(GuestStatus { ops, .. }) = guest.try_status() {
                     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
                     emit(&SideEvent::Guest { unix_us: now.as_micros() as u64, ops });
                 }

@@ -1,0 +1,288 @@
+//! Whole migrations inside this process: two sessions, a real QUIC link on loopback, built-in guests.
+
+use std::io::Write;
+use std::net::Ipv4Addr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crate::engine::policy::SwitchoverPolicy;
+use crate::engine::source::{SourceConfig, SourceTimeouts};
+#[cfg(target_arch = "x86_64")]
+use crate::guest::kvm::{self, KvmGuest};
+use crate::guest::threads::ThreadsGuest;
+use crate::guest::workload::{GuestPlan, Pattern, WorkingGuest};
+use crate::guest::{SharedGuest, SourceGuest};
+use crate::memory::{HostCapabilities, TrackerKind};
+use crate::report::{MigrationResult, Output, Report};
+use crate::session::destination::{ReceiveOptions, receive};
+use crate::session::source::{SendOptions, send};
+use crate::transport::{Listener, Ticket, TransportOptions};
+use crate::wire::message::{HandoverForm, Strategy};
+
+/// How a guest is moved.
+#[derive(Clone, Copy, Debug)]
+struct Method {
+    strategy: Strategy,
+    handover: HandoverForm,
+    tracker: TrackerKind,
+    bandwidth_bytes_per_s: Option<u64>,
+}
+
+impl Default for Method {
+    fn default() -> Self {
+        Method {
+            strategy: Strategy::Hybrid,
+            handover: HandoverForm::OneFlight,
+            tracker: TrackerKind::Auto,
+            bandwidth_bytes_per_s: None,
+        }
+    }
+}
+
+fn transport(method: Method) -> TransportOptions {
+    TransportOptions {
+        bandwidth_limit_bytes_per_s: method.bandwidth_bytes_per_s,
+        keep_alive_ms: 200,
+        idle_timeout_ms: 2_000,
+        ..TransportOptions::default()
+    }
+}
+
+fn plan(pattern: Pattern, rate: u32, mib: u64, workers: u32) -> GuestPlan {
+    GuestPlan {
+        memory_bytes: mib << 20,
+        used_percent: 80,
+        workers: workers.try_into().expect("at least one worker"),
+        workload: format!("{}:{rate}/s", pattern.name()).parse().expect("a workload"),
+    }
+}
+
+fn can_serve_faults(test: &str) -> bool {
+    let can = HostCapabilities::can_serve_faults();
+    if !can {
+        // Past the harness's capture.
+        let line = format!("\n*** SKIPPED: {test}: this process may not serve page faults ***\n");
+        let _ = std::io::stderr().write_all(line.as_bytes());
+    }
+    can
+}
+
+struct Moved {
+    sent: Report,
+    received: Report,
+}
+
+async fn send_to(
+    source: &SharedGuest,
+    ticket: &Ticket,
+    method: Method,
+    state_dir: &std::path::Path,
+) -> Report {
+    let options = SendOptions {
+        engine: SourceConfig {
+            strategy: method.strategy,
+            handover: method.handover,
+            policy: SwitchoverPolicy {
+                downtime_budget: Duration::from_millis(300),
+                max_rounds: None,
+            },
+            timeouts: SourceTimeouts::default(),
+        },
+        base_cache_bytes: 64 << 20,
+        codecs: None,
+        tracker: method.tracker,
+        state_dir: state_dir.to_owned(),
+        quit_source: false,
+    };
+    let guest = Box::new(source.clone());
+    let output = Arc::new(Output::new(false));
+    send(guest, ticket, &transport(method), options, output).await.expect("the receiver is there")
+}
+
+async fn receive_from(
+    destination: SharedGuest,
+    listener: Listener,
+    ticket: Ticket,
+    state_dir: std::path::PathBuf,
+) -> Report {
+    let options = ReceiveOptions { state_dir, paused: false, page_table: Arc::default() };
+    let (guest, output) = (Box::new(destination), Arc::new(Output::new(false)));
+    let migration = ticket.migration.to_string();
+    receive(guest, &listener, &migration, options, output).await.expect("a sender comes")
+}
+
+fn run_both(source: &SharedGuest, destination: &SharedGuest, method: Method) -> Moved {
+    let directory = tempfile::tempdir().unwrap();
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
+    let moved = runtime.block_on(async {
+        let address = (Ipv4Addr::LOCALHOST, 0).into();
+        let (listener, ticket) = Listener::bind(address, Vec::new(), &transport(method)).unwrap();
+        let state_dir = directory.path().to_owned();
+        let receiving = receive_from(destination.clone(), listener, ticket.clone(), state_dir);
+        let receiving = tokio::spawn(receiving);
+        let sent = send_to(source, &ticket, method, directory.path()).await;
+        Moved { sent, received: receiving.await.unwrap() }
+    });
+    let left: Vec<_> = std::fs::read_dir(directory.path()).unwrap().collect();
+    assert!(left.is_empty(), "journals of a migration that is over: {left:?}");
+    moved
+}
+
+fn wait_until(what: &str, is_so: impl Fn() -> bool) {
+    let begin = Instant::now();
+    while !is_so() {
+        assert!(begin.elapsed() < Duration::from_secs(60), "waited in vain for {what}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+fn work_for_a_while(guest: &SharedGuest) {
+    let ops = guest.lock().status().ops;
+    wait_until("the guest to work", || guest.lock().status().ops > ops + 10);
+}
+
+fn expect_whole(guest: &SharedGuest) {
+    guest.lock().verify_all();
+    wait_until("the guest to check its pages", || {
+        let guest = guest.lock();
+        assert_eq!(guest.failure(), None);
+        guest.still_to_verify() == 0
+    });
+    let status = guest.lock().status();
+    assert_eq!((status.wrong_pages, status.pages_verified > 0), (0, true), "{status:?}");
+}
+
+/// Moves a guest while it works, and has it check itself where it has come to.
+fn moves_whole(
+    boot: impl Fn(&GuestPlan) -> Box<dyn WorkingGuest>,
+    await_arrival: impl Fn(&GuestPlan) -> Box<dyn WorkingGuest>,
+    plan: &GuestPlan,
+    method: Method,
+) -> Moved {
+    let mut source = SharedGuest::new(boot(plan));
+    source.resume().unwrap();
+    let destination = SharedGuest::new(await_arrival(plan));
+    if plan.workload.pattern != Pattern::Idle {
+        work_for_a_while(&source);
+    }
+    let moved = run_both(&source, &destination, method);
+    assert_eq!(moved.sent.result, MigrationResult::Migrated, "{method:?}");
+    assert_eq!(moved.received.result, MigrationResult::Migrated, "{method:?}");
+    if plan.workload.pattern != Pattern::Idle {
+        work_for_a_while(&destination);
+    }
+    expect_whole(&destination);
+    let stopped = source.lock().status().ops;
+    std::thread::sleep(Duration::from_millis(20));
+    assert_eq!(source.lock().status().ops, stopped, "the guest must not run at both places");
+    moved
+}
+
+fn threads(plan: &GuestPlan) -> Box<dyn WorkingGuest> {
+    Box::new(ThreadsGuest::boot(plan).unwrap())
+}
+
+fn waiting_threads(plan: &GuestPlan) -> Box<dyn WorkingGuest> {
+    Box::new(ThreadsGuest::await_arrival(plan).unwrap())
+}
+
+#[test]
+fn a_guest_of_threads_moves_whole_under_every_workload() {
+    if !can_serve_faults("moves under every workload") {
+        return;
+    }
+    for pattern in Pattern::ALL {
+        moves_whole(threads, waiting_threads, &plan(pattern, 20_000, 32, 2), Method::default());
+    }
+}
+
+#[test]
+fn a_guest_of_threads_moves_whole_by_every_strategy_and_handover() {
+    if !can_serve_faults("moves by every strategy") {
+        return;
+    }
+    let plan = plan(Pattern::Sparse, 5_000, 32, 2);
+    for strategy in [Strategy::Hybrid, Strategy::Precopy, Strategy::Postcopy] {
+        for handover in [HandoverForm::OneFlight, HandoverForm::Strict] {
+            let method = Method { strategy, handover, ..Method::default() };
+            let moved = moves_whole(threads, waiting_threads, &plan, method);
+            assert_eq!(moved.sent.precopy_rounds == 0, strategy == Strategy::Postcopy);
+        }
+    }
+}
+
+#[test]
+fn a_guest_of_threads_moves_whole_with_every_tracker() {
+    if !can_serve_faults("moves with every tracker") {
+        return;
+    }
+    let plan = plan(Pattern::HotCold, 20_000, 32, 2);
+    for tracker in [TrackerKind::WriteProtect, TrackerKind::HashScan] {
+        let method = Method { tracker, ..Method::default() };
+        let moved = moves_whole(threads, waiting_threads, &plan, method);
+        assert_eq!(moved.sent.tracker.map(|name| name.to_string()), Some(tracker.to_string()));
+    }
+}
+
+#[test]
+#[cfg(target_arch = "x86_64")]
+fn a_kvm_guest_moves_whole_by_every_strategy_under_both_kinds_of_tracking() {
+    if let Err(error) = kvm::available() {
+        let line = format!("\n*** SKIPPED: moves of KVM guests: {error} ***\n");
+        let _ = std::io::stderr().write_all(line.as_bytes());
+        return;
+    }
+    let boot = |plan: &GuestPlan| Box::new(KvmGuest::boot(plan).unwrap()) as Box<dyn WorkingGuest>;
+    let arrive = |plan: &GuestPlan| {
+        Box::new(KvmGuest::await_arrival(plan).unwrap()) as Box<dyn WorkingGuest>
+    };
+    let vcpus = [1, 2, 2];
+    let strategies = [Strategy::Hybrid, Strategy::Precopy, Strategy::Postcopy];
+    for (strategy, vcpus) in strategies.into_iter().zip(vcpus) {
+        for tracker in [TrackerKind::Auto, TrackerKind::WriteProtect] {
+            // Small and slow, since KVM may be emulated.
+            let plan = plan(Pattern::Sparse, 200, 4, vcpus);
+            moves_whole(boot, arrive, &plan, Method { strategy, tracker, ..Method::default() });
+        }
+    }
+}
+
+#[test]
+fn a_destination_that_dies_in_precopy_leaves_the_guest_running_and_whole() {
+    if !can_serve_faults("a destination that dies") {
+        return;
+    }
+    let plan = plan(Pattern::Sparse, 20_000, 64, 2);
+    for tracker in [TrackerKind::WriteProtect, TrackerKind::HashScan] {
+        let mut source = SharedGuest::new(threads(&plan));
+        source.resume().unwrap();
+        let destination = SharedGuest::new(waiting_threads(&plan));
+        let directory = tempfile::tempdir().unwrap();
+        // So slow that it is in pre-copy for a while.
+        let method = Method { tracker, bandwidth_bytes_per_s: Some(1 << 20), ..Method::default() };
+        let runtime = || tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
+        let (doomed, own) = (runtime(), runtime());
+        let (listener, ticket) = {
+            let _inside = doomed.enter();
+            let address = (Ipv4Addr::LOCALHOST, 0).into();
+            Listener::bind(address, Vec::new(), &transport(method)).unwrap()
+        };
+        let state_dir = directory.path().to_owned();
+        doomed.spawn(receive_from(destination.clone(), listener, ticket.clone(), state_dir));
+        let killer = std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(1500));
+            // As a process that is killed: nothing is said any more.
+            doomed.shutdown_background();
+        });
+        let report = own.block_on(send_to(&source, &ticket, method, directory.path()));
+        killer.join().unwrap();
+        assert_eq!(report.result, MigrationResult::Stayed);
+        work_for_a_while(&source);
+        expect_whole(&source);
+        // And it can still be moved.
+        let another = SharedGuest::new(waiting_threads(&plan));
+        let moved = run_both(&source, &another, Method { tracker, ..Method::default() });
+        assert_eq!(moved.sent.result, MigrationResult::Migrated);
+        expect_whole(&another);
+    }
+}
