@@ -170,10 +170,7 @@ mod tests {
         assert!(lines.iter().any(|line| line.trim() == "▒".repeat(40)));
         assert!(lines.iter().any(|line| line.contains("mapped 75 %")));
         let guest = lines.iter().find(|line| line.contains("ops/s")).unwrap();
-        assert!(
-            guest.contains("100 ops/s    ████████│ ██████ at the destination"),
-            "{guest:?}"
-        );
+        assert!(guest.contains("100 ops/s    ████████│ ██████ at the destination"), "{guest:?}");
     }
 
     #[test]
