@@ -108,7 +108,7 @@ pub struct Report {
 }
 
 /// As many as fit an ordinary terminal.
-const PHASES_A_LINE: usize = 4;
+const PHASES_A_LINE: usize = 3;
 
 impl Report {
     /// The source's report, with what only the destination knows.
