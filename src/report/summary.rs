@@ -107,6 +107,9 @@ pub struct Report {
     pub phases_ms: BTreeMap<Cow<'static, str>, f64>,
 }
 
+/// As many as fit an ordinary terminal.
+const PHASES_A_LINE: usize = 3;
+
 impl Report {
     /// The source's report, with what only the destination knows.
     #[must_use]
@@ -178,7 +181,11 @@ impl fmt::Display for Report {
             )?;
         }
         row("round trip", format!("{:.1} ms", self.round_trip_ms))?;
-        let parts = self.phases_ms.iter().map(|(name, ms)| format!("{name} {ms:.1}"));
-        row("phases, ms", parts.collect::<Vec<_>>().join(", "))
+        let parts: Vec<String> =
+            self.phases_ms.iter().map(|(name, ms)| format!("{name} {ms:.1}")).collect();
+        for (line, parts) in parts.chunks(PHASES_A_LINE).enumerate() {
+            row(if line == 0 { "phases, ms" } else { "" }, parts.join(", "))?;
+        }
+        Ok(())
     }
 }
