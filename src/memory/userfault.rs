@@ -206,7 +206,13 @@ impl Userfault {
                 Err(other) => return Err(failed("let go of guest RAM", other, region.pages.start)),
             }
         }
-        Ok(())
+        // Unregistering wakes who waits, but before it takes the area away from under those who fault
+        // on it with only that area's lock (Linux 6.4 and later): one who comes in between goes to
+        // sleep with nobody left to wake it. When unregistering has returned, it sleeps for certain.
+        match self.wake(self.pages()) {
+            Err(MemoryError::ProcessGone) => Ok(()),
+            other => other,
+        }
     }
 
     /// All pages that it serves.

@@ -186,6 +186,22 @@ fn waiting_threads(plan: &GuestPlan) -> Box<dyn WorkingGuest> {
     Box::new(ThreadsGuest::await_arrival(plan).unwrap())
 }
 
+type MakeGuest = fn(&GuestPlan) -> Box<dyn WorkingGuest>;
+
+/// How KVM guests are booted and awaited; `None`, loudly, without KVM.
+#[cfg(target_arch = "x86_64")]
+fn kvm_guests(test: &str) -> Option<(MakeGuest, MakeGuest)> {
+    if let Err(error) = kvm::available() {
+        let line = format!("\n*** SKIPPED: {test}: {error} ***\n");
+        let _ = std::io::stderr().write_all(line.as_bytes());
+        return None;
+    }
+    Some((
+        |plan| Box::new(KvmGuest::boot(plan).unwrap()),
+        |plan| Box::new(KvmGuest::await_arrival(plan).unwrap()),
+    ))
+}
+
 #[test]
 fn a_guest_of_threads_moves_whole_under_every_workload() {
     if !can_serve_faults("moves under every workload") {
@@ -227,15 +243,7 @@ fn a_guest_of_threads_moves_whole_with_every_tracker() {
 #[test]
 #[cfg(target_arch = "x86_64")]
 fn a_kvm_guest_moves_whole_by_every_strategy_under_both_kinds_of_tracking() {
-    if let Err(error) = kvm::available() {
-        let line = format!("\n*** SKIPPED: moves of KVM guests: {error} ***\n");
-        let _ = std::io::stderr().write_all(line.as_bytes());
-        return;
-    }
-    let boot = |plan: &GuestPlan| Box::new(KvmGuest::boot(plan).unwrap()) as Box<dyn WorkingGuest>;
-    let arrive = |plan: &GuestPlan| {
-        Box::new(KvmGuest::await_arrival(plan).unwrap()) as Box<dyn WorkingGuest>
-    };
+    let Some((boot, arrive)) = kvm_guests("moves of KVM guests") else { return };
     let vcpus = [1, 2, 2];
     let strategies = [Strategy::Hybrid, Strategy::Precopy, Strategy::Postcopy];
     for (strategy, vcpus) in strategies.into_iter().zip(vcpus) {
@@ -247,6 +255,43 @@ fn a_kvm_guest_moves_whole_by_every_strategy_under_both_kinds_of_tracking() {
     }
 }
 
+/// The destination's process ends without a word while the guest's pages cross a slow link.
+fn survives_the_destinations_death(
+    boot: impl Fn(&GuestPlan) -> Box<dyn WorkingGuest>,
+    await_arrival: impl Fn(&GuestPlan) -> Box<dyn WorkingGuest>,
+    plan: &GuestPlan,
+    method: Method,
+) {
+    let mut source = SharedGuest::new(boot(plan));
+    source.resume().unwrap();
+    let destination = SharedGuest::new(await_arrival(plan));
+    let directory = tempfile::tempdir().unwrap();
+    let runtime = || tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
+    let (doomed, own) = (runtime(), runtime());
+    let (listener, ticket) = {
+        let _inside = doomed.enter();
+        let address = (Ipv4Addr::LOCALHOST, 0).into();
+        Listener::bind(address, Vec::new(), &transport(method)).unwrap()
+    };
+    let state_dir = directory.path().to_owned();
+    doomed.spawn(receive_from(destination.clone(), listener, ticket.clone(), state_dir));
+    let killer = std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_millis(1500));
+        doomed.shutdown_background();
+    });
+    let report = own.block_on(send_to(&source, &ticket, method, directory.path()));
+    killer.join().unwrap();
+    assert_eq!(report.result, MigrationResult::Stayed);
+    work_for_a_while(&source);
+    expect_whole(&source);
+    // And it can still be moved.
+    let another = SharedGuest::new(await_arrival(plan));
+    let unhurried = Method { bandwidth_bytes_per_s: None, ..method };
+    let moved = run_both(&source, &another, unhurried);
+    assert_eq!(moved.sent.result, MigrationResult::Migrated);
+    expect_whole(&another);
+}
+
 #[test]
 fn a_destination_that_dies_in_precopy_leaves_the_guest_running_and_whole() {
     if !can_serve_faults("a destination that dies") {
@@ -254,35 +299,19 @@ fn a_destination_that_dies_in_precopy_leaves_the_guest_running_and_whole() {
     }
     let plan = plan(Pattern::Sparse, 20_000, 64, 2);
     for tracker in [TrackerKind::WriteProtect, TrackerKind::HashScan] {
-        let mut source = SharedGuest::new(threads(&plan));
-        source.resume().unwrap();
-        let destination = SharedGuest::new(waiting_threads(&plan));
-        let directory = tempfile::tempdir().unwrap();
-        // So slow that it is in pre-copy for a while.
         let method = Method { tracker, bandwidth_bytes_per_s: Some(1 << 20), ..Method::default() };
-        let runtime = || tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
-        let (doomed, own) = (runtime(), runtime());
-        let (listener, ticket) = {
-            let _inside = doomed.enter();
-            let address = (Ipv4Addr::LOCALHOST, 0).into();
-            Listener::bind(address, Vec::new(), &transport(method)).unwrap()
-        };
-        let state_dir = directory.path().to_owned();
-        doomed.spawn(receive_from(destination.clone(), listener, ticket.clone(), state_dir));
-        let killer = std::thread::spawn(move || {
-            std::thread::sleep(Duration::from_millis(1500));
-            // As a process that is killed: nothing is said any more.
-            doomed.shutdown_background();
-        });
-        let report = own.block_on(send_to(&source, &ticket, method, directory.path()));
-        killer.join().unwrap();
-        assert_eq!(report.result, MigrationResult::Stayed);
-        work_for_a_while(&source);
-        expect_whole(&source);
-        // And it can still be moved.
-        let another = SharedGuest::new(waiting_threads(&plan));
-        let moved = run_both(&source, &another, Method { tracker, ..Method::default() });
-        assert_eq!(moved.sent.result, MigrationResult::Migrated);
-        expect_whole(&another);
+        survives_the_destinations_death(threads, waiting_threads, &plan, method);
+    }
+}
+
+#[test]
+#[cfg(target_arch = "x86_64")]
+fn a_destination_that_dies_in_precopy_leaves_a_kvm_guest_running_and_whole() {
+    let Some((boot, arrive)) = kvm_guests("a KVM guest's destination that dies") else { return };
+    for tracker in [TrackerKind::Auto, TrackerKind::WriteProtect] {
+        let plan = plan(Pattern::Sparse, 200, 4, 2);
+        let bandwidth_bytes_per_s = Some(200 << 10);
+        let method = Method { tracker, bandwidth_bytes_per_s, ..Method::default() };
+        survives_the_destinations_death(boot, arrive, &plan, method);
     }
 }
