@@ -323,3 +323,67 @@ fn failed(action: &'static str, source: Errno, page: PageIndex) -> MemoryError {
         source => MemoryError::Userfault { action, source },
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::time::Instant;
+
+    use super::*;
+    use crate::memory::{GuestMapping, GuestMemory, HostCapabilities, RegionLayout};
+
+    const PAGES: u64 = 512;
+    const ROUNDS: u64 = 400;
+
+    /// Threads touch fresh pages all the while, so that some fault in the midst of the release.
+    #[test]
+    fn a_thread_that_faults_while_memory_is_let_go_is_not_left_asleep() {
+        if !HostCapabilities::can_serve_faults() {
+            eprintln!("*** SKIPPED: this process may not serve page faults ***");
+            return;
+        }
+        let size_bytes = PAGES * PAGE_SIZE_BYTES as u64;
+        let region = RegionLayout { name: "ram".to_owned(), size_bytes };
+        let layout = MemoryLayout::new(vec![region]);
+        for round in 0..ROUNDS {
+            let memory = GuestMemory::create(&layout).unwrap();
+            let mapping = Arc::new(GuestMapping::new(&memory).unwrap());
+            let userfault = Arc::new(mapping.userfault().unwrap());
+            let done = Arc::new(AtomicBool::new(false));
+            let server = std::thread::spawn({
+                let (userfault, done) = (userfault.clone(), done.clone());
+                move || {
+                    let mut faults = Vec::new();
+                    while !done.load(Ordering::Relaxed) {
+                        userfault.wait(Duration::from_millis(1), &mut faults).unwrap();
+                        for fault in &faults {
+                            // After the release there is nothing to map into any more.
+                            let _ = userfault.map_zero(fault.page);
+                        }
+                    }
+                }
+            });
+            let touchers: Vec<_> = (0..2)
+                .map(|half| {
+                    let mapping = mapping.clone();
+                    std::thread::spawn(move || {
+                        for page in (0..PAGES).filter(|page| page % 2 == half) {
+                            mapping.page(PageIndex(page))[0].fetch_add(1, Ordering::Relaxed);
+                        }
+                    })
+                })
+                .collect();
+            std::thread::sleep(Duration::from_micros(50 * (round % 40)));
+            userfault.release().unwrap();
+            let begin = Instant::now();
+            while touchers.iter().any(|toucher| !toucher.is_finished()) {
+                assert!(begin.elapsed() < Duration::from_secs(5), "asleep since round {round}");
+                std::thread::sleep(Duration::from_micros(100));
+            }
+            touchers.into_iter().for_each(|toucher| toucher.join().unwrap());
+            done.store(true, Ordering::Relaxed);
+            server.join().unwrap();
+        }
+    }
+}
