@@ -446,9 +446,7 @@ impl Session {
         let path = self.journal.lock().expect("no holder panics").path().to_owned();
         match &outcome {
             DestinationOutcome::Migrated | DestinationOutcome::Refused(_) => {
-                if let Err(error) = std::fs::remove_file(&path) {
-                    tracing::warn!("the journal {} stays behind: {error}", path.display());
-                }
+                self.journal.lock().expect("no holder panics").remove();
             }
             _ => {
                 self.output.note(&format!("the journal of this side is {}", path.display()));

@@ -76,7 +76,7 @@ impl Journal {
     }
 
     /// The migration has ended and nothing is in doubt.
-    pub fn remove(self) {
+    pub fn remove(&self) {
         if let Err(error) = fs::remove_file(&self.path) {
             tracing::warn!("the journal {} stays behind: {error}", self.path.display());
         }
