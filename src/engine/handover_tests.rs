@@ -16,8 +16,10 @@ use super::source::*;
 use super::*;
 use crate::guest::Shape;
 use crate::memory::MemoryLayout;
-use crate::page::Version;
-use crate::wire::message::{HandoverForm, PROTOCOL, Strategy, ToDestination, ToSource};
+use crate::page::{PageIndex, Version};
+use crate::wire::message::{
+    HandoverForm, MAX_REJECTED_PAGES, PROTOCOL, Strategy, ToDestination, ToSource,
+};
 
 fn shape() -> Box<Shape> {
     Box::new(Shape {
@@ -369,6 +371,19 @@ fn a_destination_that_falls_silent_is_given_up_at_the_deadline() {
     world.source.handle(deadline, SourceEvent::Tick);
     assert!(matches!(world.source.poll(), Some(SourceAction::Send(ToDestination::Abort { .. }))));
     assert_eq!(world.source.poll(), Some(SourceAction::ResumeGuest));
+}
+
+#[test]
+fn a_destination_that_rejects_more_than_damage_explains_does_not_get_the_guest() {
+    let mut world = World::new(Strategy::Hybrid, HandoverForm::OneFlight, 0);
+    world.tell_source(SourceEvent::Message(ToSource::Prepared));
+    let sent = world.source_answers.pop_back().unwrap();
+    world.tell_source(sent);
+    let rejected = (0..=MAX_REJECTED_PAGES as u64).map(PageIndex).collect();
+    let ack = ToSource::RoundAck { round: Version(1), rejected };
+    world.tell_source(SourceEvent::Message(ack));
+    assert!(matches!(world.source_end, Some(SourceOutcome::Stayed(_))));
+    assert!(world.runs_at_source);
 }
 
 #[test]

@@ -17,7 +17,9 @@ use serde::{Deserialize, Serialize};
 use super::policy::{Next, RoundSummary, SwitchoverPolicy};
 use super::{Failure, MigrationPhase};
 use crate::page::Version;
-use crate::wire::message::{HandoverForm, RunWhen, Strategy, ToDestination, ToSource};
+use crate::wire::message::{
+    HandoverForm, MAX_REJECTED_PAGES, RunWhen, Strategy, ToDestination, ToSource,
+};
 
 /// Longest time for each wait for the other side; generous, since a busy host swaps.
 #[derive(Clone, Copy, Debug)]
@@ -301,6 +303,15 @@ impl SourceMachine {
             (ToSource::RoundAck { round, rejected }, State::Draining(sent, summary))
                 if round == sent =>
             {
+                if rejected.len() > MAX_REJECTED_PAGES {
+                    let text = format!(
+                        "the destination rejected {} pages of a round, more than damage explains",
+                        rejected.len()
+                    );
+                    let hint = "the link, the memory or the farfault of one host is broken; the \
+                                guest runs on here";
+                    return self.fail(Failure::new(text, hint), true);
+                }
                 let rejected_pages = rejected.len() as u64;
                 if !rejected.is_empty() {
                     self.act(SourceAction::ForgetPages(rejected));

@@ -207,7 +207,7 @@ impl Userfault {
             }
         }
         // Unregistering wakes who waits, but before it takes the area away from under those who fault
-        // on it with only that area's lock (Linux 6.4 and later): one who comes in between goes to
+        // on it with only that area's lock (seen on Linux 6.18): one who comes in between goes to
         // sleep with nobody left to wake it. When unregistering has returned, it sleeps for certain.
         match self.wake(self.pages()) {
             Err(MemoryError::ProcessGone) => Ok(()),
