@@ -7,6 +7,7 @@
 //! * [`source`] and [`destination`]: the handover, one machine for each end. Their rule: the guest
 //!   never runs at two places, and before the journalled decision every failure lets it run on at
 //!   the source.
+//! * [`heat`]: which pages the guest writes to again and again.
 //! * [`precopy`]: which pages a pre-copy round still has to send.
 //! * [`pusher`]: which page goes next after the switchover.
 //! * [`policy`]: when to stop pre-copy.
@@ -14,6 +15,7 @@
 use serde::{Deserialize, Serialize};
 
 pub mod destination;
+pub mod heat;
 pub mod policy;
 pub mod precopy;
 pub mod pusher;

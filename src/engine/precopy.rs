@@ -4,6 +4,7 @@
 //! collected from the tracker, so that a page which was dirtied since the round began but before its
 //! turn is sent once, not twice.
 
+use super::heat::Heat;
 use crate::page::{PageIndex, PageRange, PageSet};
 
 /// Pages looked at in one go: 4 MiB of guest memory.
@@ -18,6 +19,7 @@ pub struct PrecopyPlan {
     dirty: PageSet,
     /// Sent at least once.
     sent: PageSet,
+    heat: Heat,
     cursor: u64,
 }
 
@@ -28,6 +30,7 @@ impl PrecopyPlan {
             todo: PageSet::empty(pages),
             dirty: PageSet::empty(pages),
             sent: PageSet::empty(pages),
+            heat: Heat::new(pages),
             cursor: 0,
         }
     }
@@ -51,6 +54,16 @@ impl PrecopyPlan {
         let end = (start + CHUNK_PAGES).min(self.todo.pages());
         self.cursor = end;
         Some(PageRange::new(start.max(first.0), end))
+    }
+
+    /// A round is sent and the writes since then are collected: notes which pages are dirty again.
+    pub fn end_round(&mut self) {
+        self.heat.end_round(&self.dirty);
+    }
+
+    /// How hot each page is, as of the last [`Self::end_round`].
+    pub fn heat(&self) -> &Heat {
+        &self.heat
     }
 
     /// Where the tracker's findings go.
@@ -206,5 +219,8 @@ mod tests {
         assert_eq!(plan.left_in_round(), 0);
         plan.begin_round();
         assert_eq!(plan.next_chunk(), None);
+        plan.dirty_mut().insert(PageIndex(7));
+        plan.end_round();
+        assert_eq!((plan.heat().of(PageIndex(7)), plan.heat().of(PageIndex(8))), (128, 0));
     }
 }

@@ -3,8 +3,12 @@
 //! The guest's RAM at the source is frozen, so a page is sent once, either because a guest thread
 //! waits for it or in the pusher's order. That order is "bubbling" (Hines and Gopalan, VEE 2009): the
 //! pusher goes on from where the guest last faulted, since the pages behind a fault are the likeliest
-//! next ones, and wraps around.
+//! next ones, and wraps around. Until the first fault it starts where the guest has written most lately
+//! and most often.
 
+use std::cmp::Reverse;
+
+use super::heat::Heat;
 use crate::page::{PageIndex, PageSet};
 
 /// Pages around a fault that are sent along with it: an aligned window of 64 KiB.
@@ -20,8 +24,11 @@ pub struct Pusher {
 
 impl Pusher {
     /// Everything in `need` is still to be sent.
-    pub fn new(need: PageSet) -> Self {
-        Pusher { unsent: need.clone(), need, cursor: PageIndex(0) }
+    pub fn new(need: PageSet, heat: &Heat) -> Self {
+        let warm = heat.warm_chunks().flat_map(|chunk| chunk.pages());
+        let hottest =
+            warm.filter(|page| need.contains(*page)).min_by_key(|page| Reverse(heat.of(*page)));
+        Pusher { unsent: need.clone(), need, cursor: hottest.unwrap_or(PageIndex(0)) }
     }
 
     /// Pages not sent yet.
@@ -79,7 +86,7 @@ mod tests {
 
     #[test]
     fn goes_on_from_the_last_fault_and_wraps_around() {
-        let mut pusher = Pusher::new(PageSet::full(100));
+        let mut pusher = Pusher::new(PageSet::full(100), &Heat::new(100));
         assert!(pusher.request(PageIndex(50)));
         let mut pages = Vec::new();
         pusher.take(3, &mut pages);
@@ -92,8 +99,20 @@ mod tests {
     }
 
     #[test]
+    fn starts_where_the_guest_writes_most() {
+        let mut heat = Heat::new(100);
+        let (mut dirty, mut pages) = (PageSet::empty(100), Vec::new());
+        dirty.insert(PageIndex(70));
+        heat.end_round(&dirty);
+        dirty.insert(PageIndex(20));
+        heat.end_round(&dirty);
+        Pusher::new(PageSet::full(100), &heat).take(2, &mut pages);
+        assert_eq!(pages, [70, 71].map(PageIndex));
+    }
+
+    #[test]
     fn a_page_that_was_never_needed_is_not_sent() {
-        let mut pusher = Pusher::new(PageSet::empty(10));
+        let mut pusher = Pusher::new(PageSet::empty(10), &Heat::new(10));
         assert!(!pusher.request(PageIndex(3)));
         assert!(!pusher.request(PageIndex(1 << 40)));
     }
@@ -109,7 +128,7 @@ mod tests {
             for page in skip {
                 need.remove(PageIndex(page % pages));
             }
-            let mut pusher = Pusher::new(need.clone());
+            let mut pusher = Pusher::new(need.clone(), &Heat::new(pages));
             let mut sent = PageSet::empty(pages);
             let mut faults = faults.into_iter();
             let mut batch = Vec::new();

@@ -8,6 +8,7 @@ use bytes::Bytes;
 
 use super::reader::{BATCH_PAGES, PageReader, is_full};
 use crate::codec::BaseCache;
+use crate::engine::heat::Heat;
 use crate::engine::precopy::Remainder;
 use crate::engine::pusher::Pusher;
 use crate::memory::GuestMemory;
@@ -33,11 +34,12 @@ impl FrozenPages {
         bases: BaseCache,
         version: Version,
         remainder: Remainder,
+        heat: &Heat,
         counters: Arc<Counters>,
     ) -> Self {
         let Remainder { need, zero } = remainder;
         counters.remaining_pages.store(need.len(), Ordering::Relaxed);
-        let pusher = Mutex::new(Pusher::new(need.clone()));
+        let pusher = Mutex::new(Pusher::new(need.clone(), heat));
         let requested = AtomicU64::new(0);
         FrozenPages { memory, bases, version, zero, need, pusher, counters, requested }
     }

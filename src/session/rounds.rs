@@ -131,6 +131,7 @@ impl RoundSender {
         }
         outgoing.send(&mut self.reader);
         self.collect(PageRange::new(0, self.memory.pages()))?;
+        self.plan.end_round();
         self.tell_remaining();
         summary.messages = outgoing.sent;
         summary.duration = begin.elapsed();
@@ -148,7 +149,7 @@ impl RoundSender {
         let remainder = self.plan.remainder(&populated);
         let bases = std::mem::replace(&mut self.bases, BaseCache::new(0, self.memory.pages()));
         let (memory, counters) = (self.memory.clone(), self.counters.clone());
-        Ok(FrozenPages::new(memory, bases, version, remainder, counters))
+        Ok(FrozenPages::new(memory, bases, version, remainder, self.plan.heat(), counters))
     }
 
     fn collect(&mut self, range: PageRange) -> Result<(), MemoryError> {
