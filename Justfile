@@ -44,9 +44,10 @@ guest:
 bench *arguments:
     cargo bench {{arguments}}
 
-# Fuzzes what the network can say (needs cargo-fuzz and a nightly toolchain)
+# Fuzzes a target of fuzz/ until Ctrl-C (needs cargo-fuzz and a nightly toolchain)
 fuzz target *arguments:
-    cargo +nightly fuzz run {{target}} {{arguments}}
+    mkdir -p fuzz/corpus/{{target}}
+    cargo +nightly fuzz run {{target}} fuzz/corpus/{{target}} fuzz/seeds/{{target}} -- {{arguments}}
 
 # Documentation, as HTML
 doc:

@@ -67,6 +67,8 @@
 pub mod cli;
 pub mod codec;
 pub mod engine;
+#[cfg(test)]
+mod fuzz_cases;
 pub mod guest;
 pub mod lab;
 pub mod memory;

@@ -1,4 +1,6 @@
 //! Any bytes as page frames: parsing, checking, decoding.
 #![no_main]
 
-libfuzzer_sys::fuzz_target!(|data: &[u8]| farfault::wire::fuzz::fuzz_frames(data));
+libfuzzer_sys::fuzz_target!(|data: &[u8]| {
+    farfault::wire::fuzz::fuzz_frames(data);
+});

@@ -10,6 +10,8 @@ use crate::report::{MigrationResult, Output, Report};
 
 mod demo;
 mod doctor;
+#[doc(hidden)]
+pub mod fuzz;
 mod receive;
 mod send;
 

@@ -4,6 +4,8 @@
 pub mod adopt;
 mod error;
 mod fault;
+#[doc(hidden)]
+pub mod fuzz;
 mod guest_mapping;
 mod guest_memory;
 mod layout;

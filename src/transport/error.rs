@@ -22,7 +22,7 @@ pub(super) mod close_code {
 const NO_APPLICATION_PROTOCOL: u64 = 0x100 + 120;
 
 /// Longest reason text of a peer that is repeated to the user.
-const MAX_REASON_CHARS: usize = 1_000;
+pub(super) const MAX_REASON_CHARS: usize = 1_000;
 
 /// Why a link can no longer be used, or refused one message.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -122,7 +122,8 @@ impl LinkError {
     }
 }
 
-fn printable(reason: &[u8]) -> String {
+/// What a peer says, for a terminal: short, and without control characters.
+pub(super) fn printable(reason: &[u8]) -> String {
     let text = String::from_utf8_lossy(reason);
     text.chars().filter(|c| !c.is_control()).take(MAX_REASON_CHARS).collect()
 }

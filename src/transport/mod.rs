@@ -16,6 +16,8 @@ mod addresses;
 mod base32;
 mod connect;
 mod error;
+#[doc(hidden)]
+pub mod fuzz;
 mod identity;
 mod incoming;
 mod lanes;

@@ -1,11 +1,17 @@
 //! Entry points for fuzzing, shared by the tests here and the targets in `fuzz/`: anything that the
-//! network can say as a page frame.
+//! network can say as a page frame or a message. Each tells whether it was accepted.
+
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 
 use super::limits::MAX_PAGES_PER_FRAME;
+use super::message::{FaultRequest, Flight, PackedSet, ToDestination, ToSource, decode, encode};
 use super::{DecodeScratch, DecodedPage, Frame};
 use crate::codec::delta::{LineMask, PackedDeltas, WordMask};
 use crate::codec::pack::Decompressor;
 use crate::codec::{CodecId, Content, Packing, xbzrle};
+use crate::guest::Shape;
+use crate::memory::MemoryLayout;
 use crate::page::{PAGE_SIZE_BYTES, PageBytes};
 
 /// Pages of the guest that the frames are read for.
@@ -16,7 +22,7 @@ pub const GUEST_PAGES: u64 = 10_000;
 ///
 /// # Panics
 /// When a frame that was accepted names pages that do not ascend or that the guest does not have.
-pub fn fuzz_frames(data: &[u8]) {
+pub fn fuzz_frames(data: &[u8]) -> bool {
     let mut scratch = DecodeScratch::default();
     let mut rest = data;
     while let Ok((frame, left)) = Frame::parse(rest, GUEST_PAGES) {
@@ -41,18 +47,19 @@ pub fn fuzz_frames(data: &[u8]) {
             }
         }
     }
+    rest.is_empty() && !data.is_empty()
 }
 
 /// Decodes `data` as the body of a frame, by each codec: the first three bytes choose the sizes that a
 /// header would announce. A checksum keeps nearly all of this out of [`fuzz_frames`].
-pub fn fuzz_bodies(data: &[u8]) {
-    let Some((&[pages, low, high], body)) = data.split_first_chunk() else { return };
+pub fn fuzz_bodies(data: &[u8]) -> bool {
+    let Some((&[pages, low, high], body)) = data.split_first_chunk() else { return false };
     let pages = usize::from(pages) % MAX_PAGES_PER_FRAME + 1;
     let words =
         usize::from(u16::from_le_bytes([low, high])) % (pages * WordMask::UNITS_PER_PAGE + 1);
     let mut plain = vec![0; pages * WordMask::BYTES + words * WordMask::UNIT_BYTES];
     let mut decompressor = Decompressor::default();
-    apply_deltas(body, pages);
+    let mut accepted = apply_deltas(body, pages);
     for codec in CodecId::ALL {
         let unpacked = match codec.packing() {
             Packing::Plain => continue,
@@ -65,22 +72,74 @@ pub fn fuzz_bodies(data: &[u8]) {
             Packing::Lz4 | Packing::Zstd => decompressor.unpack(codec, body, &mut plain),
         };
         if unpacked.is_ok() {
-            apply_deltas(&plain, pages);
+            accepted |= apply_deltas(&plain, pages);
         }
     }
-    let _ = xbzrle::decode(body, &mut [0; PAGE_SIZE_BYTES]);
+    accepted | xbzrle::decode(body, &mut [0; PAGE_SIZE_BYTES]).is_some()
 }
 
-fn apply_deltas(packed: &[u8], pages: usize) {
+fn apply_deltas(packed: &[u8], pages: usize) -> bool {
     let mut page = [0; PAGE_SIZE_BYTES];
+    let mut accepted = false;
     if let Ok(deltas) =
         PackedDeltas::<{ WordMask::BYTES }, { WordMask::UNIT_BYTES }>::parse(packed, pages)
     {
         deltas.iter().for_each(|delta| delta.apply(&mut page));
+        accepted = true;
     }
     if let Ok(deltas) =
         PackedDeltas::<{ LineMask::BYTES }, { LineMask::UNIT_BYTES }>::parse(packed, pages)
     {
         deltas.iter().for_each(|delta| delta.apply(&mut page));
+        accepted = true;
+    }
+    accepted
+}
+
+/// Reads `data` as each kind of message, and takes out of it what a session would.
+///
+/// # Panics
+/// When a message that was accepted is another one after it was written and read again, or when more
+/// comes out of it than the guest has.
+pub fn fuzz_messages(data: &[u8]) -> bool {
+    let to_destination: Option<ToDestination> = accepted(data);
+    let to_source: Option<ToSource> = accepted(data);
+    let request: Option<FaultRequest> = accepted(data);
+    let flight: Option<Flight> = accepted(data);
+    if let Some(ToDestination::Hello { shape, .. }) = &to_destination {
+        let here = Shape {
+            monitor: "here".to_owned(),
+            memory: MemoryLayout::new(Vec::new()),
+            properties: Default::default(),
+        };
+        assert!(!shape.differences(&here).is_empty() || **shape == here);
+    }
+    if let Some(flight) = &flight {
+        let sets = [&flight.need, &flight.zero];
+        sets.into_iter().for_each(unpack);
+        let _ = flight.device_state.unpack(STATE_LIMIT_BYTES);
+    }
+    to_destination.is_some() || to_source.is_some() || request.is_some() || flight.is_some()
+}
+
+/// A device state is read up to here, so that a fuzzer with little memory does not stop at what is allowed.
+const STATE_LIMIT_BYTES: u64 = 1 << 20;
+
+fn unpack(set: &PackedSet) {
+    for guest_pages in [1, 64, 1000, GUEST_PAGES] {
+        if let Ok(pages) = set.unpack(guest_pages) {
+            assert!(pages.len() <= guest_pages);
+            assert!(pages.iter().all(|page| page.0 < guest_pages));
+        }
     }
 }
+
+fn accepted<M: DeserializeOwned + Serialize + PartialEq>(data: &[u8]) -> Option<M> {
+    let message: M = decode(data).ok()?;
+    let again: M = decode(&encode(&message)).expect("what was encoded here is a message");
+    assert!(again == message, "a message is another one after it was written and read again");
+    Some(message)
+}
+
+#[cfg(test)]
+mod tests;

@@ -16,6 +16,8 @@ mod commands;
 mod destination;
 mod device_state;
 mod discover;
+#[doc(hidden)]
+pub mod fuzz;
 mod guards;
 mod process;
 mod qmp;

@@ -195,7 +195,11 @@ pub(super) struct Qmp {
 impl Qmp {
     /// Connects and leaves the greeting phase.
     pub(super) fn connect(path: &Path) -> Result<Self, QmpError> {
-        let socket = open(path)?;
+        Self::greeted(open(path)?, path)
+    }
+
+    /// Leaves the greeting phase on a socket that was connected to `path`.
+    pub(super) fn greeted(socket: UnixStream, path: &Path) -> Result<Self, QmpError> {
         let mut qmp = Qmp {
             socket,
             partial: Vec::new(),

@@ -293,5 +293,10 @@ fn into_uffd(descriptor: OwnedFd) -> Uffd {
     unsafe { Uffd::from_raw_fd(descriptor.into_raw_fd()) }
 }
 
+/// For fuzzing: whether `text` could be what the kernel says of a process.
+pub(super) fn reads_as_proc(text: &str) -> bool {
+    maps::parse(text).is_ok() | threads::parse_stat(text).is_some()
+}
+
 #[cfg(test)]
 mod tests;
