@@ -159,6 +159,7 @@ fn migrate(
     let all = PageRange::new(0, from.pages());
     let mut tracker = source.track(TrackerKind::WriteProtect)?;
     tracker.arm()?;
+    // This guest gives no page back, so nobody need be told what is sent: see `ReadWitness`.
     let userfault = destination.userfault()?;
 
     // Pre-copy: the guest runs on meanwhile, so what it writes is missing again.

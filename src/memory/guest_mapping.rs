@@ -108,7 +108,7 @@ impl GuestMapping {
 }
 
 /// A userfaultfd of this process, past `UFFDIO_API`.
-fn own_uffd(features: FeatureFlags) -> Result<Uffd, MemoryError> {
+pub(super) fn own_uffd(features: FeatureFlags) -> Result<Uffd, MemoryError> {
     let fd = sys::own_userfaultfd().map_err(|source| MemoryError::Userfault {
         action: "make one for this process",
         source: Errno::from_raw(source.raw_os_error().unwrap_or(0)),

@@ -37,7 +37,7 @@ pub struct RegionBacking {
     pub file_offset_bytes: u64,
 }
 
-/// farfault's shared mapping of all RAM regions of a guest.
+/// farfault's mapping of all RAM regions of a guest.
 ///
 /// The guest's threads, in this process or in another, read and write the same memory at any time,
 /// so no Rust reference to it is ever formed. Reads go word by word through relaxed atomics: that
@@ -205,6 +205,19 @@ impl GuestMemory {
         Ok(())
     }
 
+    /// Where the regions are in this process, in layout order.
+    pub(super) fn addresses(&self) -> Vec<u64> {
+        self.regions.iter().map(|region| region.map.as_ptr() as u64).collect()
+    }
+
+    /// Asks the kernel to map the alias in small pages only (before Linux 6.12 it may do otherwise).
+    pub(super) fn avoid_huge_pages(&self) {
+        for region in &self.regions {
+            // A kernel that refuses this advice has no huge pages.
+            let _ = region.map.advise(Advice::NoHugePage);
+        }
+    }
+
     /// The regions' files, duplicated, in layout order: for a guest inside this process to make its
     /// own mapping of them.
     pub fn region_files(&self) -> Result<Vec<RegionBacking>, MemoryError> {
@@ -253,7 +266,10 @@ impl Region {
         let mut options = MmapOptions::new();
         options.offset(file_offset_bytes).len(size_bytes as usize);
         let map = match access {
-            Access::ReadOnly => options.map_raw_read_only(&file),
+            // A private mapping that is never written shows the pages of the file, as a shared one does.
+            // But where the file is open for reading only, a userfaultfd can watch no shared one.
+            // SAFETY: the mapping is used through its raw pointer alone.
+            Access::ReadOnly => unsafe { options.map_copy_read_only(&file) }.map(MmapRaw::from),
             Access::ReadWrite => options.map_raw(&file),
         };
         let map = map.map_err(|e| fail("map its file", e))?;

@@ -155,7 +155,8 @@ fn try_pagemap_scan() -> io::Result<()> {
     let local = 0u8;
     let page = &raw const local as u64 & !0xfff;
     let mut found = [sys::ScannedRegion::default()];
-    sys::pagemap_scan(pagemap.as_fd(), page, page + 0x1000, false, &mut found)?;
+    let query = sys::PagemapQuery::Written;
+    sys::pagemap_scan(pagemap.as_fd(), page, page + 0x1000, query, &mut found)?;
     Ok(())
 }
 

@@ -58,7 +58,20 @@ pub(crate) struct PagemapScanArguments {
     return_mask: u64,
 }
 
+/// What [`pagemap_scan`] looks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum PagemapQuery {
+    /// Pages that are not write-protected, in an area that a userfaultfd watches.
+    Written,
+    /// The same, and write-protects them in the same step.
+    WrittenToProtect,
+    /// Pages in memory that have an entry of their own in the page table: not by way of a huge page.
+    MappedSingly,
+}
+
 const PAGE_IS_WRITTEN: u64 = 1 << 1;
+const PAGE_IS_PRESENT: u64 = 1 << 3;
+const PAGE_IS_HUGE: u64 = 1 << 6;
 const PM_SCAN_WP_MATCHING: u64 = 1 << 0;
 const PM_SCAN_CHECK_WPASYNC: u64 = 1 << 1;
 
@@ -88,25 +101,33 @@ pub(crate) fn own_userfaultfd() -> io::Result<OwnedFd> {
     }
 }
 
-/// Fills `found` with runs of written addresses in `start..end` and gives how many runs, and the
-/// address at which the scan stopped because `found` was full. With `protect`, what was found is
-/// write-protected again in the same step.
+/// Fills `found` with the runs of addresses in `start..end` that `query` looks for, and gives how many
+/// runs, and the address at which the scan stopped because `found` was full.
 pub(crate) fn pagemap_scan(
     pagemap: BorrowedFd<'_>,
     start: u64,
     end: u64,
-    protect: bool,
+    query: PagemapQuery,
     found: &mut [ScannedRegion],
 ) -> Result<(usize, u64), Errno> {
+    let (flags, category_mask, category_inverted) = match query {
+        PagemapQuery::Written => (0, PAGE_IS_WRITTEN, 0),
+        PagemapQuery::WrittenToProtect => {
+            (PM_SCAN_WP_MATCHING | PM_SCAN_CHECK_WPASYNC, PAGE_IS_WRITTEN, 0)
+        }
+        PagemapQuery::MappedSingly => (0, PAGE_IS_PRESENT | PAGE_IS_HUGE, PAGE_IS_HUGE),
+    };
     let mut arguments = PagemapScanArguments {
         size: size_of::<PagemapScanArguments>() as u64,
-        flags: if protect { PM_SCAN_WP_MATCHING | PM_SCAN_CHECK_WPASYNC } else { 0 },
+        flags,
         start,
         end,
         vec: found.as_mut_ptr() as u64,
         vec_len: found.len() as u64,
-        category_mask: PAGE_IS_WRITTEN,
-        return_mask: PAGE_IS_WRITTEN,
+        category_inverted,
+        category_mask,
+        // Runs of different categories are told apart: of those that matched.
+        return_mask: category_mask & !category_inverted,
         ..Default::default()
     };
     // SAFETY: the structure has the documented layout; `vec` and `vec_len` name a live slice that

@@ -29,8 +29,8 @@ pub(super) struct RoundSender {
     tracker: Option<Box<dyn DirtyTracker>>,
     plan: PrecopyPlan,
     bases: BaseCache,
-    /// Must be shown every copy that is sent, where the tracker compares contents.
-    witness: Option<Arc<ReadWitness>>,
+    /// Must be told of everything that is sent, where the tracker wants to know.
+    witness: Option<Arc<dyn ReadWitness>>,
     reader: PageReader,
     counters: Arc<Counters>,
 }
@@ -98,8 +98,13 @@ impl RoundSender {
             self.plan.take(chunk, &mut taken);
             self.split_holes(chunk, &taken, &mut full, &mut holes)?;
             let mut counts = self.reader.encode_zero_runs(version, &holes, &mut outgoing.buffer);
-            for hole in holes.iter().flat_map(PageRange::pages) {
-                self.bases.forget(hole);
+            for run in &holes {
+                for hole in run.pages() {
+                    self.bases.forget(hole);
+                }
+                if let Some(witness) = &self.witness {
+                    witness.saw_holes(*run);
+                }
             }
             self.counters.add_frames(&counts);
             for batch in full.chunks(BATCH_PAGES) {

@@ -50,7 +50,12 @@ pub(crate) fn expect_right(guest: &impl WorkingGuest) {
     assert_eq!(after.wrong_pages, 0, "{after:?}");
 }
 
-fn copy(from: &GuestMemory, to: &GuestMemory, pages: &PageSet, witness: Option<&Arc<ReadWitness>>) {
+fn copy(
+    from: &GuestMemory,
+    to: &GuestMemory,
+    pages: &PageSet,
+    witness: Option<&Arc<dyn ReadWitness>>,
+) {
     let mut bytes = [0; PAGE_SIZE_BYTES];
     for page in pages.iter() {
         from.read_page(page, &mut bytes);

@@ -8,40 +8,50 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use xxhash_rust::xxh3::xxh3_64;
 
-use super::DirtyTracker;
+use super::{DirtyTracker, ReadWitness};
 use crate::memory::{GuestMemory, MemoryError};
 use crate::page::{PAGE_SIZE_BYTES, PageBytes, PageIndex, PageRange, PageSet};
 
 /// See the module's text.
 pub struct HashScan {
     memory: Arc<GuestMemory>,
-    witness: Arc<ReadWitness>,
+    hashes: Arc<Hashes>,
 }
 
-/// What the caller has last read of each page, or else what it was when last reported: in either case
-/// a page that still hashes to this needs no new report. May be told from any thread.
-pub struct ReadWitness {
-    hashes: Vec<AtomicU64>,
-}
+/// What was last sent of each page, or else what it was when last reported: in either case a page that
+/// still hashes to this needs no new report.
+struct Hashes(Vec<AtomicU64>);
 
-impl ReadWitness {
-    /// This copy of `page` is the one that will be sent.
-    pub fn saw(&self, page: PageIndex, copy: &PageBytes) {
-        self.replace(page, xxh3_64(copy));
-    }
-
+impl Hashes {
     /// True when `hash` is new.
     fn replace(&self, page: PageIndex, hash: u64) -> bool {
         // Each page's hash stands for itself: no order between pages is needed.
-        self.hashes[page.0 as usize].swap(hash, Ordering::Relaxed) != hash
+        self.0[page.0 as usize].swap(hash, Ordering::Relaxed) != hash
     }
+}
+
+impl ReadWitness for Hashes {
+    fn saw(&self, page: PageIndex, copy: &PageBytes) {
+        self.replace(page, xxh3_64(copy));
+    }
+
+    fn saw_holes(&self, holes: PageRange) {
+        let zero = hash_of_zeros();
+        for page in holes.pages() {
+            self.replace(page, zero);
+        }
+    }
+}
+
+fn hash_of_zeros() -> u64 {
+    xxh3_64(&[0; PAGE_SIZE_BYTES])
 }
 
 impl HashScan {
     /// A tracker of all of `memory`.
     pub fn new(memory: Arc<GuestMemory>) -> Self {
         let hashes = (0..memory.pages()).map(|_| AtomicU64::new(0)).collect();
-        HashScan { memory, witness: Arc::new(ReadWitness { hashes }) }
+        HashScan { memory, hashes: Arc::new(Hashes(hashes)) }
     }
 
     /// Hashes `range`, holes as the zeros that they read as, and calls `changed` where it differs.
@@ -50,7 +60,7 @@ impl HashScan {
         range: PageRange,
         mut changed: impl FnMut(PageIndex),
     ) -> Result<(), MemoryError> {
-        let zero = xxh3_64(&[0; PAGE_SIZE_BYTES]);
+        let zero = hash_of_zeros();
         let populated = self.memory.populated(range)?;
         let mut copy = [0; PAGE_SIZE_BYTES];
         for page in range.pages() {
@@ -60,7 +70,7 @@ impl HashScan {
             } else {
                 zero
             };
-            if self.witness.replace(page, hash) {
+            if self.hashes.replace(page, hash) {
                 changed(page);
             }
         }
@@ -83,8 +93,8 @@ impl DirtyTracker for HashScan {
         })
     }
 
-    fn witness(&self) -> Option<Arc<ReadWitness>> {
-        Some(Arc::clone(&self.witness))
+    fn witness(&self) -> Option<Arc<dyn ReadWitness>> {
+        Some(Arc::clone(&self.hashes) as Arc<dyn ReadWitness>)
     }
 
     fn disarm(&mut self) -> Result<(), MemoryError> {

@@ -1,6 +1,8 @@
 //! Dirty tracking: which pages has the guest changed?
 
 mod hash_scan;
+mod pagemap;
+mod reads;
 mod write_protect;
 
 use std::fmt;
@@ -10,9 +12,9 @@ use std::sync::Arc;
 use userfaultfd::{FeatureFlags, Uffd};
 
 use super::{GuestMemory, HostCapabilities, MemoryError};
-use crate::page::{PageRange, PageSet};
+use crate::page::{PageBytes, PageIndex, PageRange, PageSet};
 
-pub use hash_scan::{HashScan, ReadWitness};
+pub use hash_scan::HashScan;
 pub use write_protect::{TRACK_FEATURES, WriteProtect};
 
 /// Follows a guest's writes.
@@ -25,19 +27,30 @@ pub trait DirtyTracker: Send {
 
     /// Adds to `into` every page of `range` whose content may have changed since it was last collected
     /// (or armed), and starts to watch those anew, before this returns: so who reads a page after
-    /// this, and the guest writes to it again, gets it in the next collection. Pages that became
-    /// holes, and holes that became data, are among them.
+    /// this, and the guest writes to it again, gets it in the next collection. That a page became a hole
+    /// is certain to be reported only where the witness was told that the page was sent.
     fn collect(&mut self, range: PageRange, into: &mut PageSet) -> Result<(), MemoryError>;
 
-    /// A tracker that compares contents must know which bytes the caller has read: between two
-    /// collections a page may change, be read, and change back. Where this gives a witness, every copy
-    /// that is sent must be shown to it.
-    fn witness(&self) -> Option<Arc<ReadWitness>> {
+    /// Where this gives a witness, it must be told of everything that is sent: see [`ReadWitness`].
+    fn witness(&self) -> Option<Arc<dyn ReadWitness>> {
         None
     }
 
     /// Stops tracking and leaves the process as it was. Also done on drop.
     fn disarm(&mut self) -> Result<(), MemoryError>;
+}
+
+/// Who must know what the caller has sent of each page, to tell later whether the page is still so: one
+/// may change, be read, and change back between two collections. May be told from any thread.
+///
+/// The caller reads a page of which this was told again only when it is to be sent again, whatever the
+/// next collection says.
+pub trait ReadWitness: Send + Sync {
+    /// This copy of `page` is the one that is sent.
+    fn saw(&self, page: PageIndex, copy: &PageBytes);
+
+    /// These pages were holes, and are sent as zeros without having been read.
+    fn saw_holes(&self, holes: PageRange);
 }
 
 /// Which tracker to use.

@@ -1,0 +1,140 @@
+//! Notices that a page which was read and sent may have become a hole since.
+//!
+//! Punching a hole takes the page out of every mapping of its file, farfault's alias included, and what
+//! the guest does to it afterwards does not bring it back there. So a page that was read through the alias
+//! and is not in the alias's page table any more may have been a hole in between. It may also have been
+//! swapped out, or been part of a huge page that was split: then it is sent once more than needed.
+//!
+//! The converse, that a page which is there was never a hole since it was read, needs that nothing but
+//! reading the page itself puts it there. Commonly the kernel maps the neighbours of a page that is
+//! read too, but not in an area that a userfaultfd watches: so one is registered over the alias, for write
+//! protection, with nothing protected. And no huge page may stand for many pages: the alias is
+//! advised against them, and what is mapped by one all the same counts as not being there.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use libc::c_void;
+use userfaultfd::{RegisterMode, Uffd};
+
+use super::pagemap::Pagemap;
+use super::{ReadWitness, TRACK_FEATURES};
+use crate::memory::guest_mapping::own_uffd;
+use crate::memory::sys::PagemapQuery;
+use crate::memory::userfault::register;
+use crate::memory::{GuestMemory, MemoryError};
+use crate::page::{PageBytes, PageIndex, PageRange, PageSet};
+
+/// See the module's text.
+pub(super) struct ReadWatch {
+    uffd: Uffd,
+    alias: Pagemap,
+    pages: Arc<ReadPages>,
+    /// The alias stays where it is as long as the userfaultfd watches it.
+    _memory: Arc<GuestMemory>,
+}
+
+impl ReadWatch {
+    /// From now on reading a page through the alias maps that page there and no other.
+    ///
+    /// # Errors
+    /// [`MemoryError::RegisterBusy`] when this alias is watched already.
+    pub(super) fn new(memory: Arc<GuestMemory>) -> Result<Self, MemoryError> {
+        let alias = Pagemap::open("self", memory.layout(), &memory.addresses())?;
+        let uffd = own_uffd(TRACK_FEATURES)?;
+        memory.avoid_huge_pages();
+        for (name, address, size_bytes) in alias.regions() {
+            register(&uffd, name, "track", address, size_bytes, RegisterMode::WRITE_PROTECT)?;
+        }
+        let pages = Arc::new(ReadPages::none_of(memory.pages()));
+        Ok(ReadWatch { uffd, alias, pages, _memory: memory })
+    }
+
+    /// Who must be told which pages were read.
+    pub(super) fn witness(&self) -> Arc<ReadPages> {
+        Arc::clone(&self.pages)
+    }
+
+    /// Adds the pages of `range` that were read and may have been holes since. They then count as not
+    /// read.
+    pub(super) fn collect(
+        &mut self,
+        range: PageRange,
+        into: &mut PageSet,
+    ) -> Result<(), MemoryError> {
+        if !self.pages.any_in(range) {
+            return Ok(());
+        }
+        let ReadWatch { alias, pages, .. } = self;
+        let mut gap = range.start;
+        alias.scan(PagemapQuery::MappedSingly, range, |run| {
+            pages.take(PageRange { start: gap, end: run.start }, into);
+            gap = run.end;
+        })?;
+        pages.take(PageRange { start: gap, end: range.end }, into);
+        Ok(())
+    }
+}
+
+impl Drop for ReadWatch {
+    fn drop(&mut self) {
+        for (_, address, size_bytes) in self.alias.regions() {
+            // Nothing is protected, so that nobody waits for this userfaultfd: failing does no harm.
+            let _ = self.uffd.unregister(address as *mut c_void, size_bytes as usize);
+        }
+    }
+}
+
+/// Which pages were read through the alias and sent, a bit each.
+///
+/// A bit may be set late, when the page has become a hole already: it is missing from the alias until it
+/// is read again. And it is read again only when it is to be sent again.
+pub(super) struct ReadPages(Vec<AtomicU64>);
+
+impl ReadPages {
+    fn none_of(pages: u64) -> Self {
+        ReadPages((0..pages.div_ceil(64)).map(|_| AtomicU64::new(0)).collect())
+    }
+
+    /// The words that hold `range`, with the number of their first page and the bits of the range.
+    fn words(&self, range: PageRange) -> impl Iterator<Item = (&AtomicU64, u64, u64)> {
+        let (start, end) = (range.start.0, range.end.0.max(range.start.0));
+        (start / 64..end.div_ceil(64)).map(move |index| {
+            let first = index * 64;
+            let from = u64::MAX << start.saturating_sub(first);
+            let up_to = u64::MAX >> (first + 64).saturating_sub(end);
+            (&self.0[index as usize], first, from & up_to)
+        })
+    }
+
+    fn any_in(&self, range: PageRange) -> bool {
+        self.words(range).any(|(word, _, mask)| word.load(Ordering::Relaxed) & mask != 0)
+    }
+
+    /// Moves the members in `range` to `into`.
+    fn take(&self, range: PageRange, into: &mut PageSet) {
+        for (word, first, mask) in self.words(range) {
+            if word.load(Ordering::Relaxed) & mask == 0 {
+                continue;
+            }
+            let mut found = word.fetch_and(!mask, Ordering::Relaxed) & mask;
+            while found != 0 {
+                into.insert(PageIndex(first + u64::from(found.trailing_zeros())));
+                found &= found - 1;
+            }
+        }
+    }
+}
+
+impl ReadWitness for ReadPages {
+    fn saw(&self, page: PageIndex, _copy: &PageBytes) {
+        self.0[(page.0 / 64) as usize].fetch_or(1 << (page.0 % 64), Ordering::Relaxed);
+    }
+
+    fn saw_holes(&self, holes: PageRange) {
+        // What is known to be zero cannot lose its content.
+        for (word, _, mask) in self.words(holes) {
+            word.fetch_and(!mask, Ordering::Relaxed);
+        }
+    }
+}
