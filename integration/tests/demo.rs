@@ -1,10 +1,11 @@
 //! `farfault demo`, as a program reads it: small guests, fast links.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::Result;
 use farfault_integration::farfault::{Ended, Running};
+use farfault_integration::lab::guest_image;
 use farfault_integration::process::wait_for;
 use serde_json::Value;
 use tempfile::TempDir;
@@ -20,12 +21,28 @@ struct Demo {
 impl Demo {
     /// `None`, loudly, where it cannot run: it needs userfaultfd.
     fn start(arguments: &str) -> Result<Option<Self>> {
+        Self::start_with(&["--guest", "threads", "--memory", "16MiB"], arguments)
+    }
+
+    /// The same of Linux in QEMU.
+    fn start_qemu(arguments: &str) -> Result<Option<Self>> {
+        if !nix::unistd::geteuid().is_root() {
+            eprintln!("SKIPPED: farfault demo --guest qemu: not root");
+            return Ok(None);
+        }
+        let (kernel, _) = guest_image()?;
+        let image = kernel.parent().unwrap_or(&kernel).display().to_string();
+        let guest = ["--guest", "qemu", "--memory", "128MiB", "--image", &image];
+        Self::start_with(&guest, arguments)
+    }
+
+    fn start_with(guest: &[&str], arguments: &str) -> Result<Option<Self>> {
         if !nix::unistd::geteuid().is_root() {
             eprintln!("SKIPPED: farfault demo: not root");
             return Ok(None);
         }
-        let fixed = ["demo", "--json", "--guest", "threads", "--memory", "16MiB"];
-        let arguments = [&fixed[..], &arguments.split(' ').collect::<Vec<_>>()].concat();
+        let further: Vec<&str> = arguments.split(' ').collect();
+        let arguments = [&["demo", "--json"], guest, &further].concat();
         let temporary = tempfile::tempdir()?;
         Ok(Some(Demo { running: Running::here(&arguments, temporary.path())?, temporary }))
     }
@@ -58,6 +75,20 @@ fn no_file_is_left(temporary: &Path) -> Result<()> {
     Ok(())
 }
 
+/// The files in which a demo's QEMUs have their guests' memory.
+fn ram_files(temporary: &Path) -> Result<Vec<PathBuf>> {
+    let mark = temporary.display().to_string();
+    let mut files = Vec::new();
+    for process in std::fs::read_dir("/proc")?.flatten() {
+        let line = std::fs::read(process.path().join("cmdline")).unwrap_or_default();
+        let line = String::from_utf8_lossy(&line).into_owned();
+        if let Some((_, rest)) = line.split_once("mem-path=").filter(|_| line.contains(&mark)) {
+            files.extend(rest.split(',').next().map(PathBuf::from));
+        }
+    }
+    Ok(files)
+}
+
 fn events<'a>(ended: &'a Ended, kind: &str, side: &str) -> Vec<&'a Value> {
     let wanted = |event: &&Value| event["event"] == kind && event["side"] == side;
     ended.events.iter().filter(wanted).collect()
@@ -86,6 +117,36 @@ fn the_demo_moves_a_working_guest_and_finds_it_whole() -> Result<()> {
     let ops = |side| events(&ended, "guest", side).last().map(|event| event["ops"].as_u64());
     assert!(ops("destination") > ops("source"), "{:?} {:?}", ops("destination"), ops("source"));
     assert!(ended.events.iter().all(|event| event["event"] != "ticket"), "it is a secret");
+    Ok(())
+}
+
+#[test]
+fn the_demo_moves_linux_in_qemu_and_finds_it_whole() -> Result<()> {
+    let Some(demo) = Demo::start_qemu("--work sparse:5000/s --link 1Gbit,10ms")? else {
+        return Ok(());
+    };
+    let ended = demo.wait()?;
+    assert!(ended.status.success(), "{:?}", ended.events.last());
+    let verdict = verdict(&ended);
+    assert_eq!((&verdict["ok"], &verdict["wrong_pages"]), (&true.into(), &0.into()), "{verdict}");
+    assert!(verdict["pages_verified"].as_u64() > Some(10_000), "{verdict}");
+    let ops = |side| events(&ended, "guest", side).last().map(|event| event["ops"].as_u64());
+    assert!(ops("destination") > ops("source"), "{:?} {:?}", ops("destination"), ops("source"));
+    Ok(())
+}
+
+#[test]
+fn a_demo_of_qemu_that_is_interrupted_leaves_nothing_behind() -> Result<()> {
+    let Some(mut demo) = Demo::start_qemu("--link 1Mbit,10ms")? else { return Ok(()) };
+    let in_precopy = |event: &Value| event["event"] == "phase" && event["phase"] == "precopy";
+    demo.running.wait_for_event("pre-copy", LIMIT, in_precopy)?;
+    let ram_files = ram_files(demo.temporary.path())?;
+    assert_eq!(ram_files.len(), 2, "{ram_files:?}");
+    let ended = demo.running.terminate(Duration::from_secs(5))?;
+    assert_eq!(ended.status.code(), Some(130));
+    no_process_is_left(demo.temporary.path())?;
+    no_file_is_left(demo.temporary.path())?;
+    assert!(ram_files.iter().all(|file| !file.exists()), "{ram_files:?}");
     Ok(())
 }
 

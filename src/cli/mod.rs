@@ -40,6 +40,8 @@ enum Command {
     Demo(demo::Demo),
     #[command(hide = true)]
     DemoSide(demo::DemoSide),
+    #[command(hide = true)]
+    DemoVm(demo::DemoVm),
     /// Tells what this host can do, and how to mend what it cannot.
     Doctor(doctor::Doctor),
 }
@@ -61,6 +63,7 @@ pub fn main() -> ExitCode {
         Command::Send(send) => run_migration(send.json, |output| send.run(output)),
         Command::Demo(demo) => demo.run(&arguments.log_level),
         Command::DemoSide(side) => side.run(),
+        Command::DemoVm(vm) => vm.run(),
         Command::Doctor(doctor) => doctor.run(),
     }
 }

@@ -132,6 +132,12 @@ impl HostCapabilities {
         self.items.iter().filter(|item| item.needed_for == DESTINATION && item.status.is_missing())
     }
 
+    /// What this host, or this process, lacks to move QEMU guests at all, in either direction.
+    pub fn missing_to_move_qemu(&self) -> impl Iterator<Item = &Capability> {
+        let needed = |item: &&Capability| [DESTINATION, BOTH].contains(&item.needed_for);
+        self.items.iter().filter(needed).filter(|item| item.status.is_missing())
+    }
+
     /// Whether the kernel has all that tracking by write protection needs.
     pub(super) fn can_write_protect() -> bool {
         offered_features().is_ok_and(|offered| offered.contains(TRACK_FEATURES))

@@ -1,150 +1,151 @@
-//! The demo's guests: which one, and whether it is whole.
+//! A guest at one side of the demo: moved by the session, watched by the demo, asked for its verdict.
 
+use std::path::Path;
 use std::time::Duration;
 
-use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
-use super::protocol::Verified;
+use super::machine::Machine;
+use super::protocol::{SideSettings, Verified};
+use super::qemu::QemuGuest;
 use crate::engine::Failure;
 #[cfg(target_arch = "x86_64")]
-use crate::guest::kvm::{self, KvmGuest};
+use crate::guest::kvm::KvmGuest;
 use crate::guest::threads::ThreadsGuest;
-use crate::guest::workload::GuestPlan;
-use crate::guest::{GuestError, SharedGuest, SourceGuest};
-use crate::memory::{HostCapabilities, Status};
+use crate::guest::workload::{GuestPlan, WorkingGuest};
+use crate::guest::{DestinationGuest, GuestError, SharedGuest, SourceGuest};
 
-/// A KVM that checks fewer pages a second than this is an emulated one: hardware does millions.
-const NATIVE_PAGES_PER_S: u64 = 100_000;
-
-/// What is asked for.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
-pub(super) enum GuestChoice {
-    /// KVM where it runs at the processor's speed, else threads.
-    #[default]
-    Auto,
-    /// A virtual machine.
-    Kvm,
-    /// Native threads that do the same work on the same kind of memory.
-    Threads,
-}
+/// How often a guest that checks its pages is looked at.
+pub(super) const LOOK_EVERY: Duration = Duration::from_millis(20);
+/// A built-in guest boots in milliseconds, but the machine may be busy.
+const BUILT_IN_START_LIMIT: Duration = Duration::from_secs(60);
 
 /// A guest that can be moved here.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub(super) enum GuestKind {
     Kvm,
     Threads,
+    Qemu(Machine),
 }
 
 impl GuestKind {
-    pub(super) fn name(self) -> &'static str {
+    pub(super) fn name(&self) -> &'static str {
         match self {
             GuestKind::Kvm => "KVM guest",
             GuestKind::Threads => "guest of native threads",
+            GuestKind::Qemu(_) => "QEMU guest",
         }
+    }
+
+    /// Whether such a guest can be as planned.
+    pub(super) fn check(&self, plan: &GuestPlan) -> Result<(), Failure> {
+        match self {
+            GuestKind::Qemu(machine) => machine.check(plan),
+            _ => plan.check().map_err(|error| Failure::plain(error.to_string())),
+        }
+    }
+
+    /// How long the two sides may take to start.
+    pub(super) fn start_limit(&self, plan: &GuestPlan) -> Duration {
+        match self {
+            GuestKind::Qemu(_) => super::machine::start_limit(plan),
+            _ => BUILT_IN_START_LIMIT,
+        }
+    }
+
+    /// Where the guest's memory must have a name in the file system.
+    pub(super) fn ram_directory(&self) -> Option<&'static Path> {
+        matches!(self, GuestKind::Qemu(_)).then(|| Path::new(super::machine::SHARED_MEMORY))
     }
 }
 
-/// A guest, and why this one.
-pub(super) struct Chosen {
-    pub(super) kind: GuestKind,
-    /// A thousand times slower than hardware: little memory, then.
-    pub(super) slow: bool,
-    pub(super) why: String,
+/// A guest, running or awaited.
+pub(super) enum Guest {
+    BuiltIn(SharedGuest),
+    Qemu(QemuGuest),
 }
 
-impl GuestChoice {
-    /// Settles on a guest, having tried KVM.
-    pub(super) fn settle(self) -> Result<Chosen, Failure> {
-        if self == GuestChoice::Threads {
-            let why = "native threads, as asked for".to_owned();
-            return Ok(Chosen { kind: GuestKind::Threads, slow: false, why });
-        }
-        let speed = kvm_speed();
-        let is_native = speed.as_ref().is_ok_and(|speed| *speed >= NATIVE_PAGES_PER_S);
-        match (self, speed) {
-            (GuestChoice::Kvm, Err(error)) => Err(error.into()),
-            (GuestChoice::Kvm, Ok(speed)) if !is_native => {
-                let why = format!("KVM, as asked for; it is emulated: {}", pace(speed));
-                Ok(Chosen { kind: GuestKind::Kvm, slow: true, why })
-            }
-            (_, Ok(speed)) if is_native => {
-                let why = format!("a virtual machine on KVM, which {}", pace(speed));
-                Ok(Chosen { kind: GuestKind::Kvm, slow: false, why })
-            }
-            (_, Ok(speed)) => {
-                let why = format!("native threads, since KVM is emulated here: it {}", pace(speed));
-                Ok(Chosen { kind: GuestKind::Threads, slow: false, why })
-            }
-            (_, Err(error)) => {
-                let why = format!("native threads, since there is no KVM: {error}");
-                Ok(Chosen { kind: GuestKind::Threads, slow: false, why })
-            }
-        }
-    }
-}
-
-fn pace(pages_per_s: u64) -> String {
-    format!("checks {pages_per_s} pages a second")
-}
-
-fn kvm_speed() -> Result<u64, GuestError> {
-    #[cfg(target_arch = "x86_64")]
-    return kvm::measure_speed();
-    #[cfg(not(target_arch = "x86_64"))]
-    return Err(GuestError::new("the built-in virtual machine is for x86_64"));
-}
-
-/// Whether this process may have and serve a guest's page faults.
-pub(super) fn check_host() -> Result<(), Failure> {
-    if HostCapabilities::can_serve_faults() {
-        return Ok(());
-    }
-    let host = HostCapabilities::probe();
-    // The rest follows from the first.
-    let missing = host.missing_to_receive().next().map(|item| match &item.status {
-        Status::Missing(why) => format!("{}: {why}", item.name),
-        Status::Ok(_) | Status::Degraded(_) => item.name.to_owned(),
-    });
-    Err(Failure::new(
-        format!(
-            "this process cannot serve a guest's page faults: {}",
-            missing.unwrap_or_else(|| "the kernel lacks some of userfaultfd".to_owned())
-        ),
-        "run as root, or let others use userfaultfd: sysctl vm.unprivileged_userfaultfd=1; \
-         `farfault doctor` tells more",
-    ))
-}
-
-impl GuestKind {
+impl Guest {
     /// A running guest.
-    pub(super) fn boot(self, plan: &GuestPlan) -> Result<SharedGuest, GuestError> {
-        let mut guest = SharedGuest::new(match self {
+    pub(super) async fn boot(settings: &SideSettings) -> Result<Guest, Failure> {
+        let plan = &settings.plan;
+        let built_in: Box<dyn WorkingGuest> = match &settings.kind {
             #[cfg(target_arch = "x86_64")]
             GuestKind::Kvm => Box::new(KvmGuest::boot(plan)?),
             #[cfg(not(target_arch = "x86_64"))]
-            GuestKind::Kvm => return Err(GuestError::new("no built-in virtual machine here")),
+            GuestKind::Kvm => return Err(no_kvm()),
             GuestKind::Threads => Box::new(ThreadsGuest::boot(plan)?),
-        });
+            GuestKind::Qemu(machine) => {
+                return Ok(Guest::Qemu(QemuGuest::boot(machine, settings).await?));
+            }
+        };
+        let mut guest = SharedGuest::new(built_in);
         guest.resume()?;
-        Ok(guest)
+        Ok(Guest::BuiltIn(guest))
     }
 
     /// An empty guest.
-    pub(super) fn await_arrival(self, plan: &GuestPlan) -> Result<SharedGuest, GuestError> {
-        Ok(SharedGuest::new(match self {
+    pub(super) fn await_arrival(settings: &SideSettings) -> Result<Guest, Failure> {
+        let plan = &settings.plan;
+        let built_in: Box<dyn WorkingGuest> = match &settings.kind {
             #[cfg(target_arch = "x86_64")]
             GuestKind::Kvm => Box::new(KvmGuest::await_arrival(plan)?),
             #[cfg(not(target_arch = "x86_64"))]
-            GuestKind::Kvm => return Err(GuestError::new("no built-in virtual machine here")),
+            GuestKind::Kvm => return Err(no_kvm()),
             GuestKind::Threads => Box::new(ThreadsGuest::await_arrival(plan)?),
-        }))
+            GuestKind::Qemu(machine) => {
+                return Ok(Guest::Qemu(QemuGuest::await_arrival(machine, settings)?));
+            }
+        };
+        Ok(Guest::BuiltIn(SharedGuest::new(built_in)))
+    }
+
+    /// The running guest, for the session that moves it away.
+    pub(super) fn leaving(&self) -> Result<Box<dyn SourceGuest>, GuestError> {
+        Ok(match self {
+            Guest::BuiltIn(guest) => Box::new(guest.clone()),
+            Guest::Qemu(guest) => Box::new(guest.leaving()?),
+        })
+    }
+
+    /// The empty guest, for the session that receives into it.
+    pub(super) fn arriving(&mut self) -> Result<Box<dyn DestinationGuest>, GuestError> {
+        Ok(match self {
+            Guest::BuiltIn(guest) => Box::new(guest.clone()),
+            Guest::Qemu(guest) => guest.arriving()?,
+        })
+    }
+
+    /// Tells the operations that the guest has done, as far as is known now.
+    pub(super) fn counter(&self) -> Box<dyn Fn() -> Option<u64> + Send> {
+        match self {
+            Guest::BuiltIn(guest) => {
+                let guest = guest.clone();
+                Box::new(move || Some(guest.try_status()?.ops))
+            }
+            Guest::Qemu(guest) => {
+                let console = guest.console();
+                Box::new(move || console.heard().ops)
+            }
+        }
+    }
+
+    /// Lets the running guest check all its pages. Ends when it has, or when it has stopped by itself.
+    pub(super) async fn verify(&self) -> Result<Verified, Failure> {
+        match self {
+            Guest::BuiltIn(guest) => verify(guest).await,
+            Guest::Qemu(guest) => guest.verify().await,
+        }
     }
 }
 
-/// Lets the running guest check all its pages. Ends when it has, or when it has stopped by itself.
-pub(super) async fn verify(guest: &SharedGuest) -> Result<Verified, Failure> {
+#[cfg(not(target_arch = "x86_64"))]
+fn no_kvm() -> Failure {
+    Failure::plain("no built-in virtual machine here")
+}
+
+async fn verify(guest: &SharedGuest) -> Result<Verified, Failure> {
     let pages = {
         let guest = guest.lock();
         guest.verify_all();
@@ -165,23 +166,6 @@ pub(super) async fn verify(guest: &SharedGuest) -> Result<Verified, Failure> {
                 });
             }
         }
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_guest_on_a_slow_kvm_is_replaced_by_threads_unless_it_was_asked_for() {
-        let auto = GuestChoice::Auto.settle().unwrap();
-        assert!(!auto.slow, "{}", auto.why);
-        let threads = GuestChoice::Threads.settle().unwrap();
-        assert_eq!(threads.kind, GuestKind::Threads);
-        match GuestChoice::Kvm.settle() {
-            Ok(kvm) => assert_eq!(kvm.slow, auto.kind == GuestKind::Threads, "{}", kvm.why),
-            Err(_) => assert_eq!(auto.kind, GuestKind::Threads, "{}", auto.why),
-        }
+        tokio::time::sleep(LOOK_EVERY).await;
     }
 }

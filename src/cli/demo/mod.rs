@@ -5,19 +5,26 @@
 //! | `run.rs` | one run, from two new processes to the guest's verdict |
 //! | `process.rs`, `protocol.rs` | a side as its parent sees it, and what they say to each other |
 //! | `side.rs` | the side's own process |
-//! | `guest.rs` | KVM or threads, and a guest that session and demo share |
+//! | `choice.rs` | which guest, and whether this host can move it |
+//! | `guest.rs` | a guest that session and demo share |
+//! | `qemu.rs`, `machine.rs`, `console.rs` | Linux in QEMU: its process, its machine, what it says |
 //! | `audience.rs` | picture, lines or JSON |
 //! | `outcome.rs` | what is left to read |
 
 mod audience;
+mod choice;
+mod console;
 mod guest;
+mod machine;
 mod outcome;
 mod process;
 mod protocol;
+mod qemu;
 mod run;
 mod side;
 
 use std::num::NonZeroU32;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -25,9 +32,10 @@ use clap::Args;
 use tokio::signal::unix::{SignalKind, signal};
 
 use self::audience::Audience;
-use self::guest::{Chosen, GuestChoice};
+use self::choice::{Chosen, GuestChoice};
 use self::outcome::VerdictEvent;
 use self::protocol::Method;
+pub(super) use self::qemu::DemoVm;
 use self::run::{Outcome, RunPlan};
 use super::send::{HandoverName, Rounds, StrategyName, rounds};
 use super::{bytes, duration};
@@ -56,20 +64,24 @@ const INTERRUPTED: u8 = 130;
 /// A built-in guest boots, works, is moved while it works, works on, and checks its memory: every page
 /// carries a checksum and the number of the operation that wrote it. The exit status is 0 when it has
 /// moved and no page is wrong. Needs userfaultfd (root, or vm.unprivileged_userfaultfd=1), and nothing
-/// else.
+/// else, but for --guest qemu.
 #[derive(Debug, Args)]
 pub(super) struct Demo {
     /// Rate, round trip and, if any, loss of the link.
     #[arg(long, value_name = "RATE,RTT[,LOSS]", default_value = "100Mbit,40ms")]
     link: LinkSpec,
     /// What is moved. auto: a virtual machine where KVM runs at the processor's speed, else native
-    /// threads that do the same work on the same kind of memory.
+    /// threads that do the same work on the same kind of memory. qemu: Linux in QEMU, which needs root.
     #[arg(long, value_enum, default_value_t)]
     guest: GuestChoice,
+    /// Where tools/build-guest has put vmlinuz and initrd for --guest qemu [default: target/guest of
+    /// the source tree].
+    #[arg(long, value_name = "DIRECTORY")]
+    image: Option<PathBuf>,
     /// The guest's memory, in units of 2 MiB [default: 256MiB, or 8MiB on an emulated KVM].
     #[arg(long, value_name = "SIZE", value_parser = bytes)]
     memory: Option<u64>,
-    /// vCPUs, or threads.
+    /// vCPUs, or threads; one in QEMU.
     #[arg(long, value_name = "N", default_value = "1")]
     cpus: NonZeroU32,
     /// What the guest does, and how often a second: idle, sequential, sparse, hotcold, whole, read,
@@ -139,8 +151,7 @@ impl Demo {
 
     /// True when the guest has moved, and is whole.
     async fn show(&self, log_level: &str, audience: &mut Audience) -> Result<bool, Failure> {
-        guest::check_host()?;
-        let chosen = self.guest.settle()?;
+        let chosen = self.guest.settle(self.image.as_deref())?;
         let plan = self.plan(&chosen, log_level)?;
         audience.note(&format!("the guest: {}", chosen.why));
         let outcome = run::run(&plan, audience).await?;
@@ -163,7 +174,8 @@ impl Demo {
             workers: self.cpus,
             workload: self.work,
         };
-        guest.check().map_err(|error| Failure::plain(error.to_string()))?;
+        chosen.kind.check(&guest)?;
+        choice::check_room(&guest)?;
         Ok(RunPlan {
             name: "farfault",
             title: format!(
@@ -173,7 +185,7 @@ impl Demo {
                 self.work,
                 self.link
             ),
-            kind: chosen.kind,
+            kind: chosen.kind.clone(),
             guest,
             link: self.link,
             method: Method {
@@ -206,7 +218,7 @@ fn plain_precopy(plan: &RunPlan, outcome: &Outcome) -> RunPlan {
     }
 }
 
-/// Ctrl-C or SIGTERM.
+/// Ctrl-C, SIGTERM, or a terminal that is closed.
 async fn interrupted() {
     let listen = |kind| signal(kind).ok();
     let wait = |listener: Option<tokio::signal::unix::Signal>| async {
@@ -218,5 +230,6 @@ async fn interrupted() {
     tokio::select! {
         () = wait(listen(SignalKind::interrupt())) => {}
         () = wait(listen(SignalKind::terminate())) => {}
+        () = wait(listen(SignalKind::hangup())) => {}
     }
 }

@@ -55,6 +55,8 @@ impl Side {
         let program = std::env::current_exe().map_err(failed)?;
         let mut child = Command::new(program)
             .args(["--log-level", log_level, super::SIDE_COMMAND])
+            // What it leaves there when it is killed goes with the run.
+            .env("TMPDIR", &settings.state_dir)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())

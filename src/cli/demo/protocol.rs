@@ -21,6 +21,8 @@ pub(super) struct SideSettings {
     pub(super) plan: GuestPlan,
     /// A directory of this run.
     pub(super) state_dir: PathBuf,
+    /// Another one, in shared memory, for guests whose memory must have a name.
+    pub(super) ram_dir: Option<PathBuf>,
     /// Cells of the map that the destination is to tell of.
     pub(super) map_cells: usize,
 }

@@ -1,8 +1,10 @@
 //! One run of the demo: two processes, a link between them, a guest that works, moves, works on, and
 //! checks its memory.
 
+use std::path::Path;
 use std::time::Duration;
 
+use tempfile::TempDir;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
 
@@ -20,7 +22,6 @@ use crate::transport::{Ticket, TicketError};
 /// How long the guest works before it is moved, and afterwards.
 const WORK_TIME: Duration = Duration::from_millis(2500);
 const TICK: Duration = Duration::from_millis(100);
-const START_LIMIT: Duration = Duration::from_secs(60);
 /// A migration that takes longer is cancelled.
 const MIGRATION_LIMIT: Duration = Duration::from_secs(30 * 60);
 /// After one side's report, for that of the other; after a cancel, for the report.
@@ -70,16 +71,15 @@ impl Outcome {
 /// Carries out a run. All that it starts has ended when this returns or is dropped.
 pub(super) async fn run(plan: &RunPlan, audience: &mut Audience) -> Result<Outcome, Failure> {
     let map_cells = audience.begin(plan.name, plan.title.clone(), &plan.link);
-    let dir = tempfile::Builder::new()
-        .prefix("farfault-demo-")
-        .tempdir()
-        .map_err(|error| Failure::plain(format!("no temporary directory: {error}")))?;
+    let dir = directory_in(&std::env::temp_dir())?;
+    let ram_dir = plan.kind.ram_directory().map(directory_in).transpose()?;
     let (said, hears) = mpsc::channel(SAID_QUEUE);
     let settings = |role| SideSettings {
         role,
-        kind: plan.kind,
+        kind: plan.kind.clone(),
         plan: plan.guest.clone(),
         state_dir: dir.path().to_owned(),
+        ram_dir: ram_dir.as_ref().map(|dir| dir.path().to_owned()),
         map_cells,
     };
     let destination = Side::start(&settings(Role::Destination), &plan.log_level, &said).await?;
@@ -90,6 +90,13 @@ pub(super) async fn run(plan: &RunPlan, audience: &mut Audience) -> Result<Outco
     drop(stage.relay);
     tokio::join!(cast.source.end(), cast.destination.end());
     outcome
+}
+
+/// A directory of this run, which goes with it. Nobody else may enter: the guest's memory may be in it.
+fn directory_in(parent: &Path) -> Result<TempDir, Failure> {
+    tempfile::Builder::new().prefix("farfault-demo-").tempdir_in(parent).map_err(|error| {
+        Failure::plain(format!("no temporary directory in {}: {error}", parent.display()))
+    })
 }
 
 struct Cast {
@@ -118,7 +125,8 @@ struct Stage<'a> {
 
 impl Stage<'_> {
     async fn play(&mut self, plan: &RunPlan, cast: &mut Cast) -> Result<Outcome, Failure> {
-        self.until("the two sides to start", START_LIMIT, |known| {
+        let start_limit = plan.kind.start_limit(&plan.guest);
+        self.until("the two sides to start", start_limit, |known| {
             known.is_booted && known.ticket.is_some()
         })
         .await?;

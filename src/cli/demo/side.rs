@@ -10,13 +10,11 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use serde::Serialize;
 use tokio::sync::mpsc;
 
-use super::guest::verify;
+use super::guest::Guest;
 use super::protocol::{Method, Order, SideEvent, SideSettings};
 use crate::engine::Failure;
 use crate::engine::policy::SwitchoverPolicy;
 use crate::engine::source::{SourceConfig, SourceTimeouts};
-use crate::guest::SharedGuest;
-use crate::guest::workload::GuestStatus;
 use crate::lab::relay::MAX_DATAGRAM_BYTES;
 use crate::memory::{PageTable, TrackerKind};
 use crate::report::{MemoryMap, Output, Role};
@@ -45,6 +43,7 @@ pub(super) fn run() -> ExitCode {
         }
     };
     let (orders, queue) = mpsc::channel(4);
+    let directories = [Some(settings.state_dir.clone()), settings.ram_dir.clone()];
     thread::spawn(move || {
         for line in std::io::stdin().lock().lines().map_while(Result::ok) {
             match serde_json::from_str(&line) {
@@ -53,6 +52,9 @@ pub(super) fn run() -> ExitCode {
             }
         }
         // The demo is over, or was killed: nothing here is worth keeping.
+        for directory in directories.into_iter().flatten() {
+            let _ = std::fs::remove_dir_all(directory);
+        }
         std::process::exit(0);
     });
     let output = Arc::new(Output::new(true));
@@ -82,31 +84,30 @@ impl Side {
         self,
         mut orders: mpsc::Receiver<Order>,
     ) -> Result<std::convert::Infallible, Failure> {
-        let (kind, plan) = (self.settings.kind, &self.settings.plan);
         let guest = match self.settings.role {
             Role::Source => {
-                let guest = kind.boot(plan)?;
+                let guest = Guest::boot(&self.settings).await?;
                 emit(&SideEvent::Booted);
                 self.sample(&guest);
                 guest
             }
             Role::Destination => {
-                let guest = kind.await_arrival(plan)?;
+                let mut guest = Guest::await_arrival(&self.settings)?;
                 self.sample(&guest);
-                self.receive(&guest).await?;
+                self.receive(&mut guest).await?;
                 guest
             }
         };
         while let Some(order) = orders.recv().await {
             match order {
                 Order::Migrate { ticket, method } => self.send(&guest, &ticket, method).await?,
-                Order::Verify => emit(&SideEvent::Verified(verify(&guest).await?)),
+                Order::Verify => emit(&SideEvent::Verified(guest.verify().await?)),
             }
         }
         std::future::pending().await
     }
 
-    async fn receive(&self, guest: &SharedGuest) -> Result<(), Failure> {
+    async fn receive(&self, guest: &mut Guest) -> Result<(), Failure> {
         let address = (Ipv4Addr::LOCALHOST, 0).into();
         let (listener, ticket) = Listener::bind(address, Vec::new(), &transport())
             .map_err(|error| Failure::plain(error.to_string()))?;
@@ -116,13 +117,14 @@ impl Side {
             paused: false,
             page_table: self.page_table.clone(),
         };
-        let (guest, migration) = (Box::new(guest.clone()), ticket.migration.to_string());
-        let report = receive(guest, &listener, &migration, options, self.output.clone()).await?;
+        let migration = ticket.migration.to_string();
+        let report =
+            receive(guest.arriving()?, &listener, &migration, options, self.output.clone()).await?;
         self.output.report(&report);
         Ok(())
     }
 
-    async fn send(&self, guest: &SharedGuest, ticket: &str, method: Method) -> Result<(), Failure> {
+    async fn send(&self, guest: &Guest, ticket: &str, method: Method) -> Result<(), Failure> {
         let ticket: Ticket = ticket.parse().map_err(|error: crate::transport::TicketError| {
             Failure::plain(format!("the demo's own ticket: {error}"))
         })?;
@@ -143,19 +145,19 @@ impl Side {
             state_dir: self.settings.state_dir.clone(),
             quit_source: false,
         };
-        let guest = Box::new(guest.clone());
-        let report = send(guest, &ticket, &transport(), options, self.output.clone()).await?;
+        let report =
+            send(guest.leaving()?, &ticket, &transport(), options, self.output.clone()).await?;
         self.output.report(&report);
         Ok(())
     }
 
     /// Tells of the guest and of its memory from now on until the process ends.
-    fn sample(&self, guest: &SharedGuest) {
-        let (guest, page_table) = (guest.clone(), self.page_table.clone());
+    fn sample(&self, guest: &Guest) {
+        let (counter, page_table) = (guest.counter(), self.page_table.clone());
         let cells = self.settings.map_cells;
         thread::spawn(move || {
             for tick in 0u64.. {
-                if let Some(GuestStatus { ops, .. }) = guest.try_status() {
+                if let Some(ops) = counter() {
                     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
                     emit(&SideEvent::Guest { unix_us: now.as_micros() as u64, ops });
                 }
