@@ -3,9 +3,11 @@
 mod counters;
 mod live;
 mod output;
+mod phases;
 mod summary;
 
 pub use counters::Counters;
 pub use live::{History, Live, MapShape, MemoryMap, Screen, Step, draw};
 pub use output::{Event, Output, Progress};
+pub use phases::PhaseTimes;
 pub use summary::{FaultLatency, MigrationResult, Report, Role};

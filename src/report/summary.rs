@@ -6,6 +6,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+use super::PhaseTimes;
 use crate::units::{format_bytes, format_rate};
 use crate::wire::message::Strategy;
 
@@ -103,8 +104,8 @@ pub struct Report {
     pub round_trip_ms: f64,
     /// How writes were followed: only the source knows.
     pub tracker: Option<Cow<'static, str>>,
-    /// The time before the freeze, and in it the time of each part of the switchover, by name.
-    pub phases_ms: BTreeMap<Cow<'static, str>, f64>,
+    /// The time of each phase, and of the parts of the switchover, by name and in the order of time.
+    pub phases_ms: PhaseTimes,
 }
 
 /// As many as fit an ordinary terminal.
@@ -119,9 +120,7 @@ impl Report {
         self.fault_latency_us = destination.fault_latency_us;
         // Faults that the source was asked for are those of the destination, less what crossed.
         self.remote_faults = destination.remote_faults;
-        for (part, ms) in &destination.phases_ms {
-            self.phases_ms.entry(part.clone()).or_insert(*ms);
-        }
+        self.phases_ms.complete_by(&destination.phases_ms);
         self
     }
 }

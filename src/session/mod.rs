@@ -7,8 +7,6 @@
 //!   copies and encodes them; `arrivals` are the destination's.
 //! * [`journal`] is what a side must not forget.
 
-use std::borrow::Cow;
-use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -18,7 +16,7 @@ use crate::engine::{Failure, MigrationPhase};
 use crate::guest::GuestError;
 use crate::memory::MemoryError;
 use crate::page::{PageIndex, Version};
-use crate::report::{Counters, Output, Progress};
+use crate::report::{Counters, Output, PhaseTimes, Progress};
 use crate::transport::{Link, LinkError};
 
 mod arrivals;
@@ -97,7 +95,7 @@ async fn blocking<T: Send + 'static>(
 struct Timeline {
     begin: Instant,
     phase: Mutex<(MigrationPhase, Instant)>,
-    parts_ms: Mutex<BTreeMap<Cow<'static, str>, f64>>,
+    parts_ms: Mutex<PhaseTimes>,
 }
 
 impl Timeline {
@@ -106,7 +104,7 @@ impl Timeline {
         Timeline {
             begin: now,
             phase: Mutex::new((MigrationPhase::Connect, now)),
-            parts_ms: Mutex::new(BTreeMap::new()),
+            parts_ms: Mutex::default(),
         }
     }
 
@@ -124,11 +122,10 @@ impl Timeline {
     }
 
     fn part(&self, name: &'static str, duration: Duration) {
-        *self.parts_ms.lock().expect("no holder panics").entry(name.into()).or_default() +=
-            rounds::ms(duration);
+        self.parts_ms.lock().expect("no holder panics").add(name, rounds::ms(duration));
     }
 
-    fn parts_ms(&self) -> BTreeMap<Cow<'static, str>, f64> {
+    fn parts_ms(&self) -> PhaseTimes {
         self.parts_ms.lock().expect("no holder panics").clone()
     }
 }

@@ -123,7 +123,7 @@ fn verified(run: &Outcome) -> String {
 mod tests {
     use super::*;
     use crate::cli::demo::protocol::Verified;
-    use crate::report::Role;
+    use crate::report::{PhaseTimes, Role};
     use crate::wire::message::Strategy;
 
     fn outcome(result: MigrationResult, wrong_pages: u64) -> Outcome {
@@ -147,7 +147,7 @@ mod tests {
             fault_latency_us: None,
             round_trip_ms: 40.5,
             tracker: None,
-            phases_ms: [].into(),
+            phases_ms: PhaseTimes::default(),
         };
         let first_wrong_page = (wrong_pages > 0).then_some(77);
         let verified = Verified { pages: 50_000, wrong_pages, first_wrong_page };

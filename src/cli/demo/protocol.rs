@@ -91,7 +91,7 @@ pub(super) struct Verified {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::report::{Event, MigrationResult};
+    use crate::report::{Event, MigrationResult, PhaseTimes};
 
     #[test]
     fn what_a_side_prints_is_understood() {
@@ -131,7 +131,11 @@ mod tests {
             fault_latency_us: None,
             round_trip_ms: 40.5,
             tracker: Some("write-protect".into()),
-            phases_ms: [("precopy".into(), 12.25)].into(),
+            phases_ms: {
+                let mut phases = PhaseTimes::default();
+                phases.add("precopy", 12.25);
+                phases
+            },
         };
         let line = serde_json::to_string(&Event::Report(&report)).unwrap();
         let SideEvent::Report(back) = serde_json::from_str(&line).unwrap() else {
