@@ -89,6 +89,23 @@ pub fn format_rate(bytes_per_s: f64) -> String {
     }
 }
 
+/// A moment as people write it, in UTC: `2026-11-22 13:06:01 UTC`.
+pub fn format_utc(unix_ms: u64) -> String {
+    let (days, seconds) = (unix_ms / 86_400_000, unix_ms / 1000 % 86_400);
+    // Howard Hinnant, "chrono-Compatible Low-Level Date Algorithms", civil_from_days.
+    let shifted = days + 719_468;
+    let (era, day_of_era) = (shifted / 146_097, shifted % 146_097);
+    let year_of_era =
+        (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let month = (5 * day_of_year + 2) / 153;
+    let day = day_of_year - (153 * month + 2) / 5 + 1;
+    let month = if month < 10 { month + 3 } else { month - 9 };
+    let year = era * 400 + year_of_era + u64::from(month <= 2);
+    let (hour, minute) = (seconds / 3600, seconds / 60 % 60);
+    format!("{year:04}-{month:02}-{day:02} {hour:02}:{minute:02}:{:02} UTC", seconds % 60)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -113,5 +130,17 @@ mod tests {
         assert!(parse_bytes("12 parsecs").is_err());
         assert!(parse_bytes("99999999T").is_err());
         assert!(parse_duration("300").is_err(), "a time without a unit is a guess");
+    }
+
+    #[test]
+    fn moments_are_those_of_the_calendar() {
+        for (unix_ms, text) in [
+            (0, "1970-01-01 00:00:00 UTC"),
+            (951_782_400_000, "2000-02-29 00:00:00 UTC"),
+            (1_709_251_199_999, "2024-02-29 23:59:59 UTC"),
+            (1_795_345_877_318, "2026-11-22 11:11:17 UTC"),
+        ] {
+            assert_eq!(format_utc(unix_ms), text);
+        }
     }
 }

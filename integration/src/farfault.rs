@@ -184,6 +184,35 @@ impl Running {
     }
 }
 
+/// Runs `farfault status`, `cancel` or `resolve` on the state of a laboratory, to its end.
+pub fn command(lab: &Lab, arguments: &[&str]) -> Result<std::process::Output> {
+    let mut command = Command::new(workspace_program("FARFAULT_BIN", "farfault")?);
+    command.arg(arguments[0]).arg("--state-dir").arg(lab.state_directory()).args(&arguments[1..]);
+    command.stdin(Stdio::null()).output().context("start farfault")
+}
+
+/// What `farfault status --json` says of a side, `source` or `destination`; there is one at most.
+pub fn status_of(lab: &Lab, side: &str) -> Result<Option<Value>> {
+    let output = command(lab, &["status", "--json"])?;
+    ensure!(output.status.success(), "status: {}", String::from_utf8_lossy(&output.stderr));
+    for line in String::from_utf8_lossy(&output.stdout).lines() {
+        let event: Value = serde_json::from_str(line).context("status")?;
+        if event["side"] == side {
+            return Ok(Some(event));
+        }
+    }
+    Ok(None)
+}
+
+/// The journal of a side, as it is now; empty before there is one.
+pub fn journal_of(lab: &Lab, side: &str) -> String {
+    let directories = std::fs::read_dir(lab.state_directory()).into_iter().flatten().flatten();
+    let named = |path: &Path| path.extension().is_some_and(|extension| extension == side);
+    let directory = directories.map(|entry| entry.path()).find(|path| named(path));
+    let journal = directory.map(|path| std::fs::read_to_string(path.join("journal")));
+    journal.and_then(Result::ok).unwrap_or_default()
+}
+
 /// A farfault that has ended.
 #[derive(Clone, Debug)]
 pub struct Ended {

@@ -1,5 +1,6 @@
 //! The command line: one file per subcommand; only argument parsing and wording.
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 
@@ -7,13 +8,17 @@ use clap::{Parser, Subcommand};
 
 use crate::engine::Failure;
 use crate::report::{MigrationResult, Output, Report};
+use crate::session::journal::default_state_dir;
 
+mod cancel;
 mod demo;
 mod doctor;
 #[doc(hidden)]
 pub mod fuzz;
 mod receive;
+mod resolve;
 mod send;
+mod status;
 
 /// Moves a running virtual machine to another host over QUIC.
 ///
@@ -36,6 +41,12 @@ enum Command {
     Receive(receive::Receive),
     /// Moves a running QEMU guest to a waiting receiver.
     Send(send::Send),
+    /// Tells all migrations on this host, and what to do about those that nobody works on.
+    Status(status::Status),
+    /// Ends a migration while the guest still belongs to the source.
+    Cancel(cancel::Cancel),
+    /// Decides by hand where the guest runs, when a migration ended in doubt.
+    Resolve(resolve::Resolve),
     /// Shows a whole migration on this machine, with a built-in guest.
     Demo(demo::Demo),
     #[command(hide = true)]
@@ -61,6 +72,9 @@ pub fn main() -> ExitCode {
     match arguments.command {
         Command::Receive(receive) => run_migration(receive.json, |output| receive.run(output)),
         Command::Send(send) => run_migration(send.json, |output| send.run(output)),
+        Command::Status(status) => status.run(),
+        Command::Cancel(cancel) => cancel.run(),
+        Command::Resolve(resolve) => resolve.run(),
         Command::Demo(demo) => demo.run(&arguments.log_level),
         Command::DemoSide(side) => side.run(),
         Command::DemoVm(vm) => vm.run(),
@@ -97,6 +111,19 @@ where
             ExitCode::FAILURE
         }
     }
+}
+
+/// Tells why a command that is no migration did not work.
+fn fail(failure: &Failure) -> ExitCode {
+    eprintln!("farfault: error: {}", failure.reason);
+    if let Some(hint) = &failure.hint {
+        eprintln!("farfault: hint: {hint}");
+    }
+    ExitCode::FAILURE
+}
+
+fn state_dir(chosen: Option<PathBuf>) -> PathBuf {
+    chosen.unwrap_or_else(default_state_dir)
 }
 
 /// clap's view of a parser from [`crate::units`].

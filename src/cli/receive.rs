@@ -6,12 +6,12 @@ use std::sync::Arc;
 
 use clap::{ArgGroup, Args};
 
+use super::state_dir;
 use crate::engine::Failure;
 use crate::guest::DestinationGuest;
 use crate::guest::qemu::{QemuDestination, SpawnOptions};
 use crate::report::{Output, Report};
 use crate::session::destination::{ReceiveOptions, receive};
-use crate::session::journal::default_state_dir;
 use crate::transport::{Listener, TransportOptions};
 
 /// Port used unless another is asked for: 0xFA17.
@@ -72,7 +72,7 @@ impl Receive {
         };
         output.ticket(&ticket.to_string());
         let options = ReceiveOptions {
-            state_dir: self.state_dir.clone().unwrap_or_else(default_state_dir),
+            state_dir: state_dir(self.state_dir.clone()),
             paused: self.paused,
             page_table: Arc::default(),
         };

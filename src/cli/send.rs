@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use clap::Args;
 
-use super::{bytes, duration, rate};
+use super::{bytes, duration, rate, state_dir};
 use crate::codec::ladder::{CodecChoice, ParseCodecError};
 use crate::engine::Failure;
 use crate::engine::policy::SwitchoverPolicy;
@@ -14,7 +14,6 @@ use crate::engine::source::{SourceConfig, SourceTimeouts};
 use crate::guest::qemu::QemuSource;
 use crate::memory::TrackerKind;
 use crate::report::{Output, Report};
-use crate::session::journal::default_state_dir;
 use crate::session::source::{SendOptions, send};
 use crate::transport::{Ticket, TransportOptions};
 use crate::wire::message::{HandoverForm, Strategy};
@@ -151,7 +150,7 @@ impl Send {
             base_cache_bytes: usize::try_from(self.base_cache).unwrap_or(usize::MAX),
             codecs: self.codec.0,
             tracker: self.tracker,
-            state_dir: self.state_dir.clone().unwrap_or_else(default_state_dir),
+            state_dir: state_dir(self.state_dir.clone()),
             quit_source: self.quit_source,
         };
         let guest = QemuSource::attach(&self.qmp)?;

@@ -19,6 +19,8 @@ use crate::wire::message::{PROTOCOL, RunWhen, Strategy, ToDestination, ToSource}
 pub enum DestinationRecord {
     /// A guest is being received; it runs at the source.
     Started,
+    /// Its device state is loaded, and the decision has not come: it could run here.
+    Loaded,
     /// The source's decision has arrived: the guest runs here from now on.
     Committed,
     /// The guest has not run here and never will.
@@ -229,15 +231,20 @@ impl DestinationMachine {
                 if self.state == State::Loading {
                     self.state = State::Loaded;
                     self.run_when_due();
+                    // For who has to decide by hand. Nobody waits for it, and a guest that runs at once
+                    // goes without: what is committed was loaded.
+                    if self.state == State::Loaded {
+                        self.act(DestinationAction::Journal(DestinationRecord::Loaded));
+                    }
                 }
             }
             DestinationEvent::Journaled(record) => self.handle_journaled(record),
             DestinationEvent::JournalFailed(record, failure) => match record {
                 // A refusal holds without its record too: the guest is about to be discarded. And a
                 // guest that runs here with all its pages does not wait for a record of that.
-                DestinationRecord::Refused | DestinationRecord::Complete => {
-                    self.handle_journaled(record);
-                }
+                DestinationRecord::Refused
+                | DestinationRecord::Complete
+                | DestinationRecord::Loaded => self.handle_journaled(record),
                 DestinationRecord::Started | DestinationRecord::Committed => self.fail(failure),
             },
             DestinationEvent::Running => {

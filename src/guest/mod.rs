@@ -46,11 +46,15 @@ pub mod workload;
 pub use shared::SharedGuest;
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use crate::memory::{DirtyTracker, GuestMemory, MemoryError, MemoryLayout, TrackerKind, Userfault};
+use crate::memory::adopt::ProcessIdentity;
+use crate::memory::{
+    DirtyTracker, GuestMemory, MemoryError, MemoryLayout, RegionLayout, TrackerKind, Userfault,
+};
 
 /// Largest device state that a guest may hand over.
 pub const DEVICE_STATE_LIMIT_BYTES: usize = 256 << 20;
@@ -95,6 +99,28 @@ fn ram(layout: &MemoryLayout) -> String {
     list.collect::<Vec<_>>().join(", ")
 }
 
+/// Where a guest's monitor is, for who has to find it again without us.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Whereabouts {
+    /// The kind of monitor, as in [`Shape::monitor`].
+    pub monitor: String,
+    /// Its process, where that is not our own.
+    pub process: Option<ProcessIdentity>,
+    /// Where it takes orders.
+    pub qmp: Option<PathBuf>,
+    /// True when farfault has started it, and so may end it.
+    pub started_here: bool,
+    /// RAM files that go with it when farfault ends it.
+    pub ram_files: Vec<PathBuf>,
+    /// Each RAM region, and where it is in that process.
+    pub ram: Vec<(RegionLayout, u64)>,
+    /// False for a guest that its owner has paused.
+    pub runs: bool,
+    /// What farfault changes in the monitor while the guest stands still, as it was before; only the
+    /// monitor's own module reads it.
+    pub settings: serde_json::Value,
+}
+
 /// What went wrong with a guest or its monitor.
 #[derive(Debug, thiserror::Error)]
 #[error("{message}")]
@@ -131,6 +157,11 @@ pub trait SourceGuest: Send {
 
     /// The guest's RAM, mapped for reading: farfault's alias, not the mapping that the guest uses.
     fn memory(&self) -> Arc<GuestMemory>;
+
+    /// Where its monitor is: for the record that a later process goes by.
+    fn whereabouts(&self) -> Whereabouts {
+        in_this_process(self.shape())
+    }
 
     /// False when the guest's owner has paused it: it is then left paused on the destination too.
     fn runs(&self) -> bool {
@@ -169,6 +200,11 @@ pub trait DestinationGuest: Send {
     /// The guest's RAM, mapped for writing.
     fn memory(&self) -> Arc<GuestMemory>;
 
+    /// Where its monitor is: for the record that a later process goes by.
+    fn whereabouts(&self) -> Whereabouts {
+        in_this_process(self.shape())
+    }
+
     /// Registers all RAM with a userfaultfd (MISSING | MINOR) and makes it all holes. Called once,
     /// before any content arrives and before any device state is loaded. The userfaultfd is made in
     /// the process that runs the guest, and serves kernel-mode faults too: KVM makes such.
@@ -189,4 +225,9 @@ pub trait DestinationGuest: Send {
     /// The migration failed before the guest ran here: end the monitor if farfault started it, so
     /// that nothing is left behind. Must not need RAM that has not arrived.
     fn discard(&mut self) -> Result<(), GuestError>;
+}
+
+/// A monitor that lives in this process, and so ends with it.
+fn in_this_process(shape: &Shape) -> Whereabouts {
+    Whereabouts { monitor: shape.monitor.clone(), runs: true, ..Whereabouts::default() }
 }

@@ -8,6 +8,6 @@ mod summary;
 
 pub use counters::Counters;
 pub use live::{History, Live, MapShape, MemoryMap, Screen, Step, draw};
-pub use output::{Event, Output, Progress};
+pub use output::{Event, LinkState, Output, Progress};
 pub use phases::PhaseTimes;
 pub use summary::{FaultLatency, MigrationResult, Report, Role};

@@ -58,18 +58,32 @@ pub struct Progress {
     pub remote_faults: u64,
 }
 
+/// The link to the other side.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LinkState {
+    /// There was none yet.
+    #[default]
+    Waiting,
+    /// It works, as far as is known.
+    Up,
+    /// It is lost.
+    Lost,
+}
+
 /// The output of one command.
 pub struct Output {
     json: bool,
     bar: Mutex<Option<ProgressBar>>,
     phase: Mutex<Option<MigrationPhase>>,
+    last: Mutex<(LinkState, Option<Progress>)>,
 }
 
 impl Output {
     /// JSON lines on stdout, or text: a progress line on stderr when that is a terminal, else one
     /// line a phase.
     pub fn new(json: bool) -> Self {
-        Output { json, bar: Mutex::new(None), phase: Mutex::new(None) }
+        Output { json, bar: Mutex::default(), phase: Mutex::default(), last: Mutex::default() }
     }
 
     /// True when stdout carries JSON lines.
@@ -111,8 +125,20 @@ impl Output {
         }
     }
 
+    /// How the link is now.
+    pub fn link(&self, state: LinkState) {
+        self.last.lock().expect("no holder panics").0 = state;
+    }
+
+    /// What was told last: the phase, the link, the progress.
+    pub fn last(&self) -> (Option<MigrationPhase>, LinkState, Option<Progress>) {
+        let (link, progress) = *self.last.lock().expect("no holder panics");
+        (*self.phase.lock().expect("no holder panics"), link, progress)
+    }
+
     /// How far it is.
     pub fn progress(&self, progress: Progress) {
+        self.last.lock().expect("no holder panics").1 = Some(progress);
         if self.json {
             self.emit(&Event::Progress(progress));
         } else if let Some(bar) = &*self.bar.lock().expect("no holder panics") {

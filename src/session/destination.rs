@@ -11,7 +11,8 @@ use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
 use super::arrivals::Arrivals;
-use super::journal::Journal;
+use super::control::Verdict;
+use super::journal::{About, Journal, Side};
 use super::rounds::ms;
 use super::{
     Noted, PROGRESS_INTERVAL, ProgressMeter, RoundLedger, Shared, StopSignals, Timeline, blocking,
@@ -21,7 +22,7 @@ use crate::engine::{Failure, MigrationPhase};
 use crate::guest::{DestinationGuest, Shape};
 use crate::memory::{FaultOptions, FaultServer, Mapper, MemoryError, PageTable, Userfault};
 use crate::page::{PageIndex, Version};
-use crate::report::{Counters, FaultLatency, MigrationResult, Output, Report, Role};
+use crate::report::{Counters, FaultLatency, LinkState, MigrationResult, Output, Report, Role};
 use crate::transport::{Lane, Link, Listener};
 use crate::wire::DecodeScratch;
 use crate::wire::message::{
@@ -52,20 +53,35 @@ pub async fn receive(
 ) -> Result<Report, Failure> {
     let mut signals = StopSignals::listen()?;
     let guest = Shared::new(guest);
+    let begin = || {
+        let place = guest.with(|guest| guest.whereabouts());
+        let about = About::begin(migration, Side::Destination, place)?;
+        Journal::create(&options.state_dir, &about)
+    };
+    let journal = match begin() {
+        Ok(journal) => journal,
+        Err(failure) => {
+            guest.call(|guest| guest.discard()).await?;
+            return Err(failure);
+        }
+    };
+    signals.listen_at(&journal, &output);
     let accepted = tokio::select! {
         link = listener.accept(None) => link.map_err(|error| Failure::plain(error.to_string())),
-        () = signals.wait() => Err(Failure::plain("cancelled at the destination")),
+        asked = signals.wait() => {
+            asked.answer(Verdict::accepted());
+            Err(Failure::plain("cancelled at the destination"))
+        }
     };
-    let begun = accepted.and_then(|link| {
-        Ok((link, Journal::create(&options.state_dir, migration, "destination")?))
-    });
-    match begun {
-        Ok((link, journal)) => {
+    match accepted {
+        Ok(link) => {
+            output.link(LinkState::Up);
             let session = Session::new(guest, link, options, journal, output);
             Ok(session.run(signals).await)
         }
         Err(failure) => {
             guest.call(|guest| guest.discard()).await?;
+            journal.remove();
             Err(failure)
         }
     }
@@ -160,9 +176,13 @@ impl Session {
         while self.outcome.is_none() {
             tokio::select! {
                 Some(event) = self.happenings.recv() => self.handle(event).await,
-                () = signals.wait() => {
+                asked = signals.wait() => {
                     if self.machine.is_committed() {
-                        self.output.note("the guest is already decided to run here: finishing");
+                        let reason = "the guest is already decided to run here: finishing";
+                        self.output.note(reason);
+                        asked.answer(Verdict::refused(reason));
+                    } else {
+                        asked.answer(Verdict::accepted());
                     }
                     self.handle(DestinationEvent::Cancelled).await;
                 }

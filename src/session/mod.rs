@@ -5,12 +5,17 @@
 //!   the link, of its own threads and of the operator.
 //! * `rounds` and `frozen` are the source's pages before and after the guest was stopped, `reader`
 //!   copies and encodes them; `arrivals` are the destination's.
-//! * [`journal`] is what a side must not forget.
+//! * [`journal`] is what a side must not forget, [`control`] how others ask it and tell it to end,
+//!   [`resolve`] what a person may decide by what it says.
 
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::mpsc;
+
+use self::control::{CancelRequest, Control, Verdict};
+use self::journal::Journal;
 
 use crate::engine::{Failure, MigrationPhase};
 use crate::guest::GuestError;
@@ -20,10 +25,12 @@ use crate::report::{Counters, Output, PhaseTimes, Progress};
 use crate::transport::{Link, LinkError};
 
 mod arrivals;
+pub mod control;
 pub mod destination;
 mod frozen;
 pub mod journal;
 mod reader;
+pub mod resolve;
 mod rounds;
 pub mod source;
 
@@ -164,11 +171,28 @@ impl ProgressMeter {
     }
 }
 
-/// The operator's wish to end: Ctrl-C, SIGTERM, or a terminal that is closed.
+/// The operator's wish to end: Ctrl-C, SIGTERM, a terminal that is closed, or `farfault cancel`.
 struct StopSignals {
     interrupt: tokio::signal::unix::Signal,
     terminate: tokio::signal::unix::Signal,
     hangup: tokio::signal::unix::Signal,
+    cancels: mpsc::Receiver<CancelRequest>,
+    cancel: mpsc::Sender<CancelRequest>,
+    control: Option<Control>,
+}
+
+/// Somebody wants the migration to end.
+#[must_use]
+struct StopRequest(Option<CancelRequest>);
+
+impl StopRequest {
+    /// Tells who asked by `farfault cancel` what becomes of it.
+    fn answer(self, verdict: Verdict) {
+        if let Some(asked) = self.0 {
+            // It may have gone away.
+            let _ = asked.send(verdict);
+        }
+    }
 }
 
 impl StopSignals {
@@ -176,19 +200,35 @@ impl StopSignals {
         let open = |kind| {
             signal(kind).map_err(|e| Failure::plain(format!("signals cannot be received: {e}")))
         };
+        let (cancel, cancels) = mpsc::channel(1);
         Ok(StopSignals {
             interrupt: open(SignalKind::interrupt())?,
             terminate: open(SignalKind::terminate())?,
             hangup: open(SignalKind::hangup())?,
+            cancels,
+            cancel,
+            control: None,
         })
     }
 
-    async fn wait(&mut self) {
-        tokio::select! {
-            _ = self.interrupt.recv() => {}
-            _ = self.terminate.recv() => {}
-            _ = self.hangup.recv() => {}
+    /// From here on `farfault status` and `farfault cancel` are answered too.
+    fn listen_at(&mut self, journal: &Journal, output: &Arc<Output>) {
+        let directory = journal.directory();
+        match Control::serve(directory, output.clone(), self.cancel.clone()) {
+            Ok(control) => self.control = Some(control),
+            // A migration does not need it.
+            Err(error) => tracing::warn!("no control socket in {}: {error}", directory.display()),
         }
+    }
+
+    async fn wait(&mut self) -> StopRequest {
+        let asked = tokio::select! {
+            _ = self.interrupt.recv() => None,
+            _ = self.terminate.recv() => None,
+            _ = self.hangup.recv() => None,
+            asked = self.cancels.recv() => asked,
+        };
+        StopRequest(asked)
     }
 }
 

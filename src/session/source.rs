@@ -9,8 +9,9 @@ use bytes::Bytes;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
+use super::control::Verdict;
 use super::frozen::FrozenPages;
-use super::journal::Journal;
+use super::journal::{About, Journal, Side};
 use super::reader::{PageReader, Purpose};
 use super::rounds::{RoundSender, ms};
 use super::{PROGRESS_INTERVAL, ProgressMeter, Shared, StopSignals, Timeline, blocking};
@@ -20,7 +21,7 @@ use crate::engine::{Failure, MigrationPhase};
 use crate::guest::SourceGuest;
 use crate::memory::TrackerKind;
 use crate::page::Version;
-use crate::report::{Counters, MigrationResult, Output, Report, Role};
+use crate::report::{Counters, LinkState, MigrationResult, Output, Report, Role};
 use crate::transport::{Lane, Link, Ticket, TransportOptions, connect};
 use crate::wire::message::{
     FaultRequest, Flight, MAX_REQUEST_PAGES, PROTOCOL, PackedBytes, PackedSet, ToDestination,
@@ -63,9 +64,15 @@ pub async fn send(
         link = connect(ticket, transport) => {
             link.map_err(|error| Failure::plain(error.to_string()))?
         }
-        () = signals.wait() => return Err(Failure::plain("cancelled by the operator")),
+        asked = signals.wait() => {
+            asked.answer(Verdict::accepted());
+            return Err(Failure::plain("cancelled by the operator"));
+        }
     };
-    let journal = Journal::create(&options.state_dir, &ticket.migration.to_string(), "source")?;
+    let about = About::begin(&ticket.migration.to_string(), Side::Source, guest.whereabouts())?;
+    let journal = Journal::create(&options.state_dir, &about)?;
+    signals.listen_at(&journal, &output);
+    output.link(LinkState::Up);
     let session = Session::new(guest, link, options, journal, output);
     Ok(session.run(signals).await)
 }
@@ -165,9 +172,13 @@ impl Session {
             tokio::select! {
                 Some(happened) = self.happenings.recv() => self.take_in(happened).await,
                 () = tokio::time::sleep(wait) => self.handle(SourceEvent::Tick).await,
-                () = signals.wait() => {
+                asked = signals.wait() => {
                     if self.machine.decided() {
-                        self.output.note("the guest is already at the destination: finishing");
+                        let reason = "the guest is already at the destination: finishing";
+                        self.output.note(reason);
+                        asked.answer(Verdict::refused(reason));
+                    } else {
+                        asked.answer(Verdict::accepted());
                     }
                     self.handle(SourceEvent::Cancelled).await;
                 }

@@ -12,8 +12,8 @@ use super::commands::QueryStatus;
 use super::qmp::Qmp;
 use super::settings::{self, SavedSettings};
 use super::spawn::{SpawnOptions, Spawned, spawn};
-use super::{device_state, discover, failure, guards, process, refusal, shape, uffd};
-use crate::guest::{DestinationGuest, GuestError, Shape};
+use super::{device_state, discover, failure, guards, process, refusal, shape, uffd, whereabouts};
+use crate::guest::{DestinationGuest, GuestError, Shape, Whereabouts};
 use crate::memory::adopt::Adopted;
 use crate::memory::{Access, FAULT_FEATURES, GuestMemory, RegionBacking, Userfault};
 use crate::page::PageRange;
@@ -45,6 +45,7 @@ pub struct QemuDestination {
     addresses: Vec<u64>,
     memory: Arc<GuestMemory>,
     shape: Shape,
+    whereabouts: Whereabouts,
     /// Only when we started it.
     child: Option<Spawned>,
     stage: Stage,
@@ -60,7 +61,7 @@ impl QemuDestination {
     /// RAM is not such as a guest can be moved into, or without the privilege to look into the process;
     /// each says what to do.
     pub fn attach(path: &Path) -> Result<Self, GuestError> {
-        Self::adopt(Qmp::connect(path)?, None)
+        Self::adopt(Qmp::connect(path)?, path, None)
     }
 
     /// Starts a QEMU to move a guest into. Until [`DestinationGuest::release`] it is ended together
@@ -71,10 +72,11 @@ impl QemuDestination {
     /// [`Self::attach`].
     pub fn spawn(options: &SpawnOptions) -> Result<Self, GuestError> {
         let (child, qmp) = spawn(options)?;
-        Self::adopt(qmp, Some(child))
+        let path = child.qmp_path().unwrap_or_default();
+        Self::adopt(qmp, &path, Some(child))
     }
 
-    fn adopt(mut qmp: Qmp, child: Option<Spawned>) -> Result<Self, GuestError> {
+    fn adopt(mut qmp: Qmp, path: &Path, child: Option<Spawned>) -> Result<Self, GuestError> {
         let found = process::find(&mut qmp)?;
         guards::check_destination_state(&mut qmp, &process::command_line(found.pid))?;
         settings::check(&mut qmp)?;
@@ -87,6 +89,12 @@ impl QemuDestination {
         let memory = Arc::new(GuestMemory::map(ram.backings, Access::ReadWrite)?);
         let addresses = ram.addresses;
         let vcpu_threads = found.vcpu_threads;
+        let place = whereabouts(&mut qmp, path, &process, &memory, &addresses);
+        let whereabouts = Whereabouts {
+            started_here: child.is_some(),
+            ram_files: child.as_ref().map_or_else(Vec::new, |child| child.new_ram_files().to_vec()),
+            ..place
+        };
         Ok(QemuDestination {
             qmp,
             process,
@@ -94,6 +102,7 @@ impl QemuDestination {
             addresses,
             memory,
             shape,
+            whereabouts,
             child,
             stage: Stage::Waiting,
             changed_settings: None,
@@ -118,6 +127,10 @@ impl DestinationGuest for QemuDestination {
 
     fn memory(&self) -> Arc<GuestMemory> {
         Arc::clone(&self.memory)
+    }
+
+    fn whereabouts(&self) -> Whereabouts {
+        self.whereabouts.clone()
     }
 
     fn userfault(&mut self) -> Result<Userfault, GuestError> {

@@ -9,6 +9,7 @@
 //! * `qmp` and `commands` speak with the monitor, `text` reads what only its version for people tells.
 //! * `process` finds the process behind the socket, `discover` its RAM, `guards` what forbids a move,
 //!   `shape` what both sides must agree on.
+//! * `rescue` finds a QEMU again that an earlier farfault has left, and lets its guest run or ends it.
 //! * `device_state` runs QEMU's own migration over a pair of sockets, with `settings` that it puts
 //!   back. No path in the file system is involved, so it works whatever user or sandbox QEMU runs in.
 
@@ -21,6 +22,7 @@ pub mod fuzz;
 mod guards;
 mod process;
 mod qmp;
+mod rescue;
 mod settings;
 mod shape;
 mod source;
@@ -32,10 +34,16 @@ mod uffd;
 
 pub use destination::QemuDestination;
 pub use qmp::QmpError;
+pub use rescue::{end, is_running, let_run};
 pub use source::QemuSource;
 pub use spawn::SpawnOptions;
 
-use super::GuestError;
+use std::path::Path;
+
+use self::qmp::Qmp;
+use super::{GuestError, Whereabouts};
+use crate::memory::GuestMemory;
+use crate::memory::adopt::Adopted;
 
 /// An error with advice.
 fn refusal(message: impl Into<String>, hint: impl Into<String>) -> GuestError {
@@ -45,6 +53,28 @@ fn refusal(message: impl Into<String>, hint: impl Into<String>) -> GuestError {
 /// An error that speaks for itself.
 fn failure(message: impl Into<String>) -> GuestError {
     GuestError { message: message.into(), hint: None }
+}
+
+/// What a later process needs to find this QEMU again.
+fn whereabouts(
+    qmp: &mut Qmp,
+    path: &Path,
+    process: &Adopted,
+    memory: &GuestMemory,
+    addresses: &[u64],
+) -> Whereabouts {
+    let regions = memory.layout().regions().iter().cloned();
+    let settings = settings::current(qmp).ok().and_then(|s| serde_json::to_value(s).ok());
+    Whereabouts {
+        monitor: "qemu".to_owned(),
+        process: Some(process.identity()),
+        // A later process may have another working directory.
+        qmp: Some(std::path::absolute(path).unwrap_or_else(|_| path.to_owned())),
+        ram: regions.zip(addresses.iter().copied()).collect(),
+        runs: true,
+        settings: settings.unwrap_or_default(),
+        ..Whereabouts::default()
+    }
 }
 
 impl From<QmpError> for GuestError {

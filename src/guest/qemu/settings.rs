@@ -1,6 +1,7 @@
 //! The migration settings of a QEMU: set for one move of device state, then put back as they were.
 
 use qapi::Dictionary;
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::commands::{
@@ -32,7 +33,7 @@ fn wanted_parameters() -> [(&'static str, Value); 4] {
 }
 
 /// What to put back.
-#[derive(Debug)]
+#[derive(Clone, Debug, Deserialize, Serialize)]
 pub(super) struct SavedSettings {
     capabilities: Vec<Capability>,
     parameters: Dictionary,
@@ -50,23 +51,29 @@ pub(super) fn check(qmp: &mut Qmp) -> Result<(), GuestError> {
     ))
 }
 
-/// Prepares for a move of device state. Changes only what differs.
-pub(super) fn apply(qmp: &mut Qmp) -> Result<SavedSettings, QmpError> {
-    let capabilities: Vec<Capability> = qmp
+/// What a move of device state has to change, as it is now.
+pub(super) fn current(qmp: &mut Qmp) -> Result<SavedSettings, QmpError> {
+    let capabilities = qmp
         .execute(&QueryCapabilities {})?
         .into_iter()
         .filter(|c| c.state != WANTED.contains(&c.capability.as_str()))
         .collect();
-    let current = qmp.execute(&QueryParameters {})?;
-    let mut wanted = Dictionary::new();
-    let mut parameters = Dictionary::new();
-    for (name, value) in wanted_parameters() {
-        if let Some(before) = current.get(name).filter(|before| **before != value) {
-            parameters.insert(name.to_owned(), before.clone());
-            wanted.insert(name.to_owned(), value);
-        }
-    }
-    let saved = SavedSettings { capabilities, parameters };
+    let now = qmp.execute(&QueryParameters {})?;
+    let differing = wanted_parameters().into_iter().filter_map(|(name, value)| {
+        let before = now.get(name).filter(|before| **before != value)?;
+        Some((name.to_owned(), before.clone()))
+    });
+    Ok(SavedSettings { capabilities, parameters: differing.collect() })
+}
+
+/// Prepares for a move of device state. Changes only what differs.
+pub(super) fn apply(qmp: &mut Qmp) -> Result<SavedSettings, QmpError> {
+    let saved = current(qmp)?;
+    let wanted = wanted_parameters().into_iter();
+    let wanted: Dictionary = wanted
+        .filter(|(name, _)| saved.parameters.contains_key(*name))
+        .map(|(name, value)| (name.to_owned(), value))
+        .collect();
     let switched = saved.capabilities.iter().map(|c| Capability { state: !c.state, ..c.clone() });
     let set = |qmp: &mut Qmp| {
         set_capabilities(qmp, switched.collect())?;

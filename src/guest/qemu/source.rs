@@ -10,8 +10,8 @@ use qapi::qmp::{migrate_cancel, quit, stop};
 use super::commands::{QueryMigrate, QueryStatus};
 use super::qmp::{Qmp, QmpError};
 use super::settings::{self, SavedSettings};
-use super::{device_state, discover, failure, guards, process, shape, uffd};
-use crate::guest::{GuestError, Shape, SourceGuest};
+use super::{device_state, discover, failure, guards, process, shape, uffd, whereabouts};
+use crate::guest::{GuestError, Shape, SourceGuest, Whereabouts};
 use crate::memory::adopt::Adopted;
 use crate::memory::{Access, DirtyTracker, GuestMemory, TrackerKind, open_tracker};
 
@@ -35,6 +35,7 @@ pub struct QemuSource {
     shape: Shape,
     /// False for a guest that its owner has paused: then it stays so.
     was_running: bool,
+    whereabouts: Whereabouts,
     /// While the guest is paused for us.
     changed_settings: Option<SavedSettings>,
 }
@@ -59,6 +60,8 @@ impl QemuSource {
         let memory = Arc::new(GuestMemory::map(ram.backings, Access::ReadOnly)?);
         let addresses = ram.addresses;
         let vcpu_threads = found.vcpu_threads;
+        let place = whereabouts(&mut qmp, path, &process, &memory, &addresses);
+        let whereabouts = Whereabouts { runs: was_running, ..place };
         Ok(QemuSource {
             qmp,
             process,
@@ -67,6 +70,7 @@ impl QemuSource {
             memory,
             shape,
             was_running,
+            whereabouts,
             changed_settings: None,
         })
     }
@@ -109,6 +113,10 @@ impl QemuSource {
 impl SourceGuest for QemuSource {
     fn shape(&self) -> &Shape {
         &self.shape
+    }
+
+    fn whereabouts(&self) -> Whereabouts {
+        self.whereabouts.clone()
     }
 
     fn runs(&self) -> bool {

@@ -30,7 +30,7 @@ const START_TIMEOUT: Duration = Duration::from_secs(120);
 const KILL_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// QEMU's QMP socket, in a directory that only its user can enter.
-const SOCKET_NAME: &str = "qmp.sock";
+pub(super) const SOCKET_NAME: &str = "qmp.sock";
 
 /// How much of the end of QEMU's output an error quotes.
 const QUOTE_BYTES: u64 = 1024;
@@ -115,6 +115,11 @@ impl Spawned {
         Some(self.directory.as_ref()?.path().join(SOCKET_NAME))
     }
 
+    /// RAM files that it has made.
+    pub(super) fn new_ram_files(&self) -> &[PathBuf] {
+        &self.new_ram_files
+    }
+
     /// Lets QEMU live on without us. A connection to its QMP socket works on, but no new one.
     pub(super) fn let_go(&mut self) {
         self.ours = false;
@@ -141,13 +146,7 @@ impl Spawned {
                 Err(e) => return Err(failure(format!("cannot wait for QEMU to end: {e}"))),
             }
         }
-        for path in self.new_ram_files.drain(..) {
-            if let Err(error) = fs::remove_file(&path)
-                && error.kind() != io::ErrorKind::NotFound
-            {
-                tracing::warn!("the RAM file {} stays behind: {error}", path.display());
-            }
-        }
+        remove_ram_files(&std::mem::take(&mut self.new_ram_files));
         Ok(())
     }
 
@@ -204,6 +203,17 @@ impl Drop for Spawned {
             && let Err(error) = self.end()
         {
             tracing::warn!("{error}");
+        }
+    }
+}
+
+/// Removes RAM files of a QEMU that has ended.
+pub(super) fn remove_ram_files(paths: &[PathBuf]) {
+    for path in paths {
+        if let Err(error) = fs::remove_file(path)
+            && error.kind() != io::ErrorKind::NotFound
+        {
+            tracing::warn!("the RAM file {} stays behind: {error}", path.display());
         }
     }
 }

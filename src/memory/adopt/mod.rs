@@ -5,6 +5,7 @@
 //! here with `pidfd_getfd(2)`. The process's own copy stays open on purpose: as long as it does, faults
 //! that wait in the kernel go on waiting when farfault dies, and its successor finds it there.
 
+mod identity;
 mod inject;
 mod maps;
 mod threads;
@@ -22,6 +23,7 @@ use userfaultfd::{FeatureFlags, Uffd};
 use self::inject::Call;
 use super::{Access, MemoryError, sys};
 
+pub use identity::ProcessIdentity;
 pub use maps::{FileIdentity, Mapping};
 
 /// Hands a descriptor to the process, as QMP's `getfd` does.
@@ -60,6 +62,11 @@ impl Adopted {
     /// When it started, in clock ticks after boot: with the number, what names it for good.
     pub fn start_time(&self) -> u64 {
         self.start_time
+    }
+
+    /// What names it for good.
+    pub fn identity(&self) -> ProcessIdentity {
+        ProcessIdentity { pid: self.pid, start_ticks: self.start_time }
     }
 
     /// False once it has ended.

@@ -1,0 +1,115 @@
+//! A QEMU that an earlier farfault has left, found again by what that wrote down.
+
+use std::path::Path;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use qapi::qmp::migrate_cancel;
+
+use super::commands::{QueryMigrate, QueryStatus};
+use super::qmp::Qmp;
+use super::settings::SavedSettings;
+use super::spawn::{SOCKET_NAME, remove_ram_files};
+use super::{device_state, failure, process, refusal};
+use crate::guest::{GuestError, Whereabouts};
+
+/// How long a killed QEMU may take to end: its memory has to be given back.
+const KILL_TIMEOUT: Duration = Duration::from_secs(20);
+/// How long a cancelled migration may take to end.
+const CANCEL_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Whether the guest runs; `None` for a QEMU that has ended.
+///
+/// # Errors
+/// When QEMU is there and does not answer.
+pub fn is_running(place: &Whereabouts) -> Result<Option<bool>, GuestError> {
+    if !place.process.is_some_and(|process| process.lives()) {
+        return Ok(None);
+    }
+    Ok(Some(connect(place)?.execute(&QueryStatus {})?.status == "running"))
+}
+
+/// Lets the guest run, unless its owner had paused it; puts QEMU's migration settings back.
+/// Harmless when it runs.
+///
+/// # Errors
+/// When that QEMU has ended or another answers at its socket; QEMU's own.
+pub fn let_run(place: &Whereabouts) -> Result<(), GuestError> {
+    let mut qmp = connect(place)?;
+    if qmp.execute(&QueryStatus {})?.status != "running" {
+        let deadline = Instant::now() + CANCEL_TIMEOUT;
+        while qmp.execute(&QueryMigrate {})?.is_active() {
+            if Instant::now() >= deadline {
+                return Err(failure("QEMU's own migration cannot be cancelled"));
+            }
+            qmp.execute(&migrate_cancel {})?;
+            thread::sleep(Duration::from_millis(5));
+        }
+        device_state::settle(&mut qmp)?;
+        if place.runs {
+            device_state::cont(&mut qmp)?;
+        }
+    }
+    put_back(place, &mut qmp);
+    Ok(())
+}
+
+/// Ends a QEMU that farfault had started, and removes the RAM files that it had made and the directory
+/// of its socket. Works while its threads wait for pages. Harmless when it has ended.
+///
+/// # Errors
+/// When it does not end.
+pub fn end(place: &Whereabouts) -> Result<(), GuestError> {
+    let Some(process) = place.process.filter(|_| place.started_here) else { return Ok(()) };
+    let deadline = Instant::now() + KILL_TIMEOUT;
+    while process.lives() {
+        // Its number is its own as long as it lives.
+        let _ = kill(Pid::from_raw(process.pid.cast_signed()), Signal::SIGKILL);
+        if Instant::now() >= deadline {
+            return Err(failure(format!("QEMU (process {}) does not end", process.pid)));
+        }
+        thread::sleep(Duration::from_millis(5));
+    }
+    remove_ram_files(&place.ram_files);
+    remove_private_socket(place);
+    Ok(())
+}
+
+/// The directory that farfault had made for the QMP socket of a QEMU that it started.
+fn remove_private_socket(place: &Whereabouts) {
+    let directory = place.qmp.as_deref().and_then(Path::parent).filter(|_| place.started_here);
+    if let Some(directory) = directory {
+        let _ = std::fs::remove_file(directory.join(SOCKET_NAME));
+        let _ = std::fs::remove_dir(directory);
+    }
+}
+
+fn put_back(place: &Whereabouts, qmp: &mut Qmp) {
+    if let Ok(settings) = serde_json::from_value::<SavedSettings>(place.settings.clone()) {
+        settings.restore(qmp);
+    }
+}
+
+/// The QEMU of that time, and no other that answers at its socket now.
+fn connect(place: &Whereabouts) -> Result<Qmp, GuestError> {
+    let (Some(path), Some(process)) = (&place.qmp, place.process) else {
+        return Err(failure(format!(
+            "a guest of {} lives in the farfault process that held it, and has ended with it",
+            place.monitor
+        )));
+    };
+    if !process.lives() {
+        return Err(failure(format!("the guest's QEMU (process {}) has ended", process.pid)));
+    }
+    let mut qmp = Qmp::connect(path)?;
+    let found = process::find(&mut qmp)?;
+    if found.pid == process.pid {
+        return Ok(qmp);
+    }
+    Err(refusal(
+        format!("at {} answers process {}, not QEMU {}", path.display(), found.pid, process.pid),
+        "continue the guest through another monitor of its QEMU, or end that QEMU",
+    ))
+}

@@ -1,0 +1,248 @@
+//! What a side must not forget: a directory for each side of each migration, below the state directory.
+//!
+//! ```text
+//! <state-dir>/56d9415255b0337c.source/    mode 0700, all files 0600
+//!     about       who works on it, and on which guest: one JSON object
+//!     journal     what was decided: a JSON object a line, on disk before the migration goes on
+//!     control     a socket, while a farfault works on it (`session::control`)
+//! ```
+//!
+//! Whoever works on a migration holds a lock on its journal, which goes with the process. The directory is
+//! removed when its migration has ended for sure; one that is found later tells where the guest may run.
+//! All of it can be read with any pager.
+
+mod about;
+mod records;
+
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use nix::fcntl::{Flock, FlockArg};
+use serde::Serialize;
+
+use crate::engine::Failure;
+
+pub use about::{About, Side};
+pub use records::{Entry, Record, Records};
+
+/// The file of records.
+const JOURNAL: &str = "journal";
+/// The file that says whose it is.
+const ABOUT: &str = "about";
+/// Most migrations that a state directory is searched for.
+const MAX_MIGRATIONS: usize = 10_000;
+
+/// The journal of one side of one migration, held by who works on it.
+#[derive(Debug)]
+pub struct Journal {
+    file: Flock<File>,
+    directory: PathBuf,
+}
+
+#[derive(Serialize)]
+struct Line<'a, R> {
+    unix_ms: u64,
+    record: &'a R,
+}
+
+/// Where journals are kept unless the operator says otherwise: `/var/lib/farfault` for root, else
+/// below the user's state directory.
+pub fn default_state_dir() -> PathBuf {
+    if nix::unistd::geteuid().is_root() {
+        return PathBuf::from("/var/lib/farfault");
+    }
+    let base = std::env::var_os("XDG_STATE_HOME")
+        .map(PathBuf::from)
+        .or_else(|| std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".local/state")));
+    base.unwrap_or_else(std::env::temp_dir).join("farfault")
+}
+
+/// What is left of one side of a migration, or is under way.
+#[derive(Clone, Debug)]
+pub struct Found {
+    /// Its directory.
+    pub directory: PathBuf,
+    /// Whose it is.
+    pub about: About,
+    /// What was written down.
+    pub records: Records,
+}
+
+impl Found {
+    /// True while the farfault that works on it lives.
+    pub fn is_owned(&self) -> bool {
+        self.about.owner.lives()
+    }
+
+    /// `MIGRATION.SIDE`, which names it on this host.
+    pub fn name(&self) -> String {
+        self.about.name()
+    }
+}
+
+/// All sides of migrations in `state_dir`, oldest first, and what could not be read. A directory that
+/// does not exist holds none.
+///
+/// # Errors
+/// When the directory cannot be read.
+pub fn list(state_dir: &Path) -> Result<(Vec<Found>, Vec<Failure>), Failure> {
+    let entries = match fs::read_dir(state_dir) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok((vec![], vec![])),
+        Err(error) => {
+            let text =
+                format!("the state directory {} cannot be read: {error}", state_dir.display());
+            return Err(Failure::new(text, "run as root, or name another one with --state-dir"));
+        }
+    };
+    let (mut found, mut failures) = (Vec::new(), Vec::new());
+    for entry in entries.flatten().take(MAX_MIGRATIONS) {
+        let name = entry.file_name();
+        if Side::of_name(&name.to_string_lossy()).is_none() {
+            continue;
+        }
+        match open_found(&entry.path()) {
+            Ok(one) => found.push(one),
+            // It was removed meanwhile.
+            Err(_) if !entry.path().exists() => {}
+            Err(failure) => failures.push(failure),
+        }
+    }
+    found.sort_by_key(|one| (one.about.begun_unix_ms, one.name()));
+    Ok((found, failures))
+}
+
+/// The one that `id` names: a migration's id, the beginning of it, or with `.source` or `.destination`
+/// behind it where both are on this host.
+///
+/// # Errors
+/// When there is none, or more than one.
+pub fn find(state_dir: &Path, id: &str, side: Option<Side>) -> Result<Found, Failure> {
+    let (mut all, failures) = list(state_dir)?;
+    all.retain(|one| one.name().starts_with(id) && side.is_none_or(|side| one.about.side == side));
+    if all.len() > 1 {
+        let names: Vec<String> = all.iter().map(Found::name).collect();
+        let text = format!("{id} may be {}", names.join(" or "));
+        return Err(Failure::new(text, "give the whole name"));
+    }
+    if let Some(one) = all.pop() {
+        return Ok(one);
+    }
+    // One that is there and cannot be read says why.
+    if let Some(failure) = failures.into_iter().find(|failure| failure.reason.contains(id)) {
+        return Err(failure);
+    }
+    Err(Failure::new(
+        format!("no migration {id} is in {}", state_dir.display()),
+        "`farfault status` lists them; name the directory with --state-dir if it is another",
+    ))
+}
+
+fn open_found(directory: &Path) -> Result<Found, Failure> {
+    let about = About::read(&directory.join(ABOUT))?;
+    let records = Records::read(&directory.join(JOURNAL))?;
+    Ok(Found { directory: directory.to_owned(), about, records })
+}
+
+impl Journal {
+    /// A new journal in a directory of its own, which only its owner can enter, held by this process.
+    ///
+    /// # Errors
+    /// When the directory exists or cannot be made.
+    pub fn create(state_dir: &Path, about: &About) -> Result<Self, Failure> {
+        let directory = state_dir.join(about.name());
+        let make = || {
+            DirBuilder::new().recursive(true).mode(0o700).create(state_dir)?;
+            DirBuilder::new().mode(0o700).create(&directory)?;
+            let file = OpenOptions::new()
+                .append(true)
+                .create_new(true)
+                .mode(0o600)
+                .open(directory.join(JOURNAL))?;
+            about.write(&directory.join(ABOUT))?;
+            // The names must be on disk too.
+            File::open(&directory)?.sync_all()?;
+            File::open(state_dir)?.sync_all()?;
+            Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, e)| e.into())
+        };
+        let file = make().map_err(|error: io::Error| {
+            Failure::new(
+                format!("the journal {} cannot be made: {error}", directory.display()),
+                "name a directory that can be written with --state-dir",
+            )
+        })?;
+        Ok(Journal { file, directory })
+    }
+
+    /// Takes over the journal of a farfault that has ended, to add to it.
+    ///
+    /// # Errors
+    /// When somebody works on that migration.
+    pub fn take_over(found: &Found) -> Result<Self, Failure> {
+        let busy = || {
+            let pid = found.about.owner.pid;
+            Failure::new(
+                format!("farfault (process {pid}) works on migration {}", found.name()),
+                "wait until it has ended, end it with `farfault cancel`, or kill it",
+            )
+        };
+        if found.is_owned() {
+            return Err(busy());
+        }
+        let path = found.directory.join(JOURNAL);
+        let file = OpenOptions::new().append(true).open(&path).map_err(|error| {
+            Failure::plain(format!("the journal {} cannot be opened: {error}", path.display()))
+        })?;
+        let file = Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|_| busy())?;
+        // Another heir may have come in between.
+        let records = Records::read(&path)?;
+        if records != found.records {
+            return Err(Failure::plain(format!(
+                "migration {} has changed: look again",
+                found.name()
+            )));
+        }
+        file.set_len(records.len_bytes).map_err(|error| {
+            Failure::plain(format!("the journal {} failed: {error}", path.display()))
+        })?;
+        Ok(Journal { file, directory: found.directory.clone() })
+    }
+
+    /// Appends a record; it is on disk when this returns.
+    pub fn record<R: Serialize>(&mut self, record: &R) -> Result<(), Failure> {
+        let unix_ms = unix_ms();
+        let mut line = serde_json::to_vec(&Line { unix_ms, record }).expect("plain data");
+        line.push(b'\n');
+        let written = self.file.write_all(&line).and_then(|()| self.file.sync_data());
+        written.map_err(|error| {
+            Failure::plain(format!("the journal {} failed: {error}", self.path().display()))
+        })
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> PathBuf {
+        self.directory.join(JOURNAL)
+    }
+
+    /// The directory of this side of the migration.
+    pub fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    /// The migration has ended and nothing is in doubt.
+    pub fn remove(&self) {
+        if let Err(error) = fs::remove_dir_all(&self.directory) {
+            tracing::warn!("the journal {} stays behind: {error}", self.directory.display());
+        }
+    }
+}
+
+fn unix_ms() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_millis() as u64)
+}
+
+#[cfg(test)]
+mod tests;

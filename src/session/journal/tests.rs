@@ -1,0 +1,138 @@
+use std::os::unix::fs::PermissionsExt;
+
+use super::*;
+use crate::engine::destination::DestinationRecord;
+use crate::engine::source::SourceRecord;
+use crate::guest::Whereabouts;
+use crate::memory::adopt::ProcessIdentity;
+
+fn about(migration: &str, side: Side) -> About {
+    About::begin(migration, side, Whereabouts::default()).unwrap()
+}
+
+/// As if the process that wrote it had been killed.
+fn orphan(mut about: About) -> About {
+    about.owner = ProcessIdentity { start_ticks: about.owner.start_ticks + 1, ..about.owner };
+    about
+}
+
+#[test]
+fn records_are_lines_that_a_person_can_read_and_go_with_their_directory() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut journal = Journal::create(dir.path(), &about("0badcafe", Side::Source)).unwrap();
+    journal.record(&SourceRecord::Started).unwrap();
+    journal.record(&SourceRecord::Decided).unwrap();
+    let text = fs::read_to_string(journal.path()).unwrap();
+    let records: Vec<serde_json::Value> =
+        text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!(records[1]["record"], "decided");
+    let again = Journal::create(dir.path(), &about("0badcafe", Side::Source)).unwrap_err();
+    assert!(again.hint.unwrap().contains("--state-dir"));
+    let directory = journal.directory().to_owned();
+    journal.remove();
+    assert!(!directory.exists());
+}
+
+#[test]
+fn only_its_owner_can_look_into_the_state_directory() {
+    let dir = tempfile::tempdir().unwrap();
+    let state_dir = dir.path().join("state");
+    let journal = Journal::create(&state_dir, &about("0badcafe", Side::Source)).unwrap();
+    let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
+    assert_eq!(mode(&state_dir), 0o700);
+    assert_eq!(mode(journal.directory()), 0o700);
+    for file in fs::read_dir(journal.directory()).unwrap() {
+        assert_eq!(mode(&file.unwrap().path()), 0o600);
+    }
+}
+
+#[test]
+fn every_record_of_the_machines_is_read_as_an_entry() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut journal = Journal::create(dir.path(), &about("0badcafe", Side::Source)).unwrap();
+    use SourceRecord as S;
+    for record in [S::Started, S::Decided, S::Void, S::Running, S::Complete] {
+        journal.record(&record).unwrap();
+    }
+    use DestinationRecord as D;
+    for record in [D::Started, D::Loaded, D::Committed, D::Refused, D::Complete] {
+        journal.record(&record).unwrap();
+    }
+    journal.record(&Entry::RunSource).unwrap();
+    journal.record(&Entry::RunDestination).unwrap();
+    let found = find(dir.path(), "0bad", None).unwrap();
+    let entries: Vec<Entry> = found.records.list.iter().map(|record| record.record).collect();
+    use Entry::*;
+    let expected = [
+        Started,
+        Decided,
+        Void,
+        Running,
+        Complete,
+        Started,
+        Loaded,
+        Committed,
+        Refused,
+        Complete,
+        RunSource,
+        RunDestination,
+    ];
+    assert_eq!(entries, expected);
+}
+
+#[test]
+fn a_migration_is_found_by_the_beginning_of_its_id_and_its_side() {
+    let dir = tempfile::tempdir().unwrap();
+    assert!(list(&dir.path().join("missing")).unwrap().0.is_empty());
+    let journals = [("aa01", Side::Source), ("aa01", Side::Destination), ("ab02", Side::Source)]
+        .map(|(id, side)| Journal::create(dir.path(), &about(id, side)).unwrap());
+    assert_eq!(find(dir.path(), "ab", None).unwrap().name(), "ab02.source");
+    assert_eq!(find(dir.path(), "aa01.d", None).unwrap().name(), "aa01.destination");
+    let by_side = find(dir.path(), "aa01", Some(Side::Source)).unwrap();
+    assert_eq!(by_side.name(), "aa01.source");
+    let either = find(dir.path(), "aa01", None).unwrap_err();
+    assert!(either.reason.contains("aa01.source or aa01.destination"), "{either}");
+    let none = find(dir.path(), "ff", None).unwrap_err();
+    assert!(none.hint.unwrap().contains("farfault status"));
+    drop(journals);
+}
+
+#[test]
+fn a_journal_is_not_taken_from_who_works_on_it_but_from_the_dead() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut first = Journal::create(dir.path(), &about("aa01", Side::Source)).unwrap();
+    first.record(&SourceRecord::Started).unwrap();
+    let owned = Journal::take_over(&find(dir.path(), "aa01", None).unwrap()).unwrap_err();
+    assert!(owned.reason.contains("works on"), "{owned}");
+    // Its process is gone as far as its file says, but the journal is held all the same.
+    let mut found = find(dir.path(), "aa01", None).unwrap();
+    found.about = orphan(found.about);
+    assert!(Journal::take_over(&found).is_err());
+    drop(first);
+    let mut heir = Journal::take_over(&found).unwrap();
+    heir.record(&Entry::RunSource).unwrap();
+    let found = find(dir.path(), "aa01", None).unwrap();
+    assert!(found.records.has(Entry::Started) && found.records.has(Entry::RunSource));
+}
+
+#[test]
+fn a_line_that_was_not_finished_counts_as_not_written_and_goes_at_the_takeover() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut first = Journal::create(dir.path(), &orphan(about("aa01", Side::Source))).unwrap();
+    first.record(&SourceRecord::Started).unwrap();
+    // Whole but for its end: its writer died before it could act upon it.
+    first.file.write_all(b"{\"unix_ms\":2,\"record\":\"decided\"}").unwrap();
+    drop(first);
+    let found = find(dir.path(), "aa01", None).unwrap();
+    assert!(found.records.has(Entry::Started) && !found.records.has(Entry::Decided));
+    Journal::take_over(&found).unwrap().record(&Entry::RunSource).unwrap();
+    let found = find(dir.path(), "aa01", None).unwrap();
+    assert!(found.records.has(Entry::RunSource) && !found.records.has(Entry::Decided));
+}
+
+#[test]
+fn a_damaged_journal_is_no_evidence() {
+    let whole = "{\"unix_ms\":1,\"record\":\"started\"}\n";
+    assert!(Records::parse(&format!("{whole}gibberish\n{whole}")).unwrap_err().contains("line 2"));
+    assert!(Records::parse("{\"unix_ms\":1,\"record\":\"flown\"}\n").is_err());
+}

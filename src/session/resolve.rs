@@ -1,0 +1,302 @@
+//! A person decides where the guest runs, when farfault could not: what the evidence of one side allows,
+//! and doing it.
+//!
+//! Each host knows its own side only. What its journal proves is a fence: the choice that contradicts it
+//! is refused. Where it proves nothing the person must ask the other host; so the same choice is made on
+//! both, on the one that gives the guest up first.
+
+use super::journal::{Entry, Found, Journal, Records, Side};
+use crate::engine::Failure;
+use crate::guest::qemu;
+
+/// Where the guest shall run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Choice {
+    /// On the host that it was leaving.
+    RunSource,
+    /// On the host that it was going to.
+    RunDestination,
+}
+
+impl Choice {
+    /// As an option.
+    pub fn option(self) -> &'static str {
+        match self {
+            Choice::RunSource => "--run-source",
+            Choice::RunDestination => "--run-destination",
+        }
+    }
+}
+
+/// What a choice comes to on one side.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Permit {
+    /// What is written down first; nothing where it is written already.
+    pub record: Option<Entry>,
+    /// What is done to the guest here.
+    pub act: Act,
+}
+
+/// What is done to the guest on this side.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Act {
+    /// It stays stopped.
+    LeaveStopped,
+    /// It runs.
+    LetRun,
+    /// Its copy is ended, if farfault has started its monitor.
+    End,
+}
+
+/// What the journal of one side allows.
+///
+/// # Errors
+/// What contradicts the choice.
+pub fn judge(side: Side, records: &Records, choice: Choice) -> Result<Permit, Failure> {
+    match side {
+        Side::Source => judge_source(records, choice),
+        Side::Destination => judge_destination(records, choice),
+    }
+}
+
+fn judge_source(records: &Records, choice: Choice) -> Result<Permit, Failure> {
+    let has = |entry| records.has(entry);
+    let unless = |entry| Some(entry).filter(|entry| !records.has(*entry));
+    match choice {
+        Choice::RunSource if has(Entry::RunDestination) => Err(Failure::new(
+            "it was resolved here that the guest runs at the destination",
+            "end this copy, or undo by hand what you are sure of",
+        )),
+        Choice::RunSource if has(Entry::Running) || has(Entry::Complete) => Err(Failure::new(
+            "the destination has said that the guest runs there",
+            "what it has done there cannot be undone: see `Lost pages` in docs/failures.md",
+        )),
+        Choice::RunSource => Ok(Permit { record: unless(Entry::RunSource), act: Act::LetRun }),
+        Choice::RunDestination if has(Entry::RunSource) => Err(Failure::new(
+            "it was resolved here that the guest runs at the source",
+            "let it run here; on the destination too choose --run-source",
+        )),
+        Choice::RunDestination if has(Entry::Void) || !has(Entry::Decided) => Err(Failure::new(
+            "the destination was never told to run the guest, or has refused it: it belongs here",
+            "choose --run-source",
+        )),
+        Choice::RunDestination => {
+            Ok(Permit { record: unless(Entry::RunDestination), act: Act::LeaveStopped })
+        }
+    }
+}
+
+fn judge_destination(records: &Records, choice: Choice) -> Result<Permit, Failure> {
+    let has = |entry| records.has(entry);
+    let committed = has(Entry::Committed) || has(Entry::Complete);
+    match choice {
+        Choice::RunDestination if has(Entry::Refused) => Err(Failure::new(
+            "the guest was refused here: the source may run it",
+            "choose --run-source on both hosts",
+        )),
+        Choice::RunDestination if committed => Ok(Permit { record: None, act: Act::LetRun }),
+        Choice::RunDestination if !has(Entry::Loaded) => Err(Failure::new(
+            "the guest's device state was never loaded here: there is nothing to run",
+            "choose --run-source on both hosts, here first",
+        )),
+        Choice::RunDestination => Ok(Permit { record: Some(Entry::Committed), act: Act::LetRun }),
+        Choice::RunSource if committed => Err(Failure::new(
+            "the decision has arrived here: the guest runs here, or has run",
+            "choose --run-destination; what to do about lost pages is in docs/failures.md",
+        )),
+        Choice::RunSource => {
+            let record = Some(Entry::Refused).filter(|_| !has(Entry::Refused));
+            Ok(Permit { record, act: Act::End })
+        }
+    }
+}
+
+/// What is known of a side that nobody works on, and what to do about it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Advice {
+    /// How it stands.
+    pub situation: &'static str,
+    /// What to type here or to look at.
+    pub next: String,
+}
+
+/// Reads the evidence for a person.
+pub fn advise(found: &Found) -> Advice {
+    let has = |entry| found.records.has(entry);
+    let id = found.name();
+    let resolve = |choice: Choice| format!("farfault resolve {id} {}", choice.option());
+    let both = format!("farfault resolve {id} --show; ask the other host before you choose");
+    let tidy = format!("nothing; then remove {}", found.directory.display());
+    let (situation, next) = match found.about.side {
+        Side::Source if has(Entry::RunSource) => ("resolved: the guest runs here", tidy),
+        Side::Source if has(Entry::RunDestination) => {
+            ("resolved: the guest runs at the destination", tidy)
+        }
+        Side::Source if has(Entry::Complete) => {
+            ("complete: the guest runs at the destination with all its pages", tidy)
+        }
+        Side::Source if has(Entry::Running) => (
+            "lost pages: the guest runs at the destination, and some of its memory is only here",
+            "keep this QEMU and its memory; see `Lost pages` in docs/failures.md".to_owned(),
+        ),
+        Side::Source if has(Entry::Void) || !has(Entry::Decided) => {
+            ("not decided: the guest belongs here", resolve(Choice::RunSource))
+        }
+        Side::Source => ("in doubt: decided, and no word came from the destination", both),
+        Side::Destination if has(Entry::Refused) => {
+            ("refused: the guest never ran here and never will", resolve(Choice::RunSource))
+        }
+        Side::Destination if has(Entry::Complete) => {
+            ("complete: the guest runs here with all its pages", tidy)
+        }
+        Side::Destination if has(Entry::Committed) => (
+            "lost pages: the guest runs here and lacks pages",
+            "see `Lost pages` in docs/failures.md".to_owned(),
+        ),
+        Side::Destination if has(Entry::Loaded) => {
+            ("in doubt: the guest could run here, and the decision did not come", both)
+        }
+        Side::Destination => ("not loaded: the guest never ran here", resolve(Choice::RunSource)),
+    };
+    Advice { situation, next }
+}
+
+/// Carries out a choice on this side: writes it down, then does it. Gives what to tell.
+///
+/// # Errors
+/// When the evidence is against it, when a farfault works on this migration, or when the guest's
+/// monitor does not do as told; then the choice stands in the journal and may be repeated.
+pub fn resolve(found: &Found, choice: Choice) -> Result<&'static str, Failure> {
+    // The lock first: nobody may begin to work on it between the judgement and the deed.
+    let mut journal = Journal::take_over(found)?;
+    let permit = judge(found.about.side, &found.records, choice)?;
+    if let Some(record) = permit.record {
+        journal.record(&record)?;
+    }
+    let place = &found.about.guest;
+    let in_doubt = found.records.has(Entry::Decided) && !found.records.has(Entry::Void);
+    match permit.act {
+        Act::LeaveStopped => Ok("the guest stays stopped here; it is to run at the destination"),
+        Act::LetRun => {
+            qemu::let_run(place)?;
+            if found.about.side == Side::Source && !in_doubt {
+                journal.remove();
+            }
+            Ok("the guest runs here, unless its owner had paused it")
+        }
+        Act::End if place.started_here || !place.process.is_some_and(|qemu| qemu.lives()) => {
+            qemu::end(place)?;
+            journal.remove();
+            Ok("the guest is given up here, and its copy is gone; it is to run at the source")
+        }
+        Act::End => {
+            Ok("the guest is given up here; its copy in the QEMU that you had started stays \
+                        stopped: end that")
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    use Choice::{RunDestination, RunSource};
+    use Entry::*;
+
+    /// Every evidence that a crash can leave, and what each choice comes to; `None`: refused.
+    #[test]
+    fn the_evidence_fences_every_choice() {
+        type Row = (Side, &'static [Entry], Option<Permit>, Option<Permit>);
+        let permit = |record, act| Some(Permit { record, act });
+        let (s, d) = (Side::Source, Side::Destination);
+        let (run, end, leave) = (Act::LetRun, Act::End, Act::LeaveStopped);
+        let table: &[Row] = &[
+            (s, &[], permit(Some(Entry::RunSource), run), None),
+            (s, &[Started], permit(Some(Entry::RunSource), run), None),
+            (
+                s,
+                &[Started, Decided],
+                permit(Some(Entry::RunSource), run),
+                permit(Some(Entry::RunDestination), leave),
+            ),
+            (s, &[Started, Decided, Void], permit(Some(Entry::RunSource), run), None),
+            (s, &[Started, Decided, Running], None, permit(Some(Entry::RunDestination), leave)),
+            (
+                s,
+                &[Started, Decided, Running, Complete],
+                None,
+                permit(Some(Entry::RunDestination), leave),
+            ),
+            (s, &[Started, Decided, Entry::RunSource], permit(None, run), None),
+            (s, &[Started, Decided, Entry::RunDestination], None, permit(None, leave)),
+            (s, &[Started, Decided, Running, Entry::RunDestination], None, permit(None, leave)),
+            (d, &[], permit(Some(Refused), end), None),
+            (d, &[Started], permit(Some(Refused), end), None),
+            (d, &[Started, Loaded], permit(Some(Refused), end), permit(Some(Committed), run)),
+            (d, &[Started, Loaded, Committed], None, permit(None, run)),
+            (d, &[Started, Committed], None, permit(None, run)),
+            (d, &[Started, Committed, Complete], None, permit(None, run)),
+            (d, &[Started, Refused], permit(None, end), None),
+            (d, &[Started, Loaded, Refused], permit(None, end), None),
+        ];
+        for (side, entries, source, destination) in table {
+            for (choice, expected) in [(RunSource, source), (RunDestination, destination)] {
+                let records = Records::of(entries);
+                let judged = judge(*side, &records, choice);
+                assert_eq!(judged.clone().ok(), *expected, "{side} {entries:?} {choice:?}");
+                // Whoever is refused is told what to do instead.
+                assert!(judged.is_ok() || judged.unwrap_err().hint.is_some());
+                // A choice may be repeated, and forbids the other one.
+                let Some(Permit { record: Some(record), .. }) = expected else { continue };
+                let after = Records::of(&[*entries, &[*record]].concat());
+                let again = judge(*side, &after, choice).unwrap();
+                assert_eq!((again.record, again.act), (None, expected.unwrap().act));
+                let other = if choice == RunSource { RunDestination } else { RunSource };
+                assert!(judge(*side, &after, other).is_err(), "{side} {entries:?} then {other:?}");
+            }
+        }
+    }
+
+    /// The two hosts' journals as they can be at the same time: no way of resolving both lets both run.
+    #[test]
+    fn clear_evidence_on_either_host_keeps_the_guest_from_two_places() {
+        let both: &[(&[Entry], &[Entry])] = &[
+            (&[Started], &[Started]),
+            (&[Started, Decided], &[Started]),
+            (&[Started, Decided], &[Started, Refused]),
+            (&[Started, Decided, Void], &[Started, Refused]),
+            (&[Started, Decided, Running], &[Started, Committed]),
+            (&[Started, Decided, Running], &[Started, Committed, Complete]),
+        ];
+        for (source, destination) in both {
+            let runs = |side, entries, choice| {
+                judge(side, &Records::of(entries), choice).is_ok_and(|p| p.act == Act::LetRun)
+            };
+            let source_runs = runs(Side::Source, source, RunSource);
+            let destination_runs = runs(Side::Destination, destination, RunDestination);
+            assert!(!(source_runs && destination_runs), "{source:?} {destination:?}");
+        }
+    }
+
+    #[test]
+    fn a_choice_is_on_disk_before_the_guest_is_touched_and_not_while_somebody_works() {
+        use crate::guest::Whereabouts;
+        use crate::memory::adopt::ProcessIdentity;
+        use crate::session::journal::{About, find};
+        let dir = tempfile::tempdir().unwrap();
+        let mut about = About::begin("aa01", Side::Source, Whereabouts::default()).unwrap();
+        // As if its owner had been killed.
+        about.owner = ProcessIdentity { start_ticks: 0, ..about.owner };
+        let mut journal = Journal::create(dir.path(), &about).unwrap();
+        journal.record(&Started).unwrap();
+        journal.record(&Decided).unwrap();
+        let found = find(dir.path(), "aa01", None).unwrap();
+        assert!(resolve(&found, RunSource).unwrap_err().reason.contains("works on"));
+        drop(journal);
+        // There is no monitor: the guest cannot be let run, and the choice stands all the same.
+        resolve(&found, RunSource).unwrap_err();
+        let found = find(dir.path(), "aa01", None).unwrap();
+        assert!(found.records.has(Entry::RunSource));
+        assert!(resolve(&found, RunDestination).unwrap_err().reason.contains("at the source"));
+    }
+}
