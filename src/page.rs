@@ -16,7 +16,7 @@ pub const PAGE_SIZE_BYTES: usize = 4096;
 pub type PageBytes = [u8; PAGE_SIZE_BYTES];
 
 /// A page of the guest, numbered through over all its RAM regions.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct PageIndex(pub u64);
 
 impl fmt::Debug for PageIndex {

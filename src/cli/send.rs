@@ -10,6 +10,7 @@ use super::{bytes, duration, rate, state_dir};
 use crate::codec::ladder::{CodecChoice, ParseCodecError};
 use crate::engine::Failure;
 use crate::engine::policy::SwitchoverPolicy;
+use crate::engine::pusher::PusherKind;
 use crate::engine::source::{SourceConfig, SourceTimeouts};
 use crate::guest::qemu::QemuSource;
 use crate::memory::TrackerKind;
@@ -55,6 +56,9 @@ pub(super) struct Send {
     /// How the guest's writes are followed: auto takes the fastest that the kernel has.
     #[arg(long, value_name = "auto|write-protect|hash-scan", default_value = "auto")]
     tracker: TrackerKind,
+    /// In which order pages go after the switchover, for experiments: linear, heat, bubbling, trend, stall.
+    #[arg(long, value_name = "NAME", default_value_t)]
+    pusher: PusherKind,
     /// End the source's QEMU when the guest runs at the destination with all its pages; otherwise it is
     /// left stopped.
     #[arg(long)]
@@ -150,6 +154,7 @@ impl Send {
             base_cache_bytes: usize::try_from(self.base_cache).unwrap_or(usize::MAX),
             codecs: self.codec.0,
             tracker: self.tracker,
+            pusher: self.pusher,
             state_dir: state_dir(self.state_dir.clone()),
             quit_source: self.quit_source,
         };

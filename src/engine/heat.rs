@@ -4,10 +4,11 @@
 //! it. So comparing two of them as numbers puts recency before frequency, and counting bits gives the
 //! frequency. Only chunks in which a page was ever dirty take memory and time.
 
-use crate::page::{PageIndex, PageRange, PageSet};
+use crate::page::{PageIndex, PageSet};
 
 /// Pages of one allocation: 4 MiB of guest memory.
-const CHUNK_PAGES: usize = 1024;
+pub const CHUNK_PAGES: u64 = 1024;
+const CHUNK: usize = CHUNK_PAGES as usize;
 /// The last round's bit.
 const NEWEST: u8 = 1 << 7;
 
@@ -15,14 +16,14 @@ const NEWEST: u8 = 1 << 7;
 #[derive(Clone, Debug)]
 pub struct Heat {
     /// `None` for a chunk of pages that were never dirty as far back as a history goes.
-    chunks: Vec<Option<Box<[u8; CHUNK_PAGES]>>>,
+    chunks: Vec<Option<Box<[u8; CHUNK]>>>,
     rounds: u32,
 }
 
 impl Heat {
     /// A guest of `pages` pages of which no writes are known.
     pub fn new(pages: u64) -> Self {
-        Heat { chunks: vec![None; pages.div_ceil(CHUNK_PAGES as u64) as usize], rounds: 0 }
+        Heat { chunks: vec![None; pages.div_ceil(CHUNK_PAGES) as usize], rounds: 0 }
     }
 
     /// A round is over in which the guest has written to the pages of `dirty`.
@@ -30,13 +31,13 @@ impl Heat {
     /// # Panics
     /// When `dirty` is of another guest.
     pub fn end_round(&mut self, dirty: &PageSet) {
-        assert_eq!(self.chunks.len() as u64, dirty.pages().div_ceil(CHUNK_PAGES as u64));
+        assert_eq!(self.chunks.len() as u64, dirty.pages().div_ceil(CHUNK_PAGES));
         self.rounds += 1;
-        let words = dirty.words().chunks(CHUNK_PAGES / 64);
+        let words = dirty.words().chunks(CHUNK / 64);
         for (chunk, words) in self.chunks.iter_mut().zip(words) {
             let any = words.iter().any(|word| *word != 0);
             let Some(histories) = (if any {
-                Some(chunk.get_or_insert_with(|| Box::new([0; CHUNK_PAGES])))
+                Some(chunk.get_or_insert_with(|| Box::new([0; CHUNK])))
             } else {
                 chunk.as_mut()
             }) else {
@@ -64,10 +65,8 @@ impl Heat {
     /// The history of `page`, the highest bit being the last round: larger is hotter, 0 is a page that
     /// was not written to in the last eight rounds, or is beyond the guest.
     pub fn of(&self, page: PageIndex) -> u8 {
-        let chunk = self.chunks.get((page.0 / CHUNK_PAGES as u64) as usize);
-        chunk
-            .and_then(Option::as_ref)
-            .map_or(0, |histories| histories[page.0 as usize % CHUNK_PAGES])
+        let chunk = self.chunks.get((page.0 / CHUNK_PAGES) as usize);
+        chunk.and_then(Option::as_ref).map_or(0, |histories| histories[page.0 as usize % CHUNK])
     }
 
     /// In how many of the last eight rounds `page` was written to.
@@ -75,12 +74,9 @@ impl Heat {
         self.of(page).count_ones()
     }
 
-    /// The runs of pages outside of which every page is cold, ascending: chunks that are not empty.
-    pub fn warm_chunks(&self) -> impl Iterator<Item = PageRange> + '_ {
-        let chunks = self.chunks.iter().enumerate();
-        chunks.filter(|(_, chunk)| chunk.is_some()).map(|(index, _)| {
-            PageRange::new((index * CHUNK_PAGES) as u64, ((index + 1) * CHUNK_PAGES) as u64)
-        })
+    /// True when all pages of `page`'s chunk of [`CHUNK_PAGES`] are cold.
+    pub fn is_cold(&self, page: PageIndex) -> bool {
+        self.chunks.get((page.0 / CHUNK_PAGES) as usize).is_none_or(Option::is_none)
     }
 }
 
@@ -109,12 +105,11 @@ mod tests {
                     *history = *history >> 1 | now;
                 }
             }
-            let warm: Vec<PageRange> = heat.warm_chunks().collect();
             for (page, history) in model.iter().enumerate() {
                 let page = PageIndex(page as u64);
                 prop_assert_eq!(heat.of(page), *history);
                 prop_assert_eq!(heat.rounds_dirty(page), history.count_ones());
-                prop_assert!(*history == 0 || warm.iter().any(|run| run.contains(page)));
+                prop_assert!(*history == 0 || !heat.is_cold(page));
             }
             prop_assert_eq!(heat.of(PageIndex(pages + 5000)), 0);
         }
@@ -126,9 +121,10 @@ mod tests {
         let mut dirty = PageSet::empty(1 << 28);
         dirty.insert(PageIndex(1 << 27));
         heat.end_round(&dirty);
-        assert_eq!(heat.warm_chunks().count(), 1);
+        assert!(!heat.is_cold(PageIndex(1 << 27)));
         dirty.remove(PageIndex(1 << 27));
         (0..8).for_each(|_| heat.end_round(&dirty));
-        assert_eq!((heat.warm_chunks().count(), heat.rounds()), (0, 9));
+        assert!(heat.is_cold(PageIndex(1 << 27)));
+        assert_eq!(heat.rounds(), 9);
     }
 }

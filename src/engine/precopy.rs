@@ -66,6 +66,11 @@ impl PrecopyPlan {
         &self.heat
     }
 
+    /// Takes that out, for good: the guest is frozen.
+    pub fn take_heat(&mut self) -> Heat {
+        std::mem::replace(&mut self.heat, Heat::new(0))
+    }
+
     /// Where the tracker's findings go.
     pub fn dirty_mut(&mut self) -> &mut PageSet {
         &mut self.dirty

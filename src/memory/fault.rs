@@ -12,7 +12,7 @@ use hdrhistogram::Histogram;
 use super::MemoryError;
 use super::table::{PageTable, Stage, Want};
 use super::userfault::{Fault, Userfault};
-use crate::page::{PageIndex, PageRange};
+use crate::page::{PageIndex, PageRange, Version};
 
 /// How often the fault reader looks whether it shall stop, and retries what had no memory.
 const TICK: Duration = Duration::from_millis(20);
@@ -49,6 +49,14 @@ pub struct FaultStats {
     pub joined_faults: u64,
     /// From reading a remote fault to waking its threads, in microseconds.
     pub remote_latency_us: Histogram<u64>,
+    /// Of these, pages of which nothing was here.
+    pub absent_latency_us: Histogram<u64>,
+    /// Of these, pages of which an older copy was here, or was just being replaced.
+    pub stale_latency_us: Histogram<u64>,
+    /// All of these added up.
+    pub stall_sum_us: u64,
+    /// Time in which any of them was waited for.
+    pub stall_any_us: u64,
 }
 
 /// Reads a [`Userfault`] in a thread of its own and serves it from the [`PageTable`], from before
@@ -60,12 +68,13 @@ pub struct FaultServer {
 
 impl FaultServer {
     /// Starts to serve. `ask` is called, in the fault thread, with each page that a thread of the guest
-    /// waits for and that is not here: once per page, until it has been mapped. It must not block.
+    /// waits for and that is not here, and that thread's id (0 when the kernel does not tell): once per
+    /// page, until it has been mapped. It must not block.
     pub fn start(
         userfault: Arc<Userfault>,
         table: Arc<PageTable>,
         options: FaultOptions,
-        ask: impl Fn(PageIndex) + Send + 'static,
+        ask: impl Fn(PageIndex, u32) + Send + 'static,
     ) -> Result<Self, MemoryError> {
         let service = Arc::new(Service::new(userfault, table, options));
         let shared = Arc::clone(&service);
@@ -101,11 +110,18 @@ impl FaultServer {
 
     /// What was seen so far.
     pub fn stats(&self) -> FaultStats {
+        let asked = lock(&self.service.asked);
+        let mut remote_latency_us = asked.absent_us.clone();
+        remote_latency_us.add(&asked.stale_us).expect("histograms of the same bounds");
         FaultStats {
             local_faults: self.service.local.load(Ordering::Relaxed),
             remote_faults: self.service.remote.load(Ordering::Relaxed),
             joined_faults: self.service.joined.load(Ordering::Relaxed),
-            remote_latency_us: lock(&self.service.asked).latency_us.clone(),
+            remote_latency_us,
+            absent_latency_us: asked.absent_us.clone(),
+            stale_latency_us: asked.stale_us.clone(),
+            stall_sum_us: asked.stall_sum.as_micros() as u64,
+            stall_any_us: asked.stall_any(Instant::now()).as_micros() as u64,
         }
     }
 
@@ -150,15 +166,26 @@ struct Service {
 
 /// When pages were asked for.
 struct Asked {
-    since: HashMap<PageIndex, Instant>,
-    latency_us: Histogram<u64>,
+    since: HashMap<PageIndex, Waiting>,
+    absent_us: Histogram<u64>,
+    stale_us: Histogram<u64>,
+    stall_sum: Duration,
+    /// Up to the last time that nobody waited.
+    stall_any: Duration,
+    /// Since when somebody waits.
+    stalled_since: Option<Instant>,
+}
+
+#[derive(Clone, Copy)]
+struct Waiting {
+    since: Instant,
+    /// Nothing was here of it.
+    absent: bool,
 }
 
 impl Service {
     fn new(userfault: Arc<Userfault>, table: Arc<PageTable>, options: FaultOptions) -> Self {
         assert!(options.around_pages >= 1, "a fault maps at least its own page");
-        let latency_us = Histogram::new_with_max(LATENCY_LIMIT_US, 3);
-        let latency_us = latency_us.expect("constant bounds of a histogram");
         Service {
             table,
             userfault,
@@ -167,28 +194,28 @@ impl Service {
             local: AtomicU64::new(0),
             remote: AtomicU64::new(0),
             joined: AtomicU64::new(0),
-            asked: Mutex::new(Asked { since: HashMap::new(), latency_us }),
+            asked: Mutex::new(Asked::new()),
             failure: Mutex::new(None),
         }
     }
 
-    fn run(&self, ask: &impl Fn(PageIndex)) {
+    fn run(&self, ask: &impl Fn(PageIndex, u32)) {
         let mut faults: Vec<Fault> = Vec::new();
-        let mut retry: Vec<PageIndex> = Vec::new();
+        let mut retry: Vec<Fault> = Vec::new();
         while !self.stop.load(Ordering::Relaxed) {
             if let Err(error) = self.userfault.wait(TICK, &mut faults) {
                 self.fail(error);
                 std::thread::sleep(TICK);
             }
             let again = std::mem::take(&mut retry);
-            for page in again.into_iter().chain(faults.iter().map(|fault| fault.page)) {
-                match self.serve(page, ask) {
+            for fault in again.into_iter().chain(faults.iter().copied()) {
+                match self.serve(fault, ask) {
                     Ok(()) => {}
                     Err(MemoryError::ProcessGone) => return self.fail(MemoryError::ProcessGone),
                     Err(error) => {
                         self.fail(error);
                         if retry.len() < RETRY_LIMIT {
-                            retry.push(page);
+                            retry.push(fault);
                         }
                     }
                 }
@@ -207,7 +234,10 @@ impl Service {
         }
     }
 
-    fn serve(&self, page: PageIndex, ask: &impl Fn(PageIndex)) -> Result<(), MemoryError> {
+    fn serve(&self, fault: Fault, ask: &impl Fn(PageIndex, u32)) -> Result<(), MemoryError> {
+        let page = fault.page;
+        // While it is being replaced, the version is still that of the older copy.
+        let absent = self.table.state(page).version == Version::NONE;
         match self.table.want(page) {
             Want::Serve { zero } => {
                 self.local.fetch_add(1, Ordering::Relaxed);
@@ -220,8 +250,8 @@ impl Service {
             Want::Ask { first: true } => {
                 self.remote.fetch_add(1, Ordering::Relaxed);
                 let asked_at = Instant::now();
-                ask(page);
-                self.start_clock(page, asked_at);
+                ask(page, fault.thread.unwrap_or(0));
+                self.start_clock(page, Waiting { since: asked_at, absent });
                 Ok(())
             }
             Want::Ask { first: false } => {
@@ -291,10 +321,11 @@ impl Service {
     }
 
     /// The page may have been mapped between asking and this: then the time is taken at once.
-    fn start_clock(&self, page: PageIndex, asked_at: Instant) {
+    fn start_clock(&self, page: PageIndex, waiting: Waiting) {
         let mut asked = lock(&self.asked);
         if asked.since.len() < TIMED_LIMIT {
-            asked.since.insert(page, asked_at);
+            asked.stalled_since.get_or_insert(waiting.since);
+            asked.since.insert(page, waiting);
             if self.table.state(page).stage == Stage::Mapped {
                 asked.stop_clock(page);
             }
@@ -303,10 +334,37 @@ impl Service {
 }
 
 impl Asked {
-    fn stop_clock(&mut self, page: PageIndex) {
-        if let Some(since) = self.since.remove(&page) {
-            self.latency_us.saturating_record(since.elapsed().as_micros() as u64);
+    fn new() -> Self {
+        let histogram = || {
+            let histogram = Histogram::new_with_max(LATENCY_LIMIT_US, 3);
+            histogram.expect("constant bounds of a histogram")
+        };
+        Asked {
+            since: HashMap::new(),
+            absent_us: histogram(),
+            stale_us: histogram(),
+            stall_sum: Duration::ZERO,
+            stall_any: Duration::ZERO,
+            stalled_since: None,
         }
+    }
+
+    fn stop_clock(&mut self, page: PageIndex) {
+        let Some(Waiting { since, absent }) = self.since.remove(&page) else { return };
+        let now = Instant::now();
+        let waited = now.saturating_duration_since(since);
+        let histogram = if absent { &mut self.absent_us } else { &mut self.stale_us };
+        histogram.saturating_record(waited.as_micros() as u64);
+        self.stall_sum += waited;
+        if self.since.is_empty() {
+            self.stall_any = self.stall_any(now);
+            self.stalled_since = None;
+        }
+    }
+
+    fn stall_any(&self, now: Instant) -> Duration {
+        let going_on = self.stalled_since.map(|since| now.saturating_duration_since(since));
+        self.stall_any + going_on.unwrap_or_default()
     }
 }
 

@@ -15,6 +15,10 @@ pub struct Counters {
     pub remaining_pages: AtomicU64,
     /// Fault requests answered (source) or sent (destination).
     pub remote_faults: AtomicU64,
+    /// Pages that went in the pusher's order, after the switchover (source).
+    pub pushed_pages: AtomicU64,
+    /// Pages that went along with the replies to faults (source).
+    pub bundled_pages: AtomicU64,
     /// Pages that came a second time and were dropped (destination).
     pub duplicate_pages: AtomicU64,
 }

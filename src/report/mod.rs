@@ -4,10 +4,12 @@ mod counters;
 mod live;
 mod output;
 mod phases;
+mod postcopy;
 mod summary;
 
 pub use counters::Counters;
 pub use live::{History, Live, MapShape, MemoryMap, Screen, Step, draw};
 pub use output::{Event, LinkState, Output, Progress};
 pub use phases::PhaseTimes;
+pub use postcopy::{FaultFigures, PushFigures};
 pub use summary::{FaultLatency, MigrationResult, Report, Role};

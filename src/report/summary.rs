@@ -7,6 +7,7 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 
 use super::PhaseTimes;
+use super::{FaultFigures, PushFigures};
 use crate::units::{format_bytes, format_rate};
 use crate::wire::message::Strategy;
 
@@ -100,6 +101,10 @@ pub struct Report {
     pub duplicate_pages: u64,
     /// Only the destination knows.
     pub fault_latency_us: Option<FaultLatency>,
+    /// The guest's faults after the switchover: only the destination knows.
+    pub faults: Option<FaultFigures>,
+    /// How what was left then was sent: only the source knows.
+    pub push: Option<PushFigures>,
     /// The link's shortest round trip.
     pub round_trip_ms: f64,
     /// How writes were followed: only the source knows.
@@ -118,6 +123,7 @@ impl Report {
         self.local_faults = destination.local_faults;
         self.duplicate_pages = destination.duplicate_pages;
         self.fault_latency_us = destination.fault_latency_us;
+        self.faults = destination.faults;
         // Faults that the source was asked for are those of the destination, less what crossed.
         self.remote_faults = destination.remote_faults;
         self.phases_ms.complete_by(&destination.phases_ms);
@@ -178,6 +184,12 @@ impl fmt::Display for Report {
                     ms(latency.max)
                 ),
             )?;
+        }
+        if let Some(faults) = self.faults.filter(|_| self.remote_faults > 0) {
+            row("guest stalled", faults.to_string())?;
+        }
+        if let Some(push) = &self.push {
+            row("pages pushed", push.to_string())?;
         }
         row("round trip", format!("{:.1} ms", self.round_trip_ms))?;
         let parts: Vec<String> =

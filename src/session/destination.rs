@@ -22,12 +22,14 @@ use crate::engine::{Failure, MigrationPhase};
 use crate::guest::{DestinationGuest, Shape};
 use crate::memory::{FaultOptions, FaultServer, Mapper, MemoryError, PageTable, Userfault};
 use crate::page::{PageIndex, Version};
-use crate::report::{Counters, FaultLatency, LinkState, MigrationResult, Output, Report, Role};
+use crate::report::{
+    Counters, FaultFigures, FaultLatency, LinkState, MigrationResult, Output, Report, Role,
+};
 use crate::transport::{Lane, Link, Listener};
 use crate::wire::DecodeScratch;
 use crate::wire::message::{
     FaultRequest, Flight, MAX_REJECTED_PAGES, MAX_REQUEST_PAGES, Strategy, ToDestination, ToSource,
-    decode, encode,
+    Wanted, decode, encode,
 };
 
 /// What the operator asked for.
@@ -90,8 +92,8 @@ pub async fn receive(
 /// A refusal gets so long to reach the source before the link is closed.
 const REFUSAL_GRACE: Duration = Duration::from_secs(5);
 
-/// A fault lane's request as it leaves the fault reader.
-type Asked = (PageIndex, bool);
+/// A fault lane's request as it leaves the fault reader, and whether the page must come whole.
+type Asked = (Wanted, bool);
 
 /// What is there once the guest's memory is registered.
 struct Prepared {
@@ -360,8 +362,8 @@ impl Session {
                 let table = Arc::new(PageTable::anonymous(memory.pages())?);
                 let _ = watched.set(table.clone());
                 let wanted = asked.clone();
-                let ask = move |page: PageIndex| {
-                    let _ = wanted.send((page, false));
+                let ask = move |page: PageIndex, thread: u32| {
+                    let _ = wanted.send((Wanted { page, thread }, false));
                 };
                 let service = FaultServer::start(
                     userfault.clone(),
@@ -372,7 +374,7 @@ impl Session {
                 let faults = Arc::new(service);
                 let arrivals = Arc::new(Arrivals::new(memory, table.clone(), counters));
                 arrivals.serve_with(faults.clone());
-                for lane in [Lane::Push, Lane::FaultReply] {
+                for lane in [Lane::Push, Lane::FaultReply, Lane::Bundle] {
                     let applier = Applier {
                         lane,
                         link: link.clone(),
@@ -414,7 +416,7 @@ impl Session {
                 let arrivals = &prepared.as_ref().expect("prepared before the offer").arrivals;
                 let missing = arrivals.switch_over(offered, &need, &zero)?;
                 for page in ledger.lock().expect("no holder panics").close() {
-                    let _ = asked.send((page, true));
+                    let _ = asked.send(again(page));
                 }
                 timeline.part("offer.switch_over", begin.elapsed());
                 if missing == 0 {
@@ -508,7 +510,11 @@ impl Session {
             remote_faults: faults.as_ref().map_or(0, |faults| faults.remote_faults),
             local_faults: faults.as_ref().map_or(0, |faults| faults.local_faults),
             duplicate_pages: self.counters.duplicate_pages.load(Ordering::Relaxed),
-            fault_latency_us: faults.map(|faults| FaultLatency::of(&faults.remote_latency_us)),
+            fault_latency_us: faults
+                .as_ref()
+                .map(|faults| FaultLatency::of(&faults.remote_latency_us)),
+            faults: faults.as_ref().map(FaultFigures::of),
+            push: None,
             round_trip_ms: stats.min_rtt_us as f64 / 1e3,
             tracker: None,
             phases_ms: self.timeline.parts_ms(),
@@ -574,7 +580,7 @@ fn tell_round(
         }
         Noted::AskAgain(pages) => {
             for page in pages {
-                let _ = asked.send((page, true));
+                let _ = asked.send(again(page));
             }
         }
         Noted::OutOfTurn => {
@@ -584,13 +590,18 @@ fn tell_round(
     Ok(())
 }
 
+/// A page that came spoilt.
+fn again(page: PageIndex) -> Asked {
+    (Wanted { page, thread: 0 }, true)
+}
+
 /// Sends fault requests, those that have gathered while the last was sent together.
 async fn ask(link: Link, mut asking: mpsc::UnboundedReceiver<Asked>, counters: Arc<Counters>) {
     let mut gathered = Vec::new();
     while asking.recv_many(&mut gathered, MAX_REQUEST_PAGES).await > 0 {
         counters.remote_faults.fetch_add(gathered.len() as u64, Ordering::Relaxed);
         for whole in [false, true] {
-            let pages: Vec<PageIndex> =
+            let pages: Vec<Wanted> =
                 gathered.iter().filter(|asked| asked.1 == whole).map(|asked| asked.0).collect();
             if pages.is_empty() {
                 continue;

@@ -7,13 +7,17 @@ use std::sync::{Arc, Mutex};
 use bytes::Bytes;
 
 use super::reader::{BATCH_PAGES, PageReader, is_full};
-use crate::codec::BaseCache;
+use crate::codec::{BaseCache, CodecCounts, Content};
 use crate::engine::heat::Heat;
 use crate::engine::precopy::Remainder;
-use crate::engine::pusher::Pusher;
+use crate::engine::pusher::{BundleStats, Pusher, PusherKind};
 use crate::memory::GuestMemory;
 use crate::page::{PageIndex, PageSet, Version};
-use crate::report::Counters;
+use crate::report::{Counters, PushFigures};
+use crate::wire::message::Wanted;
+
+/// Pages in a message of a bundle: few, so that the first are there soon and a lost packet holds few up.
+pub(super) const BUNDLE_MESSAGE_PAGES: usize = 16;
 
 /// The frozen guest.
 pub(super) struct FrozenPages {
@@ -24,8 +28,8 @@ pub(super) struct FrozenPages {
     zero: PageSet,
     need: PageSet,
     pusher: Mutex<Pusher>,
+    costs: Costs,
     counters: Arc<Counters>,
-    requested: AtomicU64,
 }
 
 impl FrozenPages {
@@ -34,14 +38,14 @@ impl FrozenPages {
         bases: BaseCache,
         version: Version,
         remainder: Remainder,
-        heat: &Heat,
+        (heat, pusher): (Heat, PusherKind),
         counters: Arc<Counters>,
     ) -> Self {
         let Remainder { need, zero } = remainder;
         counters.remaining_pages.store(need.len(), Ordering::Relaxed);
-        let pusher = Mutex::new(Pusher::new(need.clone(), heat));
-        let requested = AtomicU64::new(0);
-        FrozenPages { memory, bases, version, zero, need, pusher, counters, requested }
+        let pusher = Mutex::new(Pusher::new(need.clone(), heat, pusher));
+        let costs = Costs::new(&counters.codecs());
+        FrozenPages { memory, bases, version, zero, need, pusher, costs, counters }
     }
 
     /// The version of all contents.
@@ -59,6 +63,19 @@ impl FrozenPages {
         &self.zero
     }
 
+    /// For the report.
+    pub(super) fn figures(&self, policy: PusherKind) -> PushFigures {
+        let BundleStats { useful, useless } =
+            self.pusher.lock().expect("no holder panics").bundles();
+        PushFigures {
+            policy: policy.name().into(),
+            pushed_pages: self.counters.pushed_pages.load(Ordering::Relaxed),
+            bundled_pages: self.counters.bundled_pages.load(Ordering::Relaxed),
+            useful_bundles: useful,
+            useless_bundles: useless,
+        }
+    }
+
     /// The next push message; `None` when every page was sent. `message` is where the last call ended:
     /// frames that did not fit the message before.
     pub(super) fn next_push(
@@ -70,12 +87,14 @@ impl FrozenPages {
         while !is_full(message) {
             {
                 let mut pusher = self.pusher.lock().expect("no holder panics");
-                pusher.take(BATCH_PAGES, &mut pages);
+                pusher.take(BATCH_PAGES, &|page| self.encoded_bytes(page), &mut pages);
                 self.counters.remaining_pages.store(pusher.left(), Ordering::Relaxed);
             }
             if pages.is_empty() {
                 break;
             }
+            pages.sort_unstable();
+            self.counters.pushed_pages.fetch_add(pages.len() as u64, Ordering::Relaxed);
             self.encode(&pages, false, reader, message);
             if let Some(left_over) = reader.left_over() {
                 return Some(Bytes::from(std::mem::replace(message, left_over)));
@@ -84,46 +103,110 @@ impl FrozenPages {
         (!message.is_empty()).then(|| Bytes::from(std::mem::take(message)))
     }
 
-    /// The answers to a fault request: first the pages that were asked for, then their neighbours, in
-    /// messages of their own so that the first does not wait for the second.
-    pub(super) fn answer(
+    /// Takes note that a thread waits for a page: true when it is to be answered. `bundle_bytes`: how much
+    /// may go along; the pages that do are appended to `bundle`, the likeliest first.
+    pub(super) fn request(
         &self,
-        asked: &[PageIndex],
-        whole: bool,
-        reader: &mut PageReader,
-    ) -> Vec<Bytes> {
-        let (mut due, mut neighbours, mut window) = (Vec::new(), Vec::new(), Vec::new());
-        {
-            let mut pusher = self.pusher.lock().expect("no holder panics");
-            for page in asked {
-                if pusher.request(*page) {
-                    due.push(*page);
-                }
-            }
-            for page in &due {
-                pusher.take_window(*page, &mut window);
-                neighbours.append(&mut window);
-            }
-            self.counters.remaining_pages.store(pusher.left(), Ordering::Relaxed);
-        }
-        self.requested.fetch_add(due.len() as u64, Ordering::Relaxed);
-        self.counters.remote_faults.fetch_add(due.len() as u64, Ordering::Relaxed);
-        let mut messages = Vec::new();
-        for (mut pages, whole) in [(due, whole), (neighbours, false)] {
-            pages.sort_unstable();
-            pages.dedup();
-            for batch in pages.chunks(BATCH_PAGES) {
-                let mut out = Vec::new();
-                self.encode(batch, whole, reader, &mut out);
-                messages.push(Bytes::from(out));
-            }
-        }
-        messages
+        wanted: Wanted,
+        bundle_bytes: u64,
+        bundle: &mut Vec<PageIndex>,
+    ) -> bool {
+        let mut pusher = self.pusher.lock().expect("no holder panics");
+        let room = (bundle_bytes / u64::from(self.encoded_bytes(wanted.page).max(1))) as usize;
+        let due = pusher.request(wanted, room, &|page| self.encoded_bytes(page), bundle);
+        self.counters.remaining_pages.store(pusher.left(), Ordering::Relaxed);
+        self.counters.remote_faults.fetch_add(u64::from(due), Ordering::Relaxed);
+        due
+    }
+
+    /// A page that a thread waits for, in a message of its own: nothing that is lost on the way of
+    /// another page holds it up.
+    pub(super) fn reply(&self, page: PageIndex, whole: bool, reader: &mut PageReader) -> Bytes {
+        let mut out = Vec::new();
+        self.encode(&[page], whole, reader, &mut out);
+        Bytes::from(out)
+    }
+
+    /// A message of a bundle, of at most [`BUNDLE_MESSAGE_PAGES`] pages.
+    pub(super) fn bundle(&self, pages: &[PageIndex], reader: &mut PageReader) -> Bytes {
+        let mut pages = pages.to_vec();
+        pages.sort_unstable();
+        self.counters.bundled_pages.fetch_add(pages.len() as u64, Ordering::Relaxed);
+        let mut out = Vec::new();
+        self.encode(&pages, false, reader, &mut out);
+        Bytes::from(out)
+    }
+
+    /// What a page will take on the link, by whether it goes as a delta.
+    pub(super) fn encoded_bytes(&self, page: PageIndex) -> u32 {
+        self.costs.of(self.bases.get(page).is_some())
     }
 
     fn encode(&self, pages: &[PageIndex], whole: bool, reader: &mut PageReader, out: &mut Vec<u8>) {
         let bases = (!whole).then_some(&self.bases);
         let counts = reader.encode(&self.memory, bases, self.version, pages, out);
+        self.costs.learn(&counts);
         self.counters.add_frames(&counts);
+    }
+}
+
+/// What pages have taken so far: as deltas and whole.
+struct Costs {
+    delta: Kind,
+    whole: Kind,
+}
+
+#[derive(Default)]
+struct Kind {
+    pages: AtomicU64,
+    bytes: AtomicU64,
+}
+
+impl Costs {
+    /// From what pre-copy has sent; before there is anything, a delta of a tenth of a page, and a page
+    /// that compresses to a half.
+    fn new(sent: &CodecCounts) -> Self {
+        let kind = |bytes| Kind { pages: AtomicU64::new(1), bytes: AtomicU64::new(bytes) };
+        let costs = Costs { delta: kind(400), whole: kind(2048) };
+        costs.learn(sent);
+        costs
+    }
+
+    fn learn(&self, counts: &CodecCounts) {
+        for (codec, pages, bytes) in counts.used() {
+            let kind = match codec.content() {
+                Content::Words | Content::Lines | Content::Unchanged => &self.delta,
+                Content::Whole => &self.whole,
+                // As good as free, and not known beforehand.
+                Content::Zero | Content::Copy => continue,
+            };
+            kind.pages.fetch_add(pages, Ordering::Relaxed);
+            kind.bytes.fetch_add(bytes, Ordering::Relaxed);
+        }
+    }
+
+    fn of(&self, has_base: bool) -> u32 {
+        let kind = if has_base { &self.delta } else { &self.whole };
+        let pages = kind.pages.load(Ordering::Relaxed).max(1);
+        (kind.bytes.load(Ordering::Relaxed) / pages) as u32
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::codec::CodecId;
+
+    #[test]
+    fn what_a_page_will_take_is_learnt_from_what_others_took() {
+        let mut sent = CodecCounts::default();
+        sent.add(CodecId::Zstd, 1000, 1_500_000);
+        sent.add(CodecId::Zero, 1_000_000, 10);
+        let costs = Costs::new(&sent);
+        assert_eq!((costs.of(false), costs.of(true)), (1500, 400));
+        let mut sent = CodecCounts::default();
+        sent.add(CodecId::DeltaZstd, 10_000, 500_000);
+        costs.learn(&sent);
+        assert_eq!((costs.of(false), costs.of(true)), (1500, 50));
     }
 }

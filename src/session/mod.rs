@@ -4,7 +4,8 @@
 //! * [`source`] and [`destination`] face each other: each runs its engine's machine on the events of
 //!   the link, of its own threads and of the operator.
 //! * `rounds` and `frozen` are the source's pages before and after the guest was stopped, `reader`
-//!   copies and encodes them; `arrivals` are the destination's.
+//!   copies and encodes them, `answers` is the source's end of the fault lane; `arrivals` are the
+//!   destination's.
 //! * [`journal`] is what a side must not forget, [`control`] how others ask it and tell it to end,
 //!   [`resolve`] what a person may decide by what it says.
 
@@ -24,6 +25,7 @@ use crate::page::{PageIndex, Version};
 use crate::report::{Counters, Output, PhaseTimes, Progress};
 use crate::transport::{Link, LinkError};
 
+mod answers;
 mod arrivals;
 pub mod control;
 pub mod destination;

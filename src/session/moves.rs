@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::engine::policy::SwitchoverPolicy;
+use crate::engine::pusher::PusherKind;
 use crate::engine::source::{SourceConfig, SourceTimeouts};
 #[cfg(target_arch = "x86_64")]
 use crate::guest::kvm::{self, KvmGuest};
@@ -26,6 +27,7 @@ struct Method {
     handover: HandoverForm,
     tracker: TrackerKind,
     bandwidth_bytes_per_s: Option<u64>,
+    pusher: PusherKind,
 }
 
 impl Default for Method {
@@ -35,6 +37,7 @@ impl Default for Method {
             handover: HandoverForm::OneFlight,
             tracker: TrackerKind::Auto,
             bandwidth_bytes_per_s: None,
+            pusher: PusherKind::default(),
         }
     }
 }
@@ -91,6 +94,7 @@ async fn send_to(
         base_cache_bytes: 64 << 20,
         codecs: None,
         tracker: method.tracker,
+        pusher: method.pusher,
         state_dir: state_dir.to_owned(),
         quit_source: false,
     };
@@ -224,6 +228,32 @@ fn a_guest_of_threads_moves_whole_by_every_strategy_and_handover() {
             let moved = moves_whole(threads, waiting_threads, &plan, method);
             assert_eq!(moved.sent.precopy_rounds == 0, strategy == Strategy::Postcopy);
         }
+    }
+}
+
+#[test]
+fn a_guest_of_threads_moves_whole_in_whatever_order_its_pages_come() {
+    if !can_serve_faults("moves in every order") {
+        return;
+    }
+    let plan = plan(Pattern::HotCold, 20_000, 16, 3);
+    for pusher in PusherKind::ALL {
+        // Slow enough for the guest to miss pages.
+        let method = Method {
+            strategy: Strategy::Postcopy,
+            pusher,
+            bandwidth_bytes_per_s: Some(8 << 20),
+            ..Method::default()
+        };
+        let Moved { sent, received } = moves_whole(threads, waiting_threads, &plan, method);
+        let (push, faults) = (sent.push.unwrap(), received.faults.unwrap());
+        assert_eq!(push.policy, pusher.name());
+        let behind_faults = push.bundled_pages + sent.remote_faults;
+        let pages = sent.remaining_pages_at_freeze;
+        assert!(push.pushed_pages + push.bundled_pages <= pages, "each page once: {push:?}");
+        assert!(push.pushed_pages + behind_faults >= pages, "{push:?} of {pages}");
+        assert!(faults.stale_pages == 0 && faults.absent_pages > 0, "{faults:?}");
+        assert!(faults.stall_sum_ms >= faults.stall_longest_ms, "{faults:?}");
     }
 }
 

@@ -16,6 +16,7 @@ use crate::codec::ladder::CodecChoice;
 use crate::engine::Failure;
 use crate::engine::policy::RoundSummary;
 use crate::engine::precopy::PrecopyPlan;
+use crate::engine::pusher::PusherKind;
 use crate::memory::{DirtyTracker, GuestMemory, MemoryError, ReadWitness};
 use crate::page::{PageBytes, PageIndex, PageRange, Version};
 use crate::report::Counters;
@@ -33,6 +34,7 @@ pub(super) struct RoundSender {
     witness: Option<Arc<dyn ReadWitness>>,
     reader: PageReader,
     counters: Arc<Counters>,
+    pusher: PusherKind,
 }
 
 impl RoundSender {
@@ -42,6 +44,7 @@ impl RoundSender {
         base_cache_bytes: usize,
         codecs: Option<CodecChoice>,
         counters: Arc<Counters>,
+        pusher: PusherKind,
     ) -> Self {
         let pages = memory.pages();
         RoundSender {
@@ -52,6 +55,7 @@ impl RoundSender {
             witness: None,
             reader: PageReader::new(Purpose::Round, codecs, None),
             counters,
+            pusher,
         }
     }
 
@@ -154,7 +158,8 @@ impl RoundSender {
         let remainder = self.plan.remainder(&populated);
         let bases = std::mem::replace(&mut self.bases, BaseCache::new(0, self.memory.pages()));
         let (memory, counters) = (self.memory.clone(), self.counters.clone());
-        Ok(FrozenPages::new(memory, bases, version, remainder, self.plan.heat(), counters))
+        let order = (self.plan.take_heat(), self.pusher);
+        Ok(FrozenPages::new(memory, bases, version, remainder, order, counters))
     }
 
     fn collect(&mut self, range: PageRange) -> Result<(), MemoryError> {

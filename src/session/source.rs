@@ -9,6 +9,7 @@ use bytes::Bytes;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
+use super::answers::{Answers, send_bundles};
 use super::control::Verdict;
 use super::frozen::FrozenPages;
 use super::journal::{About, Journal, Side};
@@ -16,6 +17,7 @@ use super::reader::{PageReader, Purpose};
 use super::rounds::{RoundSender, ms};
 use super::{PROGRESS_INTERVAL, ProgressMeter, Shared, StopSignals, Timeline, blocking};
 use crate::codec::ladder::CodecChoice;
+use crate::engine::pusher::PusherKind;
 use crate::engine::source::*;
 use crate::engine::{Failure, MigrationPhase};
 use crate::guest::SourceGuest;
@@ -24,8 +26,7 @@ use crate::page::Version;
 use crate::report::{Counters, LinkState, MigrationResult, Output, Report, Role};
 use crate::transport::{Lane, Link, Ticket, TransportOptions, connect};
 use crate::wire::message::{
-    FaultRequest, Flight, MAX_REQUEST_PAGES, PROTOCOL, PackedBytes, PackedSet, ToDestination,
-    decode, encode,
+    Flight, PROTOCOL, PackedBytes, PackedSet, ToDestination, decode, encode,
 };
 
 /// A round gets so long to notice that the link is closed.
@@ -33,6 +34,9 @@ const ROUND_GRACE: Duration = Duration::from_secs(10);
 
 /// The last message gets so long to reach the destination.
 const FAREWELL_GRACE: Duration = Duration::from_secs(2);
+
+/// Tasks that answer faults: while one encodes a page, another takes the next request.
+const ANSWERERS: usize = 2;
 
 /// What the operator asked for.
 #[derive(Clone, Debug)]
@@ -45,6 +49,8 @@ pub struct SendOptions {
     pub codecs: Option<CodecChoice>,
     /// How to follow the guest's writes.
     pub tracker: TrackerKind,
+    /// In which order pages go after the switchover.
+    pub pusher: PusherKind,
     /// Where the journal is kept.
     pub state_dir: PathBuf,
     /// End the monitor here when the guest runs at the destination with all its pages.
@@ -131,6 +137,7 @@ impl Session {
                 options.base_cache_bytes,
                 options.codecs,
                 counters.clone(),
+                options.pusher,
             ))),
             guest: Shared::new(guest),
             pages_total,
@@ -434,10 +441,19 @@ impl Session {
                 };
             let _ = happened.send(Happened::Event(event));
         });
+        let reader = move || PageReader::new(Purpose::Fault, codecs, Some(rate));
+        let (answers, bundles) = Answers::new(self.link.clone(), frozen.clone());
+        for _ in 0..ANSWERERS {
+            let (answers, happened) = (answers.clone(), self.happened.clone());
+            self.tasks.spawn(async move {
+                if let Err(failure) = answers.serve(reader()).await {
+                    let _ = happened.send(Happened::Event(SourceEvent::LinkLost(failure)));
+                }
+            });
+        }
         let (link, happened) = (self.link.clone(), self.happened.clone());
         self.tasks.spawn(async move {
-            let reader = PageReader::new(Purpose::Fault, codecs, Some(rate));
-            if let Err(failure) = answer_faults(&link, &frozen, reader).await {
+            if let Err(failure) = send_bundles(link, frozen, bundles, reader()).await {
                 let _ = happened.send(Happened::Event(SourceEvent::LinkLost(failure)));
             }
         });
@@ -517,6 +533,8 @@ impl Session {
             local_faults: 0,
             duplicate_pages: 0,
             fault_latency_us: None,
+            faults: None,
+            push: self.frozen.as_ref().map(|frozen| frozen.figures(self.options.pusher)),
             round_trip_ms: stats.min_rtt_us as f64 / 1e3,
             tracker: self.tracker.map(Into::into),
             phases_ms: self.timeline.parts_ms(),
@@ -534,23 +552,4 @@ async fn forward<F: Future<Output = Result<(), crate::transport::LinkError>>>(
         send(link.clone(), message).await?;
     }
     Ok(())
-}
-
-/// Answers fault requests until the link ends.
-async fn answer_faults(
-    link: &Link,
-    frozen: &FrozenPages,
-    mut reader: PageReader,
-) -> Result<(), Failure> {
-    loop {
-        let bytes = link.recv(Lane::FaultRequest).await?;
-        let request: FaultRequest = decode(&bytes)?;
-        if request.pages.len() > MAX_REQUEST_PAGES {
-            let count = request.pages.len();
-            return Err(Failure::plain(format!("the destination asks for {count} pages at once")));
-        }
-        for reply in frozen.answer(&request.pages, request.whole, &mut reader) {
-            link.send(Lane::FaultReply, reply).await?;
-        }
-    }
 }

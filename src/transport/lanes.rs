@@ -15,17 +15,20 @@ pub(super) const CREDIT_TAG: u8 = 0x43;
 pub enum Lane {
     /// Pages that a guest waits for.
     FaultRequest = 1,
-    /// The pages asked for, and those likely wanted next. Precedes everything but requests.
+    /// The pages asked for, each by itself. Precedes everything but requests.
     FaultReply = 2,
     /// Bulk: goes where nothing else wants to, in order, and only as much as the link takes.
     Push = 3,
     /// The device state at the handover.
     State = 4,
+    /// Pages likely to be wanted next, in the flight of a reply: ahead of bulk, behind all replies.
+    Bundle = 5,
 }
 
 impl Lane {
     /// Every lane.
-    pub const ALL: [Lane; 4] = [Lane::FaultRequest, Lane::FaultReply, Lane::Push, Lane::State];
+    pub const ALL: [Lane; 5] =
+        [Lane::FaultRequest, Lane::FaultReply, Lane::Push, Lane::State, Lane::Bundle];
 
     pub(super) fn from_tag(tag: u8) -> Option<Self> {
         Self::ALL.into_iter().find(|lane| *lane as u8 == tag)
@@ -38,6 +41,7 @@ impl Lane {
             Lane::FaultReply => &[Lane::FaultReply as u8],
             Lane::Push => &[Lane::Push as u8],
             Lane::State => &[Lane::State as u8],
+            Lane::Bundle => &[Lane::Bundle as u8],
         }
     }
 
@@ -51,6 +55,7 @@ impl Lane {
             Lane::FaultReply => "fault reply",
             Lane::Push => "push",
             Lane::State => "device state",
+            Lane::Bundle => "bundle",
         }
     }
 
@@ -60,6 +65,7 @@ impl Lane {
             Lane::FaultRequest => 64 << 10,
             Lane::FaultReply | Lane::Push => (256 << 10) + FRAMING_BYTES,
             Lane::State => (256 << 20) + FRAMING_BYTES,
+            Lane::Bundle => (64 << 10) + FRAMING_BYTES,
         }
     }
 
@@ -70,6 +76,7 @@ impl Lane {
             Lane::FaultRequest => CONTROL_PRIORITY - 1,
             Lane::FaultReply => CONTROL_PRIORITY - 2,
             Lane::State => CONTROL_PRIORITY - 3,
+            Lane::Bundle => CONTROL_PRIORITY - 4,
             Lane::Push => 0,
         }
     }
@@ -80,7 +87,7 @@ impl Lane {
         match self {
             Lane::FaultRequest => 256,
             Lane::FaultReply => 128,
-            Lane::Push => 512,
+            Lane::Push | Lane::Bundle => 512,
             Lane::State => 1,
         }
     }
@@ -90,7 +97,7 @@ impl Lane {
     pub(super) fn queue_length(self) -> usize {
         match self {
             Lane::FaultRequest => 1024,
-            Lane::FaultReply => 128,
+            Lane::FaultReply | Lane::Bundle => 128,
             Lane::Push => MAX_PUSH_STREAMS,
             Lane::State => 1,
         }
@@ -120,8 +127,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn faults_precede_state_and_state_precedes_push() {
-        let order = [Lane::FaultRequest, Lane::FaultReply, Lane::State, Lane::Push];
+    fn faults_precede_state_then_come_bundles_and_push_is_last() {
+        let order = [Lane::FaultRequest, Lane::FaultReply, Lane::State, Lane::Bundle, Lane::Push];
         assert!(order.windows(2).all(|pair| pair[0].priority() > pair[1].priority()));
         assert!(CONTROL_PRIORITY > Lane::FaultRequest.priority());
     }
@@ -131,7 +138,7 @@ mod tests {
         for tag in 0..=u8::MAX {
             assert_eq!(
                 Lane::from_tag(tag).map(|lane| lane as u8),
-                (1..=4).contains(&tag).then_some(tag)
+                (1..=5).contains(&tag).then_some(tag)
             );
         }
         assert_eq!(Lane::from_tag(CREDIT_TAG), None);

@@ -127,9 +127,18 @@ pub enum ToSource {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FaultRequest {
     /// At most [`MAX_REQUEST_PAGES`].
-    pub pages: Vec<PageIndex>,
+    pub pages: Vec<Wanted>,
     /// True when the older copies at the destination are spoilt: no deltas.
     pub whole: bool,
+}
+
+/// A page for which a thread of the guest waits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Wanted {
+    /// The page.
+    pub page: PageIndex,
+    /// Any number that tells threads (vCPUs) apart; 0 for nobody in particular.
+    pub thread: u32,
 }
 
 /// What the destination needs to run the guest, besides pages.

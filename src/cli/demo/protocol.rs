@@ -129,6 +129,8 @@ mod tests {
             local_faults: 7,
             duplicate_pages: 8,
             fault_latency_us: None,
+            faults: None,
+            push: None,
             round_trip_ms: 40.5,
             tracker: Some("write-protect".into()),
             phases_ms: {

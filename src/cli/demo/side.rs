@@ -14,6 +14,7 @@ use super::guest::Guest;
 use super::protocol::{Method, Order, SideEvent, SideSettings};
 use crate::engine::Failure;
 use crate::engine::policy::SwitchoverPolicy;
+use crate::engine::pusher::PusherKind;
 use crate::engine::source::{SourceConfig, SourceTimeouts};
 use crate::lab::relay::MAX_DATAGRAM_BYTES;
 use crate::memory::{PageTable, TrackerKind};
@@ -142,6 +143,7 @@ impl Side {
             base_cache_bytes: if method.deltas { BASE_CACHE_BYTES } else { 0 },
             tracker: TrackerKind::Auto,
             codecs: None,
+            pusher: PusherKind::default(),
             state_dir: self.settings.state_dir.clone(),
             quit_source: false,
         };

@@ -44,7 +44,7 @@ impl Destination {
         self.table.finish(page, Version(version), zero, last)
     }
 
-    fn serve(&self, ask: impl Fn(PageIndex) + Send + 'static) -> FaultServer {
+    fn serve(&self, ask: impl Fn(PageIndex, u32) + Send + 'static) -> FaultServer {
         let (userfault, table) = (Arc::clone(&self.userfault), Arc::clone(&self.table));
         FaultServer::start(userfault, table, FaultOptions::default(), ask).unwrap()
     }
@@ -92,7 +92,7 @@ fn the_guest_never_sees_a_stale_byte() {
         }
     }
     let (asked, requests) = mpsc::channel();
-    let server = destination.serve(move |page| asked.send(page).unwrap());
+    let server = destination.serve(move |page, _| asked.send(page).unwrap());
     assert!(destination.table.freeze(&need).unwrap().is_empty());
 
     let guest = &mut destination.guest;
@@ -142,6 +142,11 @@ fn the_guest_never_sees_a_stale_byte() {
     let stats = server.stats();
     assert!(stats.remote_faults > 0, "{stats:?}");
     assert_eq!(stats.remote_latency_us.len(), stats.remote_faults);
+    // A third of the pages was never sent, a third was sent and dirtied since.
+    let by_cause = [&stats.absent_latency_us, &stats.stale_latency_us].map(|of| of.len());
+    assert!(by_cause.iter().all(|pages| *pages > 0), "{by_cause:?}");
+    assert_eq!(by_cause.iter().sum::<u64>(), stats.remote_faults);
+    assert!(stats.stall_any_us <= stats.stall_sum_us + 1, "{stats:?}");
 }
 
 #[test]
@@ -152,7 +157,7 @@ fn a_fault_before_the_switchover_is_served_by_it() {
         destination.apply(page, 1, false);
     }
     let (asked, requests) = mpsc::channel();
-    let server = destination.serve(move |page| asked.send(page).unwrap());
+    let server = destination.serve(move |page, _| asked.send(page).unwrap());
     let (guest, table) = (&mut destination.guest, &destination.table);
     std::thread::scope(|scope| {
         let reader = scope.spawn(move || [guest.read_whole(page), guest.read_whole(other)]);
@@ -171,7 +176,7 @@ fn a_page_that_the_balloon_took_reads_as_zero() {
     for page in shuffled() {
         destination.apply(page, 1, true);
     }
-    let server = destination.serve(|page| panic!("{page:?} is here"));
+    let server = destination.serve(|page, _| panic!("{page:?} is here"));
     let page = PageIndex(203);
     assert_eq!(destination.guest.read_whole(page), expected(page, 1));
     destination.guest.remove(page);
@@ -191,7 +196,7 @@ fn zero_pages_stay_holes_until_they_are_touched() {
     for page in shuffled() {
         destination.apply(page, 1, true);
     }
-    let server = destination.serve(|page| panic!("{page:?} is here"));
+    let server = destination.serve(|page, _| panic!("{page:?} is here"));
     Mapper::start(&server).unwrap().finish().unwrap();
     let all = PageRange::new(0, PAGES);
     let zeros = PAGES.div_ceil(5);

@@ -5,7 +5,7 @@ use crate::codec::pack::{Compression, Compressor};
 use crate::codec::test_pages::page_of;
 use crate::memory::RegionLayout;
 use crate::page::{PageIndex, PageRange, PageSet, Version};
-use crate::wire::message::{PROTOCOL, PackedBytes, RunWhen, Strategy};
+use crate::wire::message::{PROTOCOL, PackedBytes, RunWhen, Strategy, Wanted};
 use crate::wire::{
     Base, CodecChoice, CopyToSend, DeltaCodec, FrameEncoder, LinesToSend, PageCodec, PageToSend,
 };
@@ -115,7 +115,8 @@ fn messages() -> Vec<Vec<u8>> {
         ToSource::Refused { reason: "no".to_owned(), hint: Some("do".to_owned()) },
         ToSource::Done,
     ];
-    let request = FaultRequest { pages: vec![PageIndex(300), PageIndex(2)], whole: true };
+    let wanted = |page, thread| Wanted { page: PageIndex(page), thread };
+    let request = FaultRequest { pages: vec![wanted(300, 0), wanted(2, 70_000)], whole: true };
     let mut need = PageSet::empty(1000);
     need.insert_range(PageRange::new(30, 600));
     let flight = Flight {

@@ -1,0 +1,210 @@
+//! Which page goes next after the switchover.
+//!
+//! The guest's RAM at the source is frozen, so a page is sent once, either because a guest thread
+//! waits for it, or in the same flight because it is likely to be wanted next (the *bundle*), or in the
+//! pusher's order. All pages must go in the end; a [`Policy`] decides only in which order.
+//!
+//! * [`PusherKind::Linear`]: by address.
+//! * [`PusherKind::Heat`]: what the guest wrote to most lately, first.
+//! * [`PusherKind::Bubbling`]: outwards from the last faults.
+//! * [`PusherKind::Trend`]: along the streams that the faults of each thread show.
+//! * [`PusherKind::Stall`]: streams too, else by how much waiting a byte sent is expected to avoid.
+
+use std::fmt;
+use std::str::FromStr;
+
+use super::heat::Heat;
+use crate::page::{PageIndex, PageRange, PageSet};
+pub use crate::wire::message::Wanted;
+
+mod bubbling;
+mod budget;
+mod heat;
+mod linear;
+mod stall;
+mod streams;
+mod trend;
+mod unsent;
+
+pub use budget::BundleBudget;
+pub use unsent::Unsent;
+
+/// What a policy sees of the pages that are left.
+pub struct Left<'a> {
+    /// Not sent yet.
+    pub unsent: &'a Unsent,
+    /// What the guest wrote to before it was frozen.
+    pub heat: &'a Heat,
+    /// What a page is expected to cost on the link.
+    pub encoded_bytes: &'a dyn Fn(PageIndex) -> u32,
+}
+
+/// An order of pages. It sees faults and what is left, and may not touch the account of what is sent:
+/// whatever it says, each page goes once.
+pub trait Policy: Send + fmt::Debug {
+    /// A thread waits for a page, which is on its way now. Appends the pages that are likely to be wanted
+    /// next, the likeliest first, at most `room`; those that were sent already are dropped.
+    fn fault(&mut self, wanted: Wanted, left: &Left<'_>, room: usize, bundle: &mut Vec<PageIndex>);
+
+    /// The run whose unsent pages go next, as many as there is room for. It must hold one at least;
+    /// otherwise, or when there is nothing to say, the pusher goes on by address.
+    fn next(&mut self, left: &Left<'_>) -> Option<PageRange>;
+
+    /// How the bundles have done so far.
+    fn bundles(&self) -> BundleStats {
+        BundleStats::default()
+    }
+}
+
+/// Whether the pages that went along with replies were wanted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct BundleStats {
+    /// Bundles after which the same thread went on into the bundle or just behind it.
+    pub useful: u64,
+    /// Bundles after which it did not.
+    pub useless: u64,
+}
+
+/// The policies by name.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum PusherKind {
+    /// By address.
+    Linear,
+    /// By writes seen in pre-copy.
+    Heat,
+    /// Around the last faults.
+    Bubbling,
+    /// Along streams of faults.
+    Trend,
+    /// By expected stall avoided per byte.
+    #[default]
+    Stall,
+}
+
+impl PusherKind {
+    /// All of them.
+    pub const ALL: [PusherKind; 5] = [
+        PusherKind::Linear,
+        PusherKind::Heat,
+        PusherKind::Bubbling,
+        PusherKind::Trend,
+        PusherKind::Stall,
+    ];
+
+    /// The name in options and tables.
+    pub fn name(self) -> &'static str {
+        match self {
+            PusherKind::Linear => "linear",
+            PusherKind::Heat => "heat",
+            PusherKind::Bubbling => "bubbling",
+            PusherKind::Trend => "trend",
+            PusherKind::Stall => "stall",
+        }
+    }
+
+    fn policy(self) -> Box<dyn Policy> {
+        match self {
+            PusherKind::Linear => Box::new(linear::Linear),
+            PusherKind::Heat => Box::<heat::Hottest>::default(),
+            PusherKind::Bubbling => Box::<bubbling::Bubbling>::default(),
+            PusherKind::Trend => Box::<trend::Trend>::default(),
+            PusherKind::Stall => Box::<stall::Stall>::default(),
+        }
+    }
+}
+
+impl fmt::Display for PusherKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl FromStr for PusherKind {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let kind = Self::ALL.into_iter().find(|kind| kind.name() == text);
+        kind.ok_or_else(|| format!("one of {}", Self::ALL.map(PusherKind::name).join(", ")))
+    }
+}
+
+/// The pages that the destination still needs, and the order in which they go.
+#[derive(Debug)]
+pub struct Pusher {
+    need: PageSet,
+    unsent: Unsent,
+    heat: Heat,
+    policy: Box<dyn Policy>,
+}
+
+impl Pusher {
+    /// Everything in `need` is still to be sent.
+    pub fn new(need: PageSet, heat: Heat, kind: PusherKind) -> Self {
+        Pusher { unsent: Unsent::new(&need), need, heat, policy: kind.policy() }
+    }
+
+    /// Pages not sent yet.
+    pub fn left(&self) -> u64 {
+        self.unsent.len()
+    }
+
+    /// How the bundles have done so far.
+    pub fn bundles(&self) -> BundleStats {
+        self.policy.bundles()
+    }
+
+    /// A guest thread waits for a page: true when its content is to be sent now, even if it was sent
+    /// before (it may be lost on the way); false for a page that the destination was never told to
+    /// need. Appends to `bundle` the at most `room` pages that go behind it in the same flight.
+    pub fn request(
+        &mut self,
+        wanted: Wanted,
+        room: usize,
+        encoded_bytes: &dyn Fn(PageIndex) -> u32,
+        bundle: &mut Vec<PageIndex>,
+    ) -> bool {
+        if !self.need.contains(wanted.page) {
+            return false;
+        }
+        self.unsent.remove(wanted.page);
+        let left = Left { unsent: &self.unsent, heat: &self.heat, encoded_bytes };
+        let mut likely = Vec::new();
+        self.policy.fault(wanted, &left, room, &mut likely);
+        bundle.extend(likely.into_iter().take(room).filter(|page| self.unsent.remove(*page)));
+        true
+    }
+
+    /// The next at most `count` pages in the pusher's order, into `into` (cleared first).
+    pub fn take(
+        &mut self,
+        count: usize,
+        encoded_bytes: &dyn Fn(PageIndex) -> u32,
+        into: &mut Vec<PageIndex>,
+    ) {
+        into.clear();
+        while into.len() < count && !self.unsent.is_empty() {
+            let left = Left { unsent: &self.unsent, heat: &self.heat, encoded_bytes };
+            let run = self.policy.next(&left).unwrap_or(PageRange::new(0, 0));
+            if !self.take_run(run, count, into) {
+                self.take_run(PageRange::new(0, self.unsent.pages()), count, into);
+            }
+        }
+    }
+
+    fn take_run(&mut self, run: PageRange, count: usize, into: &mut Vec<PageIndex>) -> bool {
+        let before = into.len();
+        let mut at = run.start;
+        while into.len() < count {
+            let Some(page) = self.unsent.first_from(at).filter(|page| *page < run.end) else {
+                break;
+            };
+            self.unsent.remove(page);
+            into.push(page);
+            at = PageIndex(page.0 + 1);
+        }
+        into.len() > before
+    }
+}
+
+#[cfg(test)]
+mod tests;

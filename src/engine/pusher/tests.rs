@@ -1,0 +1,108 @@
+use proptest::prelude::*;
+
+use super::*;
+
+fn heat_of(pages: u64, rounds: &[Vec<u64>]) -> Heat {
+    let mut heat = Heat::new(pages);
+    for round in rounds {
+        let mut dirty = PageSet::empty(pages);
+        for page in round {
+            dirty.insert(PageIndex(page % pages));
+        }
+        heat.end_round(&dirty);
+    }
+    heat
+}
+
+#[test]
+fn a_page_that_was_never_needed_is_not_sent() {
+    for kind in PusherKind::ALL {
+        let mut pusher = Pusher::new(PageSet::empty(10), Heat::new(10), kind);
+        for page in [3, 1 << 40, u64::MAX] {
+            let wanted = Wanted { page: PageIndex(page), thread: 0 };
+            assert!(!pusher.request(wanted, 100, &|_| 1, &mut Vec::new()));
+        }
+        assert_eq!(kind.name().parse(), Ok(kind));
+    }
+    assert!("quickest".parse::<PusherKind>().unwrap_err().contains("bubbling"));
+}
+
+#[test]
+fn a_page_is_sent_again_when_it_is_asked_for_again() {
+    for kind in PusherKind::ALL {
+        let mut pusher = Pusher::new(PageSet::full(100), Heat::new(100), kind);
+        let wanted = Wanted { page: PageIndex(9), thread: 0 };
+        assert!(pusher.request(wanted, 0, &|_| 1, &mut Vec::new()));
+        assert!(pusher.request(wanted, 0, &|_| 1, &mut Vec::new()), "it may be lost");
+        assert_eq!(pusher.left(), 99);
+    }
+}
+
+#[test]
+fn a_guest_of_a_tebibyte_costs_no_walk_for_each_page() {
+    const PAGES: u64 = 1 << 28;
+    for kind in PusherKind::ALL {
+        let mut pusher = Pusher::new(PageSet::full(PAGES), Heat::new(PAGES), kind);
+        let mut pages = Vec::new();
+        // A walk over the bitmap for each of these would take minutes.
+        for i in 0..20_000u64 {
+            let page = PageIndex(i.wrapping_mul(0x9e37_79b9_7f4a_7c15) % PAGES);
+            pusher.request(Wanted { page, thread: i as u32 % 7 }, 64, &|_| 1, &mut pages);
+            pusher.take(64, &|_| 1, &mut pages);
+        }
+        assert!(pusher.left() < PAGES - 20_000 * 64);
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
+
+    /// Whatever the faults, the batches and the heat: every needed page goes, once, and a page that is
+    /// asked for goes at once.
+    #[test]
+    fn every_needed_page_is_sent_once(
+        pages in 1u64..40_000,
+        skip in prop::collection::vec((any::<u64>(), 1u64..3000), 0..20),
+        faults in prop::collection::vec((any::<u64>(), 0u32..3, 0usize..100, any::<bool>()), 0..200),
+        rounds in prop::collection::vec(prop::collection::vec(any::<u64>(), 0..50), 0..4),
+        batch_pages in 1usize..300,
+    ) {
+        let mut need = PageSet::full(pages);
+        for (page, run) in skip {
+            need.remove_range(PageRange::new(page % pages, page % pages + run));
+        }
+        for kind in PusherKind::ALL {
+            let mut pusher = Pusher::new(need.clone(), heat_of(pages, &rounds), kind);
+            let (mut sent, mut asked) = (PageSet::empty(pages), PageSet::empty(pages));
+            let mut at = 0;
+            let mut faults = faults.iter();
+            let mut batch = Vec::new();
+            let cost = |page: PageIndex| 100 + page.0 as u32 % 3 * 1000;
+            while pusher.left() > 0 {
+                if let Some((random, thread, room, near)) = faults.next() {
+                    // Some faults go on from the last one, some do not.
+                    at = if *near { at + random % 40 } else { *random } % pages;
+                    let (page, mut bundle) = (PageIndex(at), Vec::new());
+                    let due = pusher.request(
+                        Wanted { page, thread: *thread }, *room, &cost, &mut bundle);
+                    prop_assert_eq!(due, need.contains(page));
+                    if due {
+                        asked.insert(page);
+                        sent.insert(page);
+                    }
+                    prop_assert!(bundle.len() <= *room);
+                    for page in bundle {
+                        prop_assert!(sent.insert(page), "{page:?} bundled twice by {kind}");
+                    }
+                }
+                pusher.take(batch_pages, &cost, &mut batch);
+                prop_assert!(batch.len() <= batch_pages);
+                prop_assert!(!batch.is_empty() || pusher.left() == 0);
+                for page in &batch {
+                    prop_assert!(sent.insert(*page), "{page:?} pushed twice by {kind}");
+                }
+            }
+            prop_assert_eq!(&sent, &need);
+        }
+    }
+}
