@@ -16,6 +16,7 @@ mod doctor;
 #[doc(hidden)]
 pub mod fuzz;
 mod receive;
+mod replay;
 mod resolve;
 mod send;
 mod status;
@@ -53,6 +54,8 @@ enum Command {
     DemoSide(demo::DemoSide),
     #[command(hide = true)]
     DemoVm(demo::DemoVm),
+    /// Replays what guests touch against the orders in which pages can go.
+    Replay(replay::Replay),
     /// Tells what this host can do, and how to mend what it cannot.
     Doctor(doctor::Doctor),
 }
@@ -78,6 +81,7 @@ pub fn main() -> ExitCode {
         Command::Demo(demo) => demo.run(&arguments.log_level),
         Command::DemoSide(side) => side.run(),
         Command::DemoVm(vm) => vm.run(),
+        Command::Replay(replay) => replay.run(),
         Command::Doctor(doctor) => doctor.run(),
     }
 }

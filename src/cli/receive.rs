@@ -39,6 +39,10 @@ pub(super) struct Receive {
     /// Leave the guest stopped when all of it has arrived.
     #[arg(long)]
     paused: bool,
+    /// Write which pages the guest touches after the switchover into a file, for `farfault replay`. Each
+    /// page is then mapped only when it is touched, which slows the guest.
+    #[arg(long, value_name = "FILE")]
+    trace: Option<PathBuf>,
     /// Where the journal is kept while the migration runs [default: /var/lib/farfault for root].
     #[arg(long, value_name = "DIR")]
     state_dir: Option<PathBuf>,
@@ -75,6 +79,7 @@ impl Receive {
             state_dir: state_dir(self.state_dir.clone()),
             paused: self.paused,
             page_table: Arc::default(),
+            trace: self.trace.clone(),
         };
         let migration = ticket.migration.to_string();
         receive(guest, &listener, &migration, options, output).await

@@ -59,6 +59,9 @@ pub(super) struct Send {
     /// In which order pages go after the switchover, for experiments: linear, heat, bubbling, trend, stall.
     #[arg(long, value_name = "NAME", default_value_t)]
     pusher: PusherKind,
+    /// Write which pages the guest has written to after each round into a file, for `farfault replay`.
+    #[arg(long, value_name = "FILE")]
+    trace: Option<PathBuf>,
     /// End the source's QEMU when the guest runs at the destination with all its pages; otherwise it is
     /// left stopped.
     #[arg(long)]
@@ -154,6 +157,7 @@ impl Send {
             base_cache_bytes: usize::try_from(self.base_cache).unwrap_or(usize::MAX),
             codecs: self.codec.0,
             tracker: self.tracker,
+            trace: self.trace.clone(),
             pusher: self.pusher,
             state_dir: state_dir(self.state_dir.clone()),
             quit_source: self.quit_source,

@@ -101,6 +101,11 @@ impl PrecopyPlan {
     }
 
     /// Pages changed since their last sending, as far as was collected.
+    pub fn dirty(&self) -> &PageSet {
+        &self.dirty
+    }
+
+    /// How many these are.
     pub fn dirty_pages(&self) -> u64 {
         self.dirty.len()
     }

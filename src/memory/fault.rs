@@ -30,11 +30,14 @@ pub struct FaultOptions {
     /// A local fault also maps the Current pages next to it, within an aligned window of this many
     /// pages. 16 brings the cost per page from 6 us to 0.7 us; 1 turns it off.
     pub around_pages: u64,
+    /// Map each page only when it is touched, and keep so many first touches, for a trace. 0: pages are
+    /// mapped as they arrive, and nothing is kept.
+    pub touches_kept: usize,
 }
 
 impl Default for FaultOptions {
     fn default() -> Self {
-        FaultOptions { around_pages: 16 }
+        FaultOptions { around_pages: 16, touches_kept: 0 }
     }
 }
 
@@ -57,6 +60,19 @@ pub struct FaultStats {
     pub stall_sum_us: u64,
     /// Time in which any of them was waited for.
     pub stall_any_us: u64,
+}
+
+/// A first touch of a page by the guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Touched {
+    /// Since the fault server was started.
+    pub at: Duration,
+    /// How long the thread waited.
+    pub waited: Duration,
+    /// The thread's id, 0 when the kernel does not tell.
+    pub thread: u32,
+    /// The page.
+    pub page: PageIndex,
 }
 
 /// Reads a [`Userfault`] in a thread of its own and serves it from the [`PageTable`], from before
@@ -93,6 +109,9 @@ impl FaultServer {
         let mut run = PageRange::new(0, 0);
         for page in pages {
             let state = self.service.table.state(*page);
+            if self.service.options.touches_kept > 0 && !state.waiting {
+                continue;
+            }
             if state.zero || !state.is_complete() {
                 if state.is_complete() && state.waiting {
                     self.service.map_one(*page)?;
@@ -123,6 +142,15 @@ impl FaultServer {
             stall_sum_us: asked.stall_sum.as_micros() as u64,
             stall_any_us: asked.stall_any(Instant::now()).as_micros() as u64,
         }
+    }
+
+    /// The touches that were kept, once, and whether there were more.
+    pub fn take_touches(&self) -> (Vec<Touched>, bool) {
+        let mut asked = lock(&self.service.asked);
+        let touches = std::mem::take(&mut asked.touches);
+        // Indices into it are worth nothing any more.
+        asked.since.values_mut().for_each(|waiting| waiting.touch = None);
+        (touches, asked.touches_cut)
     }
 
     /// What went wrong, once: the guest's process has ended (then no fault is served any more), or
@@ -161,6 +189,7 @@ struct Service {
     remote: AtomicU64,
     joined: AtomicU64,
     asked: Mutex<Asked>,
+    begin: Instant,
     failure: Mutex<Option<MemoryError>>,
 }
 
@@ -174,6 +203,8 @@ struct Asked {
     stall_any: Duration,
     /// Since when somebody waits.
     stalled_since: Option<Instant>,
+    touches: Vec<Touched>,
+    touches_cut: bool,
 }
 
 #[derive(Clone, Copy)]
@@ -181,6 +212,8 @@ struct Waiting {
     since: Instant,
     /// Nothing was here of it.
     absent: bool,
+    /// Its place among the touches.
+    touch: Option<usize>,
 }
 
 impl Service {
@@ -195,6 +228,7 @@ impl Service {
             remote: AtomicU64::new(0),
             joined: AtomicU64::new(0),
             asked: Mutex::new(Asked::new()),
+            begin: Instant::now(),
             failure: Mutex::new(None),
         }
     }
@@ -241,6 +275,7 @@ impl Service {
         match self.table.want(page) {
             Want::Serve { zero } => {
                 self.local.fetch_add(1, Ordering::Relaxed);
+                self.keep(fault);
                 if zero {
                     self.map_one(page)
                 } else {
@@ -251,7 +286,8 @@ impl Service {
                 self.remote.fetch_add(1, Ordering::Relaxed);
                 let asked_at = Instant::now();
                 ask(page, fault.thread.unwrap_or(0));
-                self.start_clock(page, Waiting { since: asked_at, absent });
+                let touch = self.keep(fault);
+                self.start_clock(page, Waiting { since: asked_at, absent, touch });
                 Ok(())
             }
             Want::Ask { first: false } => {
@@ -261,11 +297,29 @@ impl Service {
         }
     }
 
+    /// Notes a touch for the trace, and gives its place there.
+    fn keep(&self, fault: Fault) -> Option<usize> {
+        if self.options.touches_kept == 0 {
+            return None;
+        }
+        let mut asked = lock(&self.asked);
+        if asked.touches.len() >= self.options.touches_kept {
+            asked.touches_cut = true;
+            return None;
+        }
+        let (thread, at) = (fault.thread.unwrap_or(0), self.begin.elapsed());
+        asked.touches.push(Touched { at, waited: Duration::ZERO, thread, page: fault.page });
+        Some(asked.touches.len() - 1)
+    }
+
     /// The maximal run of Current pages with content around `page`, within the window. A page that was
     /// mapped before, and then taken away by the guest's balloon, comes alone.
     fn around(&self, page: PageIndex) -> PageRange {
         let alone = PageRange::new(page.0, page.0 + 1);
-        if self.options.around_pages == 1 || self.table.state(page).stage == Stage::Mapped {
+        if self.options.around_pages == 1
+            || self.options.touches_kept > 0
+            || self.table.state(page).stage == Stage::Mapped
+        {
             return alone;
         }
         let window = page.0 - page.0 % self.options.around_pages;
@@ -346,15 +400,20 @@ impl Asked {
             stall_sum: Duration::ZERO,
             stall_any: Duration::ZERO,
             stalled_since: None,
+            touches: Vec::new(),
+            touches_cut: false,
         }
     }
 
     fn stop_clock(&mut self, page: PageIndex) {
-        let Some(Waiting { since, absent }) = self.since.remove(&page) else { return };
+        let Some(Waiting { since, absent, touch }) = self.since.remove(&page) else { return };
         let now = Instant::now();
         let waited = now.saturating_duration_since(since);
         let histogram = if absent { &mut self.absent_us } else { &mut self.stale_us };
         histogram.saturating_record(waited.as_micros() as u64);
+        if let Some(touched) = touch.and_then(|index| self.touches.get_mut(index)) {
+            touched.waited = waited;
+        }
         self.stall_sum += waited;
         if self.since.is_empty() {
             self.stall_any = self.stall_any(now);

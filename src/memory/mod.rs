@@ -18,7 +18,7 @@ mod tracker;
 mod userfault;
 
 pub use error::MemoryError;
-pub use fault::{FaultOptions, FaultServer, FaultStats, Mapper};
+pub use fault::{FaultOptions, FaultServer, FaultStats, Mapper, Touched};
 pub use guest_mapping::GuestMapping;
 pub use guest_memory::{Access, GuestMemory, RegionBacking};
 pub use layout::{MemoryLayout, RegionLayout};

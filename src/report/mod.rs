@@ -6,6 +6,7 @@ mod output;
 mod phases;
 mod postcopy;
 mod summary;
+mod trace;
 
 pub use counters::Counters;
 pub use live::{History, Live, MapShape, MemoryMap, Screen, Step, draw};
@@ -13,3 +14,4 @@ pub use output::{Event, LinkState, Output, Progress};
 pub use phases::PhaseTimes;
 pub use postcopy::{FaultFigures, PushFigures};
 pub use summary::{FaultLatency, MigrationResult, Report, Role};
+pub use trace::{TRACE_LIMIT, TraceFile, TraceRecord, read_trace};

@@ -20,10 +20,13 @@ use super::{
 use crate::engine::destination::*;
 use crate::engine::{Failure, MigrationPhase};
 use crate::guest::{DestinationGuest, Shape};
-use crate::memory::{FaultOptions, FaultServer, Mapper, MemoryError, PageTable, Userfault};
+use crate::memory::{
+    FaultOptions, FaultServer, Mapper, MemoryError, PageTable, Touched, Userfault,
+};
 use crate::page::{PageIndex, Version};
 use crate::report::{
     Counters, FaultFigures, FaultLatency, LinkState, MigrationResult, Output, Report, Role,
+    TRACE_LIMIT, TraceFile, TraceRecord,
 };
 use crate::transport::{Lane, Link, Listener};
 use crate::wire::DecodeScratch;
@@ -42,6 +45,8 @@ pub struct ReceiveOptions {
     /// Filled with the table of page states once the guest's memory is registered, for someone who
     /// wants to watch it.
     pub page_table: Arc<OnceLock<Arc<PageTable>>>,
+    /// Where to write which pages the guest touches; it runs slower then.
+    pub trace: Option<PathBuf>,
 }
 
 /// Waits for a sender and receives its guest into `guest`. The report is there even when the
@@ -57,11 +62,13 @@ pub async fn receive(
     let guest = Shared::new(guest);
     let begin = || {
         let place = guest.with(|guest| guest.whereabouts());
+        let pages = guest.with(|guest| guest.memory().pages());
+        let trace = super::begin_trace(options.trace.as_deref(), pages)?;
         let about = About::begin(migration, Side::Destination, place)?;
-        Journal::create(&options.state_dir, &about)
+        Ok((Journal::create(&options.state_dir, &about)?, trace))
     };
-    let journal = match begin() {
-        Ok(journal) => journal,
+    let (journal, trace) = match begin() {
+        Ok(begun) => begun,
         Err(failure) => {
             guest.call(|guest| guest.discard()).await?;
             return Err(failure);
@@ -78,7 +85,7 @@ pub async fn receive(
     match accepted {
         Ok(link) => {
             output.link(LinkState::Up);
-            let session = Session::new(guest, link, options, journal, output);
+            let session = Session::new(guest, link, options, (journal, trace), output);
             Ok(session.run(signals).await)
         }
         Err(failure) => {
@@ -120,6 +127,7 @@ struct Session {
     mapper: Option<Mapper>,
     device_state: Arc<Mutex<Option<Vec<u8>>>>,
     journal: Arc<Mutex<Journal>>,
+    trace: Arc<Mutex<Option<TraceFile>>>,
     happened: mpsc::UnboundedSender<DestinationEvent>,
     happenings: mpsc::UnboundedReceiver<DestinationEvent>,
     tasks: JoinSet<()>,
@@ -136,7 +144,7 @@ impl Session {
         guest: Shared<dyn DestinationGuest>,
         link: Link,
         options: ReceiveOptions,
-        journal: Journal,
+        (journal, trace): (Journal, Option<TraceFile>),
         output: Arc<Output>,
     ) -> Self {
         let pages_total = guest.with(|guest| guest.memory().pages());
@@ -159,6 +167,7 @@ impl Session {
             mapper: None,
             device_state: Arc::default(),
             journal: Arc::new(Mutex::new(journal)),
+            trace: Arc::new(Mutex::new(trace)),
             happened,
             happenings,
             tasks: JoinSet::new(),
@@ -345,6 +354,8 @@ impl Session {
         let (prepared, happened) = (self.prepared.clone(), self.happened.clone());
         let (asked, handle) = (self.asked.clone(), Handle::current());
         let watched = self.options.page_table.clone();
+        let touches_kept = if self.options.trace.is_some() { TRACE_LIMIT } else { 0 };
+        let fault_options = FaultOptions { touches_kept, ..FaultOptions::default() };
         if let Some(asking) = self.asking.take() {
             self.tasks.spawn(ask(link.clone(), asking, counters.clone()));
         }
@@ -365,12 +376,8 @@ impl Session {
                 let ask = move |page: PageIndex, thread: u32| {
                     let _ = wanted.send((Wanted { page, thread }, false));
                 };
-                let service = FaultServer::start(
-                    userfault.clone(),
-                    table.clone(),
-                    FaultOptions::default(),
-                    ask,
-                )?;
+                let service =
+                    FaultServer::start(userfault.clone(), table.clone(), fault_options, ask)?;
                 let faults = Arc::new(service);
                 let arrivals = Arc::new(Arrivals::new(memory, table.clone(), counters));
                 arrivals.serve_with(faults.clone());
@@ -400,6 +407,7 @@ impl Session {
             (self.device_state_bytes.clone(), self.remaining_at_freeze.clone());
         let (pages, timeline) = (self.pages_total, self.timeline.clone());
         let (ledger, asked) = (self.ledger.clone(), self.asked.clone());
+        let trace = self.trace.clone();
         self.spawn_step(async move {
             let bytes = link.recv(Lane::State).await?;
             blocking(move || {
@@ -415,6 +423,9 @@ impl Session {
                 let prepared = prepared.lock().expect("no holder panics");
                 let arrivals = &prepared.as_ref().expect("prepared before the offer").arrivals;
                 let missing = arrivals.switch_over(offered, &need, &zero)?;
+                if let Some(trace) = &mut *trace.lock().expect("no holder panics") {
+                    trace.missing(&need);
+                }
                 for page in ledger.lock().expect("no holder panics").close() {
                     let _ = asked.send(again(page));
                 }
@@ -429,7 +440,11 @@ impl Session {
     }
 
     fn run_guest(&mut self) {
-        if let Some(Prepared { faults, .. }) = &*self.prepared.lock().expect("no holder panics") {
+        let prepared = self.prepared.clone();
+        // A page that is mapped beforehand would not be seen to be touched.
+        if let Some(Prepared { faults, .. }) = &*prepared.lock().expect("no holder panics")
+            && self.options.trace.is_none()
+        {
             match Mapper::start(faults) {
                 Ok(mapper) => self.mapper = Some(mapper),
                 // The guest then faults for each page, slower but as right.
@@ -446,6 +461,21 @@ impl Session {
             timeline.part("commit.run", begin.elapsed());
             Ok(DestinationEvent::Running)
         });
+    }
+
+    fn finish_trace(&self) {
+        let Some(mut trace) = self.trace.lock().expect("no holder panics").take() else { return };
+        if let Some(prepared) = &*self.prepared.lock().expect("no holder panics") {
+            let (touches, cut) = prepared.faults.take_touches();
+            let record = |touch: Touched| TraceRecord::Touch {
+                at_us: touch.at.as_micros() as u64,
+                waited_us: touch.waited.as_micros() as u64,
+                thread: touch.thread,
+                page: touch.page,
+            };
+            trace.touches(touches.into_iter().map(record), cut);
+        }
+        super::finish_trace(trace, &self.output);
     }
 
     async fn finish(mut self) -> Report {
@@ -479,6 +509,7 @@ impl Session {
                 }
             }
         }
+        self.finish_trace();
         let codecs = self.counters.codecs();
         let prepared = self.prepared.lock().expect("no holder panics");
         let faults = prepared.as_ref().map(|prepared| prepared.faults.stats());

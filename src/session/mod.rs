@@ -9,6 +9,7 @@
 //! * [`journal`] is what a side must not forget, [`control`] how others ask it and tell it to end,
 //!   [`resolve`] what a person may decide by what it says.
 
+use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -22,7 +23,7 @@ use crate::engine::{Failure, MigrationPhase};
 use crate::guest::GuestError;
 use crate::memory::MemoryError;
 use crate::page::{PageIndex, Version};
-use crate::report::{Counters, Output, PhaseTimes, Progress};
+use crate::report::{Counters, Output, PhaseTimes, Progress, TraceFile};
 use crate::transport::{Link, LinkError};
 
 mod answers;
@@ -136,6 +137,25 @@ impl Timeline {
 
     fn parts_ms(&self) -> PhaseTimes {
         self.parts_ms.lock().expect("no holder panics").clone()
+    }
+}
+
+/// Makes the file for a trace, where one is asked for.
+fn begin_trace(path: Option<&Path>, pages: u64) -> Result<Option<TraceFile>, Failure> {
+    let create = |path: &Path| {
+        TraceFile::create(path, pages).map_err(|error| {
+            let reason = format!("the trace {} cannot be made: {error}", path.display());
+            Failure::new(reason, "choose another file with --trace")
+        })
+    };
+    path.map(create).transpose()
+}
+
+/// Writes a trace down. That it cannot be written is no failure of the migration.
+fn finish_trace(trace: TraceFile, output: &Output) {
+    let path = trace.path().to_owned();
+    if let Err(error) = trace.finish() {
+        output.note(&format!("the trace {} could not be written: {error}", path.display()));
     }
 }
 

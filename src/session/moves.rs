@@ -13,8 +13,9 @@ use crate::guest::kvm::{self, KvmGuest};
 use crate::guest::threads::ThreadsGuest;
 use crate::guest::workload::{GuestPlan, Pattern, WorkingGuest};
 use crate::guest::{SharedGuest, SourceGuest};
+use crate::lab::replay::{Link, Simulation, from_trace};
 use crate::memory::{HostCapabilities, TrackerKind};
-use crate::report::{MigrationResult, Output, Report};
+use crate::report::{MigrationResult, Output, Report, TraceRecord, read_trace};
 use crate::session::destination::{ReceiveOptions, receive};
 use crate::session::source::{SendOptions, send};
 use crate::transport::{Listener, Ticket, TransportOptions};
@@ -28,6 +29,7 @@ struct Method {
     tracker: TrackerKind,
     bandwidth_bytes_per_s: Option<u64>,
     pusher: PusherKind,
+    traced: bool,
 }
 
 impl Default for Method {
@@ -38,6 +40,7 @@ impl Default for Method {
             tracker: TrackerKind::Auto,
             bandwidth_bytes_per_s: None,
             pusher: PusherKind::default(),
+            traced: false,
         }
     }
 }
@@ -73,6 +76,8 @@ fn can_serve_faults(test: &str) -> bool {
 struct Moved {
     sent: Report,
     received: Report,
+    /// The destination's trace and the source's behind it, where they were asked for.
+    trace: Vec<TraceRecord>,
 }
 
 async fn send_to(
@@ -94,6 +99,7 @@ async fn send_to(
         base_cache_bytes: 64 << 20,
         codecs: None,
         tracker: method.tracker,
+        trace: method.traced.then(|| state_dir.with_file_name("source.trace")),
         pusher: method.pusher,
         state_dir: state_dir.to_owned(),
         quit_source: false,
@@ -107,9 +113,11 @@ async fn receive_from(
     destination: SharedGuest,
     listener: Listener,
     ticket: Ticket,
+    method: Method,
     state_dir: std::path::PathBuf,
 ) -> Report {
-    let options = ReceiveOptions { state_dir, paused: false, page_table: Arc::default() };
+    let trace = method.traced.then(|| state_dir.with_file_name("destination.trace"));
+    let options = ReceiveOptions { state_dir, paused: false, page_table: Arc::default(), trace };
     let (guest, output) = (Box::new(destination), Arc::new(Output::new(false)));
     let migration = ticket.migration.to_string();
     receive(guest, &listener, &migration, options, output).await.expect("a sender comes")
@@ -117,17 +125,25 @@ async fn receive_from(
 
 fn run_both(source: &SharedGuest, destination: &SharedGuest, method: Method) -> Moved {
     let directory = tempfile::tempdir().unwrap();
+    let state_dir = directory.path().join("state");
+    std::fs::create_dir(&state_dir).unwrap();
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
     let moved = runtime.block_on(async {
         let address = (Ipv4Addr::LOCALHOST, 0).into();
         let (listener, ticket) = Listener::bind(address, Vec::new(), &transport(method)).unwrap();
-        let state_dir = directory.path().to_owned();
-        let receiving = receive_from(destination.clone(), listener, ticket.clone(), state_dir);
+        let (there, ticket_there) = (state_dir.clone(), ticket.clone());
+        let receiving = receive_from(destination.clone(), listener, ticket_there, method, there);
         let receiving = tokio::spawn(receiving);
-        let sent = send_to(source, &ticket, method, directory.path()).await;
-        Moved { sent, received: receiving.await.unwrap() }
+        let sent = send_to(source, &ticket, method, &state_dir).await;
+        let mut trace = Vec::new();
+        let received = receiving.await.unwrap();
+        for side in ["destination", "source"].into_iter().filter(|_| method.traced) {
+            let text = std::fs::read(directory.path().join(format!("{side}.trace"))).unwrap();
+            trace.extend(read_trace(&text[..]).unwrap());
+        }
+        Moved { sent, received, trace }
     });
-    let left: Vec<_> = std::fs::read_dir(directory.path()).unwrap().collect();
+    let left: Vec<_> = std::fs::read_dir(&state_dir).unwrap().collect();
     assert!(left.is_empty(), "journals of a migration that is over: {left:?}");
     moved
 }
@@ -245,7 +261,7 @@ fn a_guest_of_threads_moves_whole_in_whatever_order_its_pages_come() {
             bandwidth_bytes_per_s: Some(8 << 20),
             ..Method::default()
         };
-        let Moved { sent, received } = moves_whole(threads, waiting_threads, &plan, method);
+        let Moved { sent, received, .. } = moves_whole(threads, waiting_threads, &plan, method);
         let (push, faults) = (sent.push.unwrap(), received.faults.unwrap());
         assert_eq!(push.policy, pusher.name());
         let behind_faults = push.bundled_pages + sent.remote_faults;
@@ -254,6 +270,39 @@ fn a_guest_of_threads_moves_whole_in_whatever_order_its_pages_come() {
         assert!(push.pushed_pages + behind_faults >= pages, "{push:?} of {pages}");
         assert!(faults.stale_pages == 0 && faults.absent_pages > 0, "{faults:?}");
         assert!(faults.stall_sum_ms >= faults.stall_longest_ms, "{faults:?}");
+    }
+}
+
+#[test]
+fn a_move_that_was_traced_can_be_replayed() {
+    if !can_serve_faults("a move that is traced") {
+        return;
+    }
+    let plan = plan(Pattern::Sparse, 20_000, 16, 3);
+    for (strategy, bandwidth_bytes_per_s) in
+        [(Strategy::Postcopy, Some(8 << 20)), (Strategy::Hybrid, None)]
+    {
+        let method = Method { strategy, bandwidth_bytes_per_s, traced: true, ..Method::default() };
+        let moved = moves_whole(threads, waiting_threads, &plan, method);
+        let has_dirty =
+            moved.trace.iter().any(|record| matches!(record, TraceRecord::Dirty { .. }));
+        assert_eq!(has_dirty, strategy == Strategy::Hybrid);
+        if strategy == Strategy::Hybrid {
+            continue;
+        }
+        let touches = from_trace(&moved.trace).unwrap();
+        assert_eq!(touches.need.len(), moved.received.remaining_pages_at_freeze);
+        assert!(touches.threads.len() >= 3, "{} threads", touches.threads.len());
+        let pages: usize = touches.threads.iter().map(Vec::len).sum();
+        let faults = moved.received.remote_faults + moved.received.local_faults;
+        assert!(pages as u64 <= faults && pages > 100, "{pages} touches, {faults} faults");
+        let link = Link {
+            rate_bytes_per_s: 8 << 20,
+            round_trip: Duration::from_millis(1),
+            page_bytes: 2000,
+        };
+        let outcome = Simulation::new(&touches, link, PusherKind::Linear).run();
+        assert!(outcome.waits > 0 && outcome.waits <= pages as u64, "{outcome:?}");
     }
 }
 
@@ -304,7 +353,7 @@ fn survives_the_destinations_death(
         Listener::bind(address, Vec::new(), &transport(method)).unwrap()
     };
     let state_dir = directory.path().to_owned();
-    doomed.spawn(receive_from(destination.clone(), listener, ticket.clone(), state_dir));
+    doomed.spawn(receive_from(destination.clone(), listener, ticket.clone(), method, state_dir));
     let killer = std::thread::spawn(move || {
         std::thread::sleep(Duration::from_millis(1500));
         doomed.shutdown_background();

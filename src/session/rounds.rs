@@ -18,7 +18,7 @@ use crate::engine::policy::RoundSummary;
 use crate::engine::precopy::PrecopyPlan;
 use crate::engine::pusher::PusherKind;
 use crate::memory::{DirtyTracker, GuestMemory, MemoryError, ReadWitness};
-use crate::page::{PageBytes, PageIndex, PageRange, Version};
+use crate::page::{PageBytes, PageIndex, PageRange, PageSet, Version};
 use crate::report::Counters;
 
 /// Changed pages that are encoded for trial to learn what a changed page costs.
@@ -75,6 +75,11 @@ impl RoundSender {
     /// Which tracker it is.
     pub(super) fn tracker_name(&self) -> Option<&'static str> {
         self.tracker.as_ref().map(|tracker| tracker.name())
+    }
+
+    /// Pages changed since they were sent, as of the end of the last round.
+    pub(super) fn dirty(&self) -> &PageSet {
+        self.plan.dirty()
     }
 
     /// The destination could not apply these pages: send them whole next time.

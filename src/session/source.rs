@@ -23,7 +23,7 @@ use crate::engine::{Failure, MigrationPhase};
 use crate::guest::SourceGuest;
 use crate::memory::TrackerKind;
 use crate::page::Version;
-use crate::report::{Counters, LinkState, MigrationResult, Output, Report, Role};
+use crate::report::{Counters, LinkState, MigrationResult, Output, Report, Role, TraceFile};
 use crate::transport::{Lane, Link, Ticket, TransportOptions, connect};
 use crate::wire::message::{
     Flight, PROTOCOL, PackedBytes, PackedSet, ToDestination, decode, encode,
@@ -51,6 +51,8 @@ pub struct SendOptions {
     pub tracker: TrackerKind,
     /// In which order pages go after the switchover.
     pub pusher: PusherKind,
+    /// Where to write which pages were dirty after each round.
+    pub trace: Option<PathBuf>,
     /// Where the journal is kept.
     pub state_dir: PathBuf,
     /// End the monitor here when the guest runs at the destination with all its pages.
@@ -75,11 +77,12 @@ pub async fn send(
             return Err(Failure::plain("cancelled by the operator"));
         }
     };
+    let trace = super::begin_trace(options.trace.as_deref(), guest.memory().pages())?;
     let about = About::begin(&ticket.migration.to_string(), Side::Source, guest.whereabouts())?;
     let journal = Journal::create(&options.state_dir, &about)?;
     signals.listen_at(&journal, &output);
     output.link(LinkState::Up);
-    let session = Session::new(guest, link, options, journal, output);
+    let session = Session::new(guest, link, options, (journal, trace), output);
     Ok(session.run(signals).await)
 }
 
@@ -106,6 +109,7 @@ struct Session {
     frozen: Option<Arc<FrozenPages>>,
     flight: Option<Bytes>,
     journal: Arc<Mutex<Journal>>,
+    trace: Option<TraceFile>,
     happened: mpsc::UnboundedSender<Happened>,
     happenings: mpsc::UnboundedReceiver<Happened>,
     tasks: JoinSet<()>,
@@ -123,7 +127,7 @@ impl Session {
         guest: Box<dyn SourceGuest>,
         link: Link,
         options: SendOptions,
-        journal: Journal,
+        (journal, trace): (Journal, Option<TraceFile>),
         output: Arc<Output>,
     ) -> Self {
         let counters = Arc::new(Counters::default());
@@ -150,6 +154,7 @@ impl Session {
             frozen: None,
             flight: None,
             journal: Arc::new(Mutex::new(journal)),
+            trace,
             happened,
             happenings,
             tasks: JoinSet::new(),
@@ -230,6 +235,9 @@ impl Session {
             }
             Happened::Round(sender, result) => {
                 self.tracker = sender.tracker_name();
+                if let Some(trace) = &mut self.trace {
+                    trace.dirty(self.timeline.elapsed(), sender.dirty());
+                }
                 self.sender = Some(sender);
                 let event = match result {
                     Ok(mut summary) => {
@@ -502,6 +510,9 @@ impl Session {
                 self.journal.lock().expect("no holder panics").remove();
             }
             _ => self.output.note(&format!("the journal of this side is {}", path.display())),
+        }
+        if let Some(trace) = self.trace.take() {
+            super::finish_trace(trace, &self.output);
         }
         let codecs = self.counters.codecs();
         Report {

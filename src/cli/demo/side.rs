@@ -117,6 +117,7 @@ impl Side {
             state_dir: self.settings.state_dir.clone(),
             paused: false,
             page_table: self.page_table.clone(),
+            trace: None,
         };
         let migration = ticket.migration.to_string();
         let report =
@@ -143,6 +144,7 @@ impl Side {
             base_cache_bytes: if method.deltas { BASE_CACHE_BYTES } else { 0 },
             tracker: TrackerKind::Auto,
             codecs: None,
+            trace: None,
             pusher: PusherKind::default(),
             state_dir: self.settings.state_dir.clone(),
             quit_source: false,

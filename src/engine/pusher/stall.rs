@@ -24,6 +24,9 @@ const PART_PAGES: u64 = BLOCK_PAGES * 16;
 const BLOCK_PAGES: u64 = 64;
 /// The weight of a fault beside the one before it: after 23 further ones it counts half.
 const GROWTH: f32 = 1.03;
+/// A region is left for one that is so much better. A thread works at its pace again when all that it touches
+/// is there, so one region after the other helps more than each by a part.
+const STAY: f32 = 2.0;
 /// Weights are brought down when they have grown so much.
 const RESCALE_AT: f32 = 1e12;
 /// Pages whose cost stands for their region's.
@@ -37,6 +40,12 @@ struct Region {
     blocks: Box<[f32; 256]>,
     /// Of a page, on average.
     bytes: f32,
+}
+
+impl Region {
+    fn worth(&self) -> f32 {
+        self.score / self.bytes
+    }
 }
 
 /// See the module's text.
@@ -72,7 +81,12 @@ impl Policy for Stall {
         if !self.streams.fault(wanted, left, room, bundle) {
             self.note(wanted.page, left);
         }
-        self.chosen = None;
+        if let (Some(chosen), Some(best)) = (self.chosen, self.best_region()) {
+            let worth = |number| self.regions.get(&number).map_or(0.0, Region::worth);
+            if worth(best) > STAY * worth(chosen) {
+                self.chosen = None;
+            }
+        }
     }
 
     fn next(&mut self, left: &Left<'_>) -> Option<PageRange> {
@@ -130,9 +144,8 @@ impl Stall {
     }
 
     fn best_region(&self) -> Option<u64> {
-        let worth = |region: &Region| region.score / region.bytes;
         let regions = self.regions.iter();
-        regions.max_by(|a, b| worth(a.1).total_cmp(&worth(b.1))).map(|(number, _)| *number)
+        regions.max_by(|a, b| a.1.worth().total_cmp(&b.1.worth())).map(|(number, _)| *number)
     }
 
     /// The best part, and in it the best block; among equals the next after the last fault.
