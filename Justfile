@@ -28,9 +28,9 @@ release:
 demo *arguments:
     cargo run --release -- demo {{arguments}}
 
-# farfault's strategies and QEMU's own methods on the same link, as a table (root; 10 minutes)
-compare *arguments: release
-    target/release/compare {{arguments}}
+# An experiment with farfault's strategies and QEMU's own methods (root): paper, wan, loss, smoke
+lab scenario *arguments: release guest
+    target/release/farfault lab run {{scenario}} {{arguments}}
 
 # A link between two new network namespaces, until Ctrl-D (root)
 wan link="100Mbit,40ms": release

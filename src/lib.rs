@@ -40,7 +40,7 @@
 //! | room | subject | begin with |
 //! |---|---|---|
 //! | [`cli`] | arguments and wording, one file a subcommand | `cli/send.rs` |
-//! | [`lab`] | an emulated link, for `farfault demo` and `tools/wan` | [`lab::link`], [`lab::relay`] |
+//! | [`lab`] | an emulated link, and experiments with real guests over it | [`lab::link`], [`lab::experiment`] |
 //! | [`session`] | one migration, driven: the engine's decisions carried out | [`session::source`] beside [`session::destination`] |
 //! | [`report`] | counters, progress, a live picture, JSON lines, the report | [`report::Report`] |
 //! | [`engine`] | the decisions, without clock, socket or thread | [`engine::source`] beside [`engine::destination`] |

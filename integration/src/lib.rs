@@ -1,20 +1,9 @@
-//! A laboratory for migrations: two network namespaces with an emulated link between them, QEMU
-//! guests that check their own memory, and the processes that move them.
-//!
-//! A test makes a [`lab::Lab`], boots a [`qemu::Guest`] in it, moves it with [`farfault`] or with
-//! QEMU's own methods ([`native`]), and reads from the guest's heartbeats ([`guest_log`],
-//! [`timeline`]) what that did to it. [`ram`] compares the memory of both sides, [`leftovers`] finds
-//! what was not cleaned up. Everything that is made here is removed on drop.
+//! Tests of whole migrations. The laboratory in which they happen is farfault's own
+//! ([`farfault::lab::stage`](::farfault::lab::stage)); here is what only tests need: [`lab`] sets it up with the programs of this workspace,
+//! [`ram`] compares the memory of both sides, [`leftovers`] finds what was not cleaned up.
 
-pub mod farfault;
-pub mod guest_log;
 pub mod lab;
 pub mod leftovers;
-pub mod native;
-pub mod process;
-pub mod qemu;
-pub mod qmp;
 pub mod ram;
-pub mod timeline;
-pub mod tsc;
-pub mod wan;
+
+pub use ::farfault::lab::stage::{farfault, guest_log, native, process, qemu, qmp, timeline, wan};

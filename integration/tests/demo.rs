@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::Result;
 use farfault_integration::farfault::{Ended, Running};
-use farfault_integration::lab::guest_image;
+use farfault_integration::lab::{guest_image, workspace_program};
 use farfault_integration::process::wait_for;
 use serde_json::Value;
 use tempfile::TempDir;
@@ -30,7 +30,7 @@ impl Demo {
             eprintln!("SKIPPED: farfault demo --guest qemu: not root");
             return Ok(None);
         }
-        let (kernel, _) = guest_image()?;
+        let kernel = guest_image()?.kernel;
         let image = kernel.parent().unwrap_or(&kernel).display().to_string();
         let guest = ["--guest", "qemu", "--memory", "128MiB", "--image", &image];
         Self::start_with(&guest, arguments)
@@ -44,7 +44,11 @@ impl Demo {
         let further: Vec<&str> = arguments.split(' ').collect();
         let arguments = [&["demo", "--json"], guest, &further].concat();
         let temporary = tempfile::tempdir()?;
-        Ok(Some(Demo { running: Running::here(&arguments, temporary.path())?, temporary }))
+        let program = workspace_program("FARFAULT_BIN", "farfault")?;
+        Ok(Some(Demo {
+            running: Running::here(&program, &arguments, temporary.path())?,
+            temporary,
+        }))
     }
 
     fn wait(self) -> Result<Ended> {

@@ -11,10 +11,12 @@ use crate::report::{MigrationResult, Output, Report};
 use crate::session::journal::default_state_dir;
 
 mod cancel;
+mod completions;
 mod demo;
 mod doctor;
 #[doc(hidden)]
 pub mod fuzz;
+mod lab;
 mod receive;
 mod replay;
 mod resolve;
@@ -56,6 +58,12 @@ enum Command {
     DemoVm(demo::DemoVm),
     /// Replays what guests touch against the orders in which pages can go.
     Replay(replay::Replay),
+    /// Experiments: farfault and QEMU's own methods over emulated links, with tables and pictures.
+    Lab(lab::Lab),
+    /// Prints what a shell needs to complete farfault's arguments.
+    Completions(completions::Completions),
+    /// Prints the manual page of farfault, or of one of its commands, in roff.
+    Man(completions::Man),
     /// Tells what this host can do, and how to mend what it cannot.
     Doctor(doctor::Doctor),
 }
@@ -82,6 +90,9 @@ pub fn main() -> ExitCode {
         Command::DemoSide(side) => side.run(),
         Command::DemoVm(vm) => vm.run(),
         Command::Replay(replay) => replay.run(),
+        Command::Lab(lab) => lab.run(),
+        Command::Completions(completions) => completions.run(),
+        Command::Man(man) => man.run(),
         Command::Doctor(doctor) => doctor.run(),
     }
 }

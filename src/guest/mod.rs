@@ -56,6 +56,15 @@ use crate::memory::{
     DirtyTracker, GuestMemory, MemoryError, MemoryLayout, RegionLayout, TrackerKind, Userfault,
 };
 
+/// The rate of this host's time-stamp counter in kHz, measured once; `None` where there is no such
+/// counter.
+pub(crate) fn host_tsc_khz() -> Option<u64> {
+    #[cfg(target_arch = "x86_64")]
+    return Some(kvm::tsc_khz());
+    #[cfg(not(target_arch = "x86_64"))]
+    return None;
+}
+
 /// Largest device state that a guest may hand over.
 pub const DEVICE_STATE_LIMIT_BYTES: usize = 256 << 20;
 

@@ -12,6 +12,7 @@
 //! | `vcpu.rs` | running and stopping |
 //! | `state.rs` | the state that moves |
 //! | `dirty_log.rs` | which pages were written |
+//! | `tsc.rs` | the rate of the counter that guests see |
 
 mod boot;
 mod dirty_log;
@@ -20,6 +21,7 @@ mod program;
 mod state;
 #[cfg(test)]
 mod tests;
+mod tsc;
 mod vcpu;
 mod vm;
 
@@ -39,6 +41,8 @@ use super::workload::{
 };
 use super::{DestinationGuest, GuestError, Shape, SourceGuest};
 use crate::memory::{DirtyTracker, GuestMapping, GuestMemory, TrackerKind, Userfault};
+
+pub(crate) use self::tsc::khz as tsc_khz;
 
 /// Whether guests can run here; the error says why not and what to do.
 pub fn available() -> Result<(), GuestError> {

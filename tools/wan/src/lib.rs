@@ -7,7 +7,6 @@
 
 pub mod control;
 pub mod emulator;
-pub mod netns;
 pub mod tun;
 
-pub use farfault::lab::{link, spec};
+pub use farfault::lab::{link, netns, spec};

@@ -7,11 +7,11 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
-use crate::guest_log::{GuestEar, GuestLog};
-use crate::lab::{Lab, guest_image};
-use crate::process::{Guarded, command_in, kill_by_pid_file, wait_for};
-use crate::qmp::Qmp;
-use crate::tsc;
+use super::guest_log::{GuestEar, GuestLog};
+use super::place::{Image, Place};
+use super::process::{Guarded, command_in, kill_by_pid_file, wait_for};
+use super::qmp::Qmp;
+use crate::guest::host_tsc_khz;
 
 const PROGRAM: &str = "qemu-system-x86_64";
 /// Under emulation, on a machine that is busy with other things.
@@ -105,29 +105,32 @@ pub struct Guest {
 
 impl Guest {
     /// Makes the sockets and the command line; starts nothing. `name` is unique in the laboratory.
-    pub fn prepare(lab: &Lab, name: &str, spec: &GuestSpec) -> Result<Self> {
+    pub fn prepare(place: &Place, name: &str, spec: &GuestSpec) -> Result<Self> {
         let (console, serial) =
-            (lab.path(&format!("{name}.console")), lab.path(&format!("{name}.tty")));
+            (place.path(&format!("{name}.console")), place.path(&format!("{name}.tty")));
         let mut guest = Guest {
             log: GuestLog::listen(&console)?,
             ear: GuestEar::listen(&serial)?,
             name: name.to_owned(),
             arguments: Vec::new(),
-            qmp: lab.path(&format!("{name}.qmp")),
-            monitor: lab.path(&format!("{name}.monitor")),
-            pid_file: lab.path(&format!("{name}.pid")),
-            errors: lab.path(&format!("{name}.stderr")),
+            qmp: place.path(&format!("{name}.qmp")),
+            monitor: place.path(&format!("{name}.monitor")),
+            pid_file: place.path(&format!("{name}.pid")),
+            errors: place.path(&format!("{name}.stderr")),
             ram_files: Vec::new(),
             process: None,
         };
-        let (kernel, initrd) = guest_image()?;
-        let machine = guest.memory_arguments(lab, spec);
+        let Image { kernel, initrd } = place.tools().image.clone();
+        let machine = guest.memory_arguments(place, spec);
         guest.add(&["-machine", &machine, "-accel", "tcg,thread=single", "-cpu", "Westmere"]);
         guest.add(&["-smp", "1", "-nodefaults", "-display", "none", "-no-reboot"]);
         guest.add(&["-kernel", &text(&kernel), "-initrd", &text(&initrd)]);
         let io = if spec.devices { " ff.io=1" } else { "" };
-        // See `tsc`; its watchdog too takes a busy host for a bad counter.
-        let clock = format!("tsc_early_khz={} tsc=reliable", tsc::khz());
+        // See `host_tsc_khz`; its watchdog too takes a busy host for a bad counter.
+        let clock = match host_tsc_khz() {
+            Some(khz) => format!("tsc_early_khz={khz} tsc=reliable"),
+            None => String::new(),
+        };
         guest.add(&["-append", &format!("quiet panic=-1 {clock} {}{io}", spec.work)]);
         guest.add(&["-chardev", &format!("socket,id=console,path={}", text(&console))]);
         guest.add(&["-device", "isa-debugcon,iobase=0xe9,chardev=console"]);
@@ -139,16 +142,16 @@ impl Guest {
         let pid_file = text(&guest.pid_file);
         guest.add(&["-pidfile", &pid_file]);
         if spec.devices {
-            guest.add_devices(lab, spec.machine)?;
+            guest.add_devices(place, spec.machine)?;
         }
         Ok(guest)
     }
 
     /// Prepares a guest, starts it in the source's namespace, and waits until it has verified its
     /// memory once.
-    pub fn boot(lab: &Lab, name: &str, spec: &GuestSpec) -> Result<Self> {
-        let mut guest = Self::prepare(lab, name, spec)?;
-        guest.start(lab.a().name(), &[])?;
+    pub fn boot(place: &Place, name: &str, spec: &GuestSpec) -> Result<Self> {
+        let mut guest = Self::prepare(place, name, spec)?;
+        guest.start(place.a().name(), &[])?;
         let working = guest.log.wait_until_working(BOOT_TIMEOUT);
         working.with_context(|| format!("guest {name}: {}", guest.errors()))?;
         Ok(guest)
@@ -201,6 +204,11 @@ impl Guest {
         kill_by_pid_file(&self.pid_file);
     }
 
+    /// The file that has the process id of its QEMU, whoever starts it.
+    pub fn pid_file(&self) -> &Path {
+        &self.pid_file
+    }
+
     /// What its threads wait for, as the kernel tells, and what the monitor says: for a test that fails.
     pub fn diagnosis(&self) -> String {
         let pid = std::fs::read_to_string(&self.pid_file).unwrap_or_default();
@@ -229,7 +237,7 @@ impl Guest {
     }
 
     /// Adds the memory, and gives the value for `-machine`.
-    fn memory_arguments(&mut self, lab: &Lab, spec: &GuestSpec) -> String {
+    fn memory_arguments(&mut self, place: &Place, spec: &GuestSpec) -> String {
         let machine = spec.machine.name();
         self.add(&["-m", &format!("{}M", spec.memory_mib)]);
         let nodes = match spec.ram {
@@ -238,7 +246,7 @@ impl Guest {
             Ram::SharedTwoNodes => 2,
         };
         for node in 0..nodes {
-            let file_name = format!("{}-{}-ram{node}", lab.name(), self.name);
+            let file_name = format!("{}-{}-ram{node}", place.name(), self.name);
             let path = spec.ram_directory.join(file_name);
             let mib = spec.memory_mib / nodes;
             self.add(&[
@@ -256,9 +264,9 @@ impl Guest {
         if nodes == 1 { format!("{machine},memory-backend=ram0") } else { machine.to_owned() }
     }
 
-    fn add_devices(&mut self, lab: &Lab, machine: Machine) -> Result<()> {
+    fn add_devices(&mut self, place: &Place, machine: Machine) -> Result<()> {
         // One disk for both sides, as from a storage that both hosts reach.
-        let disk = lab.path("disk");
+        let disk = place.path("disk");
         let file = File::options().create(true).truncate(false).write(true).open(&disk)?;
         file.set_len(DISK_BYTES)?;
         let bus = machine.virtio();

@@ -1,15 +1,45 @@
-//! Child processes that end with the test, whatever happens to it.
+//! Child processes that end with their parent, whatever happens to it; and waiting that Ctrl-C ends.
 
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsStr;
 use std::os::unix::process::ExitStatusExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Child, Command, ExitStatus};
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
 /// How often a condition is looked at while waiting for it.
 const POLL_EVERY: Duration = Duration::from_millis(5);
+
+/// Set by [`interrupt`].
+static INTERRUPTED: AtomicBool = AtomicBool::new(false);
+
+/// Makes every wait here and in the rest of the laboratory end with an error, now and from now on, so
+/// that all is cleaned up on the way out.
+pub fn interrupt() {
+    INTERRUPTED.store(true, Relaxed);
+}
+
+/// True after [`interrupt`].
+pub fn is_interrupted() -> bool {
+    INTERRUPTED.load(Relaxed)
+}
+
+/// Does nothing for a while.
+///
+/// # Errors
+/// When it was interrupted.
+pub fn pause(time: Duration) -> Result<()> {
+    let since = Instant::now();
+    while since.elapsed() < time {
+        if is_interrupted() {
+            bail!("interrupted");
+        }
+        std::thread::sleep(POLL_EVERY.min(time.saturating_sub(since.elapsed())));
+    }
+    Ok(())
+}
 
 /// A command that runs in a network namespace and is killed when the thread that starts it ends,
 /// even if that is killed itself. Neither wrapper stays: the child's pid is that of the program.
@@ -29,6 +59,9 @@ pub fn wait_for<T>(
     loop {
         if let Some(value) = poll()? {
             return Ok(value);
+        }
+        if is_interrupted() {
+            bail!("interrupted");
         }
         if since.elapsed() > timeout {
             bail!("waited {timeout:?} in vain for {what}");
@@ -112,26 +145,4 @@ pub fn describe(status: ExitStatus) -> String {
         (Some(code), _) => format!("exit status {code}"),
         (None, signal) => format!("killed by signal {}", signal.unwrap_or_default()),
     }
-}
-
-/// The workspace's directory.
-pub fn workspace() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).parent().map_or_else(PathBuf::new, Path::to_owned)
-}
-
-/// A program of this workspace: `variable` names it, or it is the release build.
-pub fn workspace_program(variable: &str, name: &str) -> Result<OsString> {
-    if let Some(path) = std::env::var_os(variable) {
-        return Ok(path);
-    }
-    let target = std::env::var_os("CARGO_TARGET_DIR")
-        .map_or_else(|| workspace().join("target"), PathBuf::from);
-    let path = target.join("release").join(name);
-    if !path.exists() {
-        bail!(
-            "there is no {}: run `cargo build --release --workspace`, or set {variable}",
-            path.display()
-        );
-    }
-    Ok(path.into())
 }

@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
-use crate::process::wait_for;
-use crate::timeline::Beat;
+use super::process::wait_for;
+use super::timeline::Beat;
 
 /// The guest writes byte by byte: reading once per this takes whole lines, and dates them this well.
 const READ_EVERY: Duration = Duration::from_micros(500);

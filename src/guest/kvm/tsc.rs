@@ -1,4 +1,4 @@
-//! How fast this host's time-stamp counter runs. A guest under emulation sees that counter.
+//! How fast this host's time-stamp counter runs. A guest under emulation sees that counter too.
 
 #![allow(unsafe_code)]
 
@@ -14,7 +14,7 @@ const MEASURED_OVER: Duration = Duration::from_millis(100);
 /// A guest measures it itself against its timers, which fails on a busy host: QEMU's machine
 /// `microvm` has no timer but one that needs interrupts in time. A kernel that fails there hangs
 /// while it boots.
-pub fn khz() -> u64 {
+pub(crate) fn khz() -> u64 {
     static KHZ: OnceLock<u64> = OnceLock::new();
     *KHZ.get_or_init(|| {
         let (since, first) = (Instant::now(), ticks());

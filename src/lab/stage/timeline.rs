@@ -3,8 +3,9 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use serde::{Deserialize, Serialize};
 
-use crate::guest_log::Line;
+use super::guest_log::Line;
 
 /// Work is compared over windows of this length.
 const WINDOW: Duration = Duration::from_millis(500);
@@ -12,6 +13,12 @@ const WINDOW: Duration = Duration::from_millis(500);
 const RECOVERED: f64 = 0.9;
 /// How much of the time before the migration tells what the guest does undisturbed.
 const BASELINE: Duration = Duration::from_secs(2);
+
+/// A frame of a stream of 25 a second is due this often.
+const FRAME: Duration = Duration::from_millis(40);
+/// Between two heartbeats that are further apart the guest is taken to have done nothing but at the
+/// end.
+const STALL: Duration = Duration::from_millis(50);
 
 /// A heartbeat.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -102,6 +109,85 @@ fn recovery(beats: &[Beat], wanted: f64) -> Option<Instant> {
     None
 }
 
+/// Frames that a viewer misses, of a stream of 25 a second that the guest sends and nobody buffers: one
+/// for each whole 40 ms without a heartbeat, on either side, from `started` on.
+pub fn missed_frames(source: &[Beat], destination: &[Beat], started: Instant) -> u64 {
+    let times: Vec<Instant> =
+        source.iter().chain(destination).map(|beat| beat.at).filter(|at| *at >= started).collect();
+    let missed = |pair: &[Instant]| {
+        (pair[1].saturating_duration_since(pair[0]).as_nanos() / FRAME.as_nanos()) as u64
+    };
+    times.windows(2).map(missed).sum()
+}
+
+/// What the guest has done over time.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Throughput {
+    /// Length of a bin.
+    pub bin_ms: u64,
+    /// Begin of the first bin, counted from the last heartbeat on the source; negative.
+    pub first_ms: i64,
+    /// Operations a second in each bin.
+    pub operations_per_s: Vec<f64>,
+}
+
+impl Throughput {
+    /// The bins from `before` the stop up to the last heartbeat, or to `after` the stop.
+    pub fn of(
+        source: &[Beat],
+        destination: &[Beat],
+        bin: Duration,
+        before: Duration,
+        after: Duration,
+    ) -> Self {
+        let (Some(stop), Some(last)) = (source.last(), source.iter().chain(destination).last())
+        else {
+            return Throughput::default();
+        };
+        let first = source.first().map_or(stop.at, |beat| beat.at);
+        let begin = first.max(stop.at.checked_sub(before).unwrap_or(first));
+        let count = (last.at.min(stop.at + after) - begin).as_nanos() / bin.as_nanos();
+        let mut operations = vec![0.0; count as usize];
+        let beats: Vec<Beat> = source.iter().chain(destination).copied().collect();
+        for pair in beats.windows(2) {
+            let done = pair[1].operations.saturating_sub(pair[0].operations) as f64;
+            let from = pair[0].at.max(pair[1].at.checked_sub(STALL).unwrap_or(pair[0].at));
+            spread(&mut operations, begin, bin, (from, pair[1].at), done);
+        }
+        Throughput {
+            bin_ms: bin.as_millis() as u64,
+            first_ms: -((stop.at - begin).as_millis() as i64),
+            operations_per_s: operations.iter().map(|n| n / bin.as_secs_f64()).collect(),
+        }
+    }
+}
+
+/// Adds `done`, evenly over a time, to the bins that it touches.
+fn spread(
+    bins: &mut [f64],
+    begin: Instant,
+    bin: Duration,
+    (from, to): (Instant, Instant),
+    done: f64,
+) {
+    let seconds = |at: Instant| {
+        at.saturating_duration_since(begin).as_secs_f64()
+            - begin.saturating_duration_since(at).as_secs_f64()
+    };
+    let (from, to, bin) = (seconds(from), seconds(to), bin.as_secs_f64());
+    if to <= from || to < 0.0 {
+        return;
+    }
+    let first = (from.max(0.0) / bin) as usize;
+    for (index, slot) in bins.iter_mut().enumerate().skip(first) {
+        let (left, right) = (index as f64 * bin, (index + 1) as f64 * bin);
+        if left >= to {
+            break;
+        }
+        *slot += done * (right.min(to) - left.max(from)).max(0.0) / (to - from);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -160,5 +246,32 @@ mod tests {
         let (source, destination) = (beats(start, 100, 0, 1), beats(start + 500 * MS, 100, 0, 1));
         let error = Interruption::measure(&source, &destination, start).unwrap_err();
         assert!(error.to_string().contains("both sides"));
+    }
+
+    #[test]
+    fn work_is_put_where_it_was_done_and_a_stop_is_a_gap() {
+        let start = Instant::now();
+        let source = beats(start, 201, 0, 20);
+        let destination = beats(start + 2500 * MS, 101, 4000, 10);
+        let bin = 100 * MS;
+        let seen = Throughput::of(&source, &destination, bin, 1000 * MS, 800 * MS);
+        assert_eq!((seen.bin_ms, seen.first_ms), (100, -1000));
+        let rate = |from_ms: i64| seen.operations_per_s[((from_ms + 1000) / 100) as usize];
+        for (at_ms, expected) in
+            [(-1000, 2000.0), (-100, 2000.0), (100, 0.0), (300, 0.0), (600, 1000.0)]
+        {
+            assert!((rate(at_ms) - expected).abs() < 1.0, "{at_ms} ms: {}", rate(at_ms));
+        }
+        assert_eq!(seen.operations_per_s.len(), 18);
+    }
+
+    #[test]
+    fn a_frame_is_missed_for_each_whole_40_ms_of_silence() {
+        let start = Instant::now();
+        let source = beats(start, 100, 0, 1);
+        let destination = beats(start + (990 + 130) * MS, 10, 99, 1);
+        assert_eq!(missed_frames(&source, &destination, start), 3);
+        assert_eq!(missed_frames(&source, &destination, start + 995 * MS), 0);
+        assert_eq!(missed_frames(&source, &source, start), 0);
     }
 }

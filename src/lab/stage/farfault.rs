@@ -1,4 +1,4 @@
-//! The program under test, as a user runs it: `farfault receive` and `farfault send`, with `--json`.
+//! farfault itself, as a user runs it: `farfault receive` and `farfault send`, with `--json`.
 
 use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
@@ -8,14 +8,17 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use farfault_wan::netns::Netns;
 use serde_json::Value;
 
-use crate::lab::{ADDRESS_B, Lab};
-use crate::process::{Guarded, command_in, describe, wait_for, workspace_program};
-use crate::qemu::Guest;
+use super::place::{ADDRESS_B, Place};
+use super::process::{Guarded, command_in, describe, is_interrupted, wait_for};
+use super::qemu::Guest;
+use crate::lab::netns::Netns;
 
 const READY_TIMEOUT: Duration = Duration::from_secs(30);
+/// For a cancelled migration to end.
+const CANCEL_TIMEOUT: Duration = Duration::from_secs(20);
+const POLL_EVERY: Duration = Duration::from_millis(5);
 /// After the end of the program, for what is still in its pipes.
 const PIPE_TIMEOUT: Duration = Duration::from_millis(500);
 
@@ -39,13 +42,13 @@ impl Running {
     /// Starts `farfault receive` or `send` in a namespace of the laboratory, with directories of its
     /// own for journals and temporary files. `wrapper` are words in front of it (`setpriv ...`).
     pub fn start(
-        lab: &Lab,
+        place: &Place,
         netns: &Netns,
         wrapper: &[&str],
         subcommand: &str,
         arguments: &[&str],
     ) -> Result<Self> {
-        let program = workspace_program("FARFAULT_BIN", "farfault")?;
+        let program = &place.tools().farfault;
         let mut command = match wrapper.split_first() {
             None => command_in(netns.name(), program),
             Some((first, rest)) => {
@@ -54,40 +57,40 @@ impl Running {
                 command
             }
         };
-        command.arg(subcommand).arg("--json").arg("--state-dir").arg(lab.state_directory());
-        Self::spawn(command.args(arguments).env("TMPDIR", lab.temporary_directory()))
+        command.arg(subcommand).arg("--json").arg("--state-dir").arg(place.state_directory());
+        Self::spawn(command.args(arguments).env("TMPDIR", place.temporary_directory()))
     }
 
     /// Starts farfault outside of any laboratory, with a directory for its temporary files.
-    pub fn here(arguments: &[&str], temporary: &Path) -> Result<Self> {
-        let mut command = Command::new(workspace_program("FARFAULT_BIN", "farfault")?);
+    pub fn here(program: &Path, arguments: &[&str], temporary: &Path) -> Result<Self> {
+        let mut command = Command::new(program);
         Self::spawn(command.args(arguments).env("TMPDIR", temporary))
     }
 
     /// `farfault receive`, listening on the destination's address, which starts `guest`.
-    pub fn receive(lab: &Lab, guest: &Guest, options: &[&str]) -> Result<Self> {
+    pub fn receive(place: &Place, guest: &Guest, options: &[&str]) -> Result<Self> {
         let listen = format!("{ADDRESS_B}:0");
         let mut arguments = vec!["--listen", &listen];
         arguments.extend(options);
         arguments.push("--");
         arguments.extend(guest.command_line().iter().map(String::as_str));
-        Self::start(lab, lab.b(), &[], "receive", &arguments)
+        Self::start(place, place.b(), &[], "receive", &arguments)
     }
 
     /// `farfault receive`, attached to a QEMU that is there already.
-    pub fn receive_attached(lab: &Lab, guest: &Guest) -> Result<Self> {
+    pub fn receive_attached(place: &Place, guest: &Guest) -> Result<Self> {
         let (listen, qmp) = (format!("{ADDRESS_B}:0"), guest.qmp_path().display().to_string());
-        Self::start(lab, lab.b(), &[], "receive", &["--listen", &listen, "--qmp", &qmp])
+        Self::start(place, place.b(), &[], "receive", &["--listen", &listen, "--qmp", &qmp])
     }
 
     /// `farfault send` of a guest.
-    pub fn send(lab: &Lab, guest: &Guest, ticket: &str, options: &[&str]) -> Result<Self> {
-        Self::send_from(lab, guest.qmp_path(), ticket, options, &[])
+    pub fn send(place: &Place, guest: &Guest, ticket: &str, options: &[&str]) -> Result<Self> {
+        Self::send_from(place, guest.qmp_path(), ticket, options, &[])
     }
 
     /// `farfault send` of whatever is at a socket, behind a wrapper.
     pub fn send_from(
-        lab: &Lab,
+        place: &Place,
         qmp: &Path,
         ticket: &str,
         options: &[&str],
@@ -95,7 +98,7 @@ impl Running {
     ) -> Result<Self> {
         let qmp = qmp.display().to_string();
         let arguments = [&["--qmp", &qmp, ticket], options].concat();
-        Self::start(lab, lab.a(), wrapper, "send", &arguments)
+        Self::start(place, place.a(), wrapper, "send", &arguments)
     }
 
     fn spawn(command: &mut Command) -> Result<Self> {
@@ -147,6 +150,21 @@ impl Running {
         result.with_context(|| format!("farfault says: {}", lock(&self.output.errors)))
     }
 
+    /// Its process id.
+    pub fn pid(&self) -> u32 {
+        self.process.pid()
+    }
+
+    /// Whether it has told of an event for which `wanted` holds.
+    pub fn has(&self, wanted: impl Fn(&Value) -> bool) -> bool {
+        lock(&self.output.events).iter().any(wanted)
+    }
+
+    /// Whether it has ended.
+    pub fn has_ended(&mut self) -> Result<bool> {
+        Ok(self.process.ended()?.is_some())
+    }
+
     /// The ticket that `receive` prints when it is ready.
     pub fn ticket(&mut self) -> Result<String> {
         let event = self.wait_for_event("a ticket", READY_TIMEOUT, |e| e["event"] == "ticket")?;
@@ -185,15 +203,15 @@ impl Running {
 }
 
 /// Runs `farfault status`, `cancel` or `resolve` on the state of a laboratory, to its end.
-pub fn command(lab: &Lab, arguments: &[&str]) -> Result<std::process::Output> {
-    let mut command = Command::new(workspace_program("FARFAULT_BIN", "farfault")?);
-    command.arg(arguments[0]).arg("--state-dir").arg(lab.state_directory()).args(&arguments[1..]);
+pub fn command(place: &Place, arguments: &[&str]) -> Result<std::process::Output> {
+    let mut command = Command::new(&place.tools().farfault);
+    command.arg(arguments[0]).arg("--state-dir").arg(place.state_directory()).args(&arguments[1..]);
     command.stdin(Stdio::null()).output().context("start farfault")
 }
 
 /// What `farfault status --json` says of a side, `source` or `destination`; there is one at most.
-pub fn status_of(lab: &Lab, side: &str) -> Result<Option<Value>> {
-    let output = command(lab, &["status", "--json"])?;
+pub fn status_of(place: &Place, side: &str) -> Result<Option<Value>> {
+    let output = command(place, &["status", "--json"])?;
     ensure!(output.status.success(), "status: {}", String::from_utf8_lossy(&output.stderr));
     for line in String::from_utf8_lossy(&output.stdout).lines() {
         let event: Value = serde_json::from_str(line).context("status")?;
@@ -205,8 +223,8 @@ pub fn status_of(lab: &Lab, side: &str) -> Result<Option<Value>> {
 }
 
 /// The journal of a side, as it is now; empty before there is one.
-pub fn journal_of(lab: &Lab, side: &str) -> String {
-    let directories = std::fs::read_dir(lab.state_directory()).into_iter().flatten().flatten();
+pub fn journal_of(place: &Place, side: &str) -> String {
+    let directories = std::fs::read_dir(place.state_directory()).into_iter().flatten().flatten();
     let named = |path: &Path| path.extension().is_some_and(|extension| extension == side);
     let directory = directories.map(|entry| entry.path()).find(|path| named(path));
     let journal = directory.map(|path| std::fs::read_to_string(path.join("journal")));
@@ -281,35 +299,88 @@ pub struct Moved {
     pub destination: Value,
 }
 
+/// A migration under way.
+#[derive(Debug)]
+pub struct Migration {
+    /// `farfault receive`.
+    pub receive: Running,
+    /// `farfault send`.
+    pub send: Running,
+    /// When `send` was started.
+    pub started: Instant,
+    ticket: String,
+}
+
+impl Migration {
+    /// Starts a receiver, and then a sender of `source`.
+    pub fn begin(
+        place: &Place,
+        source: &Guest,
+        destination: &Guest,
+        receive_options: &[&str],
+        send_options: &[&str],
+    ) -> Result<Self> {
+        let mut receive = Running::receive(place, destination, receive_options)?;
+        let ticket = receive.ticket()?;
+        let started = Instant::now();
+        let send = Running::send(place, source, &ticket, send_options)?;
+        Ok(Migration { receive, send, started, ticket })
+    }
+
+    /// Waits for the end of both sides, which must succeed; `tick` is called again and again with the
+    /// time since the start. `None` when it took longer than `limit`: then it was cancelled.
+    pub fn finish(
+        mut self,
+        limit: Duration,
+        mut tick: impl FnMut(Duration) -> Result<()>,
+    ) -> Result<Option<Moved>> {
+        loop {
+            tick(self.started.elapsed())?;
+            if is_interrupted() {
+                bail!("interrupted");
+            }
+            if self.send.process.ended()?.is_some() {
+                break;
+            }
+            if self.started.elapsed() > limit {
+                self.send.terminate(CANCEL_TIMEOUT).context("cancel send")?;
+                // A receiver whose sender has cancelled ends by itself, or is killed on drop.
+                let _ = self.receive.wait(CANCEL_TIMEOUT);
+                return Ok(None);
+            }
+            std::thread::sleep(POLL_EVERY);
+        }
+        let sent = self.send.wait(READY_TIMEOUT).context("send")?;
+        // A failure of one side is told together with what the other one says.
+        let received = self.receive.wait(READY_TIMEOUT);
+        let took = self.started.elapsed();
+        let received = match (sent.report(), received) {
+            (Ok(_), received) => received.context("receive")?,
+            (Err(error), Ok(other)) => bail!("send: {error:#}\nreceive: {}", other.why()),
+            (Err(error), Err(other)) => bail!("send: {error:#}\nreceive: {other:#}"),
+        };
+        Ok(Some(Moved {
+            started: self.started,
+            took,
+            ticket: self.ticket,
+            source: sent.report()?.clone(),
+            destination: received.report().context("receive")?.clone(),
+        }))
+    }
+}
+
 /// Moves a guest; both sides must succeed within `timeout`.
 pub fn migrate(
-    lab: &Lab,
+    place: &Place,
     source: &Guest,
     destination: &Guest,
     receive_options: &[&str],
     send_options: &[&str],
     timeout: Duration,
 ) -> Result<Moved> {
-    let mut receive = Running::receive(lab, destination, receive_options)?;
-    let ticket = receive.ticket()?;
-    let started = Instant::now();
-    let send = Running::send(lab, source, &ticket, send_options)?;
-    let sent = send.wait(timeout).context("send")?;
-    // A failure of one side is told together with what the other one says.
-    let received = receive.wait(if sent.status.success() { timeout } else { READY_TIMEOUT });
-    let took = started.elapsed();
-    let received = match (sent.report(), received) {
-        (Ok(_), received) => received.context("receive")?,
-        (Err(error), Ok(other)) => bail!("send: {error:#}\nreceive: {}", other.why()),
-        (Err(error), Err(other)) => bail!("send: {error:#}\nreceive: {other:#}"),
-    };
-    Ok(Moved {
-        started,
-        took,
-        ticket,
-        source: sent.report()?.clone(),
-        destination: received.report().context("receive")?.clone(),
-    })
+    Migration::begin(place, source, destination, receive_options, send_options)?
+        .finish(timeout, |_| Ok(()))?
+        .with_context(|| format!("farfault has not moved the guest within {timeout:?}"))
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {

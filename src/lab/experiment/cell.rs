@@ -1,0 +1,206 @@
+//! One run on a guest in QEMU: two hosts and a link are made, the guest boots, works, is moved, works
+//! on, and verifies its memory; then all of it is removed.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use serde_json::Value;
+
+use super::record::{Measured, Outcome};
+use super::scenario::{Cell, Scenario};
+use crate::lab::stage::place::{Place, Tools};
+use crate::lab::stage::process::{pause, wait_for};
+use crate::lab::stage::qemu::{Guest, GuestSpec, Machine, Ram};
+use crate::lab::stage::timeline::{Interruption, Throughput, missed_frames};
+use crate::lab::stage::watch::{Usage, Watch, Who};
+use crate::lab::stage::{farfault, native};
+
+/// A guest under emulation that fills gigabytes.
+const BOOT_LIMIT: Duration = Duration::from_secs(180);
+/// The guest works undisturbed for so long before it is moved, to know what it does then.
+const BEFORE: Duration = Duration::from_secs(3);
+/// And so long after, to see it recover.
+const AFTER: Duration = Duration::from_secs(2);
+const VERIFY_LIMIT: Duration = Duration::from_secs(240);
+/// Of the throughput over time.
+const BIN: Duration = Duration::from_millis(100);
+/// How much of it is kept around the stop.
+const KEPT_BEFORE: Duration = Duration::from_secs(120);
+const KEPT_AFTER: Duration = Duration::from_secs(120);
+
+/// What has come of a run.
+#[derive(Debug)]
+pub(super) struct Seen {
+    pub(super) outcome: Outcome,
+    pub(super) measured: Option<Measured>,
+    pub(super) reports: BTreeMap<String, Value>,
+}
+
+impl Seen {
+    pub(super) fn not_converged() -> Self {
+        Seen { outcome: Outcome::NotConverged, measured: None, reports: BTreeMap::new() }
+    }
+}
+
+/// Carries out a run.
+pub(super) fn run(scenario: &Scenario, cell: &Cell, seed: u64, tools: &Tools) -> Result<Seen> {
+    let (link, queue) = (cell.link.spec()?, cell.link.queue_limit()?);
+    let mut place = Place::open(link, queue, seed, tools.clone())?;
+    let spec = guest_spec(cell)?;
+    let mut source = Guest::prepare(&place, "source", &spec)?;
+    source.start(place.a().name(), &[])?;
+    wait_for("the guest to boot and to begin its work", BOOT_LIMIT, || Ok(source.log.last_beat()))
+        .with_context(|| source.errors())?;
+    pause(BEFORE)?;
+    let mut destination = Guest::prepare(&place, "destination", &spec)?;
+    place.wan.command("reset")?;
+
+    let moved = migrate(scenario, cell, &mut place, &source, &mut destination)?;
+    let [there_bytes, back_bytes] = place.wan.carried_bytes_each_way()?;
+    let Some(Moved { started, took, reports, usage }) = moved else {
+        return Ok(Seen::not_converged());
+    };
+    pause(AFTER)?;
+    let (beats, after) = (source.log.beats(), destination.log.beats());
+    let seen = Interruption::measure(&beats, &after, started)?;
+    // From here on as fast as it can: the measurement is over.
+    destination.ear.say(b'v')?;
+    let verified = destination.log.wait_for_sweeps(2, VERIFY_LIMIT);
+    let corrupt_pages = destination.log.last_beat().map_or(0, |beat| beat.errors);
+    if corrupt_pages == 0 {
+        verified.with_context(|| destination.diagnosis())?;
+    }
+    let measured = Measured {
+        total_ms: ms(took),
+        downtime_ms: ms(seen.downtime),
+        recovered_after_ms: seen.recovered_after.map(ms),
+        longest_stall_after_ms: ms(seen.longest_stall_after),
+        missed_frames: missed_frames(&beats, &after, started),
+        there_bytes,
+        back_bytes,
+        source_cpu_s: Some(usage.source_cpu_s()),
+        destination_cpu_s: Some(usage.destination_cpu_s()),
+        source_extra_bytes: Some(usage.source_extra_bytes()),
+        destination_extra_bytes: Some(usage.receive.peak_anonymous_bytes),
+        destination_qemu_bytes: Some(usage.destination.peak_resident_bytes),
+        corrupt_pages,
+        throughput: Throughput::of(&beats, &after, BIN, KEPT_BEFORE, KEPT_AFTER),
+    };
+    Ok(Seen { outcome: Outcome::Moved, measured: Some(measured), reports })
+}
+
+pub(super) fn ms(time: Duration) -> f64 {
+    time.as_secs_f64() * 1e3
+}
+
+fn guest_spec(cell: &Cell) -> Result<GuestSpec> {
+    let guest = &cell.guest;
+    let work = format!(
+        "ff.ws={}K ff.pattern={} ff.rate={} ff.fill={} ff.verify={}",
+        guest.working_set_bytes()? >> 10,
+        guest.work,
+        guest.rate,
+        guest.fill,
+        guest.verify
+    );
+    let mut spec = GuestSpec::new(Machine::Pc, guest.memory_bytes()? >> 20, &work);
+    if cell.method.qemu.is_some() {
+        // Its default. Sharing is what farfault needs.
+        spec.ram = Ram::Private;
+    }
+    Ok(spec)
+}
+
+/// A migration that has come to its end.
+struct Moved {
+    started: Instant,
+    took: Duration,
+    reports: BTreeMap<String, Value>,
+    usage: Usages,
+}
+
+/// What each process used. Zero of those that a method does not have.
+struct Usages {
+    source: Usage,
+    destination: Usage,
+    send: Usage,
+    receive: Usage,
+}
+
+impl Usages {
+    fn of(seen: &[Usage]) -> Self {
+        let of = |index: usize| seen.get(index).copied().unwrap_or_default();
+        Usages { source: of(0), destination: of(1), send: of(2), receive: of(3) }
+    }
+
+    /// QEMU's from the start of the migration on, since it was there before; farfault's from its own.
+    fn source_cpu_s(&self) -> f64 {
+        self.source.cpu_s - self.source.cpu_before_s + self.send.cpu_s
+    }
+
+    fn destination_cpu_s(&self) -> f64 {
+        self.destination.cpu_s - self.destination.cpu_before_s + self.receive.cpu_s
+    }
+
+    fn source_extra_bytes(&self) -> u64 {
+        let Usage { peak_anonymous_bytes, first_anonymous_bytes, .. } = self.source;
+        self.send.peak_anonymous_bytes + (peak_anonymous_bytes - first_anonymous_bytes)
+    }
+}
+
+fn migrate(
+    scenario: &Scenario,
+    cell: &Cell,
+    place: &mut Place,
+    source: &Guest,
+    destination: &mut Guest,
+) -> Result<Option<Moved>> {
+    let (downtime, limit) = (scenario.downtime()?, scenario.limit()?);
+    let qemu = [source.pid_file(), destination.pid_file()].map(|path| Who::File(path.to_owned()));
+    let mut cuts = Cuts::new(cell.link.cuts()?);
+    if let Some(method) = cell.method.native()? {
+        let parameters = &cell.method.parameters;
+        let migration =
+            native::Migration::begin(place, source, destination, method, downtime, parameters)?;
+        let watch = Watch::start(qemu.to_vec());
+        let done = migration.finish(limit, |elapsed| cuts.tick(elapsed, place));
+        let Some(done) = done.with_context(|| destination.errors())? else { return Ok(None) };
+        let usage = Usages::of(&watch.end());
+        let reports = [("source".to_owned(), done.report)].into();
+        return Ok(Some(Moved { started: done.started, took: done.took, reports, usage }));
+    }
+    let downtime = format!("{}ms", downtime.as_millis());
+    let mut options: Vec<&str> = cell.method.send.iter().flatten().map(String::as_str).collect();
+    if !options.contains(&"--downtime") {
+        options.extend(["--downtime", &downtime]);
+    }
+    let migration = farfault::Migration::begin(place, source, destination, &[], &options)?;
+    let pids = [migration.send.pid(), migration.receive.pid()].map(Who::Pid);
+    let watch = Watch::start([qemu, pids].concat());
+    let moved = migration.finish(limit, |elapsed| cuts.tick(elapsed, place))?;
+    let Some(moved) = moved else { return Ok(None) };
+    let usage = Usages::of(&watch.end());
+    let reports = [("source", moved.source), ("destination", moved.destination)];
+    let reports = reports.map(|(side, report)| (side.to_owned(), report)).into();
+    Ok(Some(Moved { started: moved.started, took: moved.took, reports, usage }))
+}
+
+/// What is still to happen to the link: moments since the start, in order.
+struct Cuts(std::collections::VecDeque<(Duration, &'static str)>);
+
+impl Cuts {
+    fn new(cuts: Vec<(Duration, Duration)>) -> Self {
+        let events = |(at, lasts)| [(at, "cut"), (at + lasts, "restore")];
+        Cuts(cuts.into_iter().flat_map(events).collect())
+    }
+
+    fn tick(&mut self, elapsed: Duration, place: &mut Place) -> Result<()> {
+        while self.0.front().is_some_and(|(at, _)| *at <= elapsed) {
+            if let Some((_, command)) = self.0.pop_front() {
+                place.wan.command(command)?;
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,248 @@
+//! The Markdown report of an experiment, with its CSV file and its pictures.
+
+use std::collections::BTreeSet;
+use std::fmt::Write;
+
+use anyhow::{Context, Result};
+
+use super::plots;
+use super::record::{Machine, Outcome, Record};
+use super::scenario::{GuestKind, GuestPart, LinkPart, Scenario};
+use super::store::Store;
+use super::table::{CellRuns, Spread, csv};
+
+/// Writes `report.md`, `results.csv` and the pictures into the store's directory.
+pub fn write_report(scenario: &Scenario, store: &Store) -> Result<()> {
+    let records = store.of(scenario);
+    let cells = CellRuns::group(&records);
+    let plots = plots::draw_all(scenario, &cells, &store.path("plots"))?;
+    let text = markdown(scenario, &records, &cells, &plots);
+    for (name, text) in [("results.csv", csv(&records)), ("report.md", text)] {
+        let path = store.path(name);
+        std::fs::write(&path, text).with_context(|| format!("write {}", path.display()))?;
+    }
+    Ok(())
+}
+
+fn markdown(
+    scenario: &Scenario,
+    records: &[&Record],
+    cells: &[CellRuns<'_>],
+    plots: &[plots::Plot],
+) -> String {
+    let mut text = format!("# {}\n\n", scenario.title);
+    if !scenario.about.is_empty() {
+        let _ = writeln!(text, "{}\n", scenario.about.trim());
+    }
+    let machines: BTreeSet<String> =
+        records.iter().map(|record| describe_machine(&record.machine)).collect();
+    for machine in machines {
+        let _ = writeln!(text, "* {machine}");
+    }
+    let wanted = scenario.runs(&[]).len();
+    let _ = writeln!(
+        text,
+        "* {} of {wanted} runs, each repetition of the matrix shuffled with seed {}; downtime limit \
+         {}, a migration is given up after {}",
+        records.len(),
+        scenario.seed,
+        scenario.downtime,
+        scenario.limit
+    );
+    let corrupt: u64 =
+        records.iter().filter_map(|record| Some(record.measured.as_ref()?.corrupt_pages)).sum();
+    let moved = records.iter().filter(|record| record.outcome == Outcome::Moved).count();
+    let _ = writeln!(
+        text,
+        "* {corrupt} corrupt pages in {moved} migrations; every guest verified all its pages at the \
+         end\n\nMedians, with the least and the most in parentheses. What the columns mean, and what \
+         is fair about it: docs/experiments.md. All runs: `results.csv`, and with all that was seen \
+         `results.jsonl`.\n",
+    );
+    for guest in &scenario.guest {
+        let of_guest = |cell: &&CellRuns<'_>| cell.guest == guest.name;
+        if !cells.iter().any(|cell| of_guest(&cell)) {
+            continue;
+        }
+        let _ = writeln!(text, "## Guest {}\n\n{}\n", guest.name, describe_guest(guest));
+        for link in &scenario.link {
+            let cells: Vec<&CellRuns<'_>> =
+                cells.iter().filter(of_guest).filter(|cell| cell.link == link.name).collect();
+            if cells.is_empty() {
+                continue;
+            }
+            let _ = writeln!(text, "### Link {}: {}\n", link.name, describe_link(link));
+            text.push_str(HEADER);
+            for cell in cells {
+                let _ = writeln!(text, "{}", row(cell, &scenario.limit));
+            }
+            text.push('\n');
+            show_plots(&mut text, plots, &guest.name, Some(&link.name));
+        }
+        show_plots(&mut text, plots, &guest.name, None);
+    }
+    show_failures(&mut text, records);
+    text
+}
+
+const HEADER: &str = "\
+| method | runs | total s | downtime ms | 90 % again after ms | longest stall after ms \
+| missed frames | MB on the link | CPU s, source / dest. | extra MB, source / dest. \
+| remote faults | fault p50 / p99 ms | corrupt |
+|---|---|---|---|---|---|---|---|---|---|---|---|---|
+";
+
+fn row(cell: &CellRuns<'_>, limit: &str) -> String {
+    let show = |spread: Option<Spread>, decimals: usize| {
+        spread.map_or("–".to_owned(), |spread| spread.show(decimals))
+    };
+    let pair = |[first, second]: [Option<Spread>; 2], decimals: usize| match (first, second) {
+        (None, None) => "–".to_owned(),
+        // Two spreads in one field are too much to read.
+        _ => [first, second]
+            .map(|spread| spread.map_or("–".to_owned(), |s| format!("{:.decimals$}", s.median)))
+            .join(" / "),
+    };
+    let mega = |bytes: u64| bytes as f64 / 1e6;
+    let quantile = |name: &'static str| {
+        cell.told(move |report| {
+            let faults = report["remote_faults"].as_u64()?;
+            let us = report["fault_latency_us"][name].as_f64()?;
+            (faults > 0).then_some(us / 1e3)
+        })
+    };
+    let corrupt: u64 = cell.moved().map(|(_, seen)| seen.corrupt_pages).sum();
+    let moved = cell.count(Outcome::Moved);
+    let mut runs = moved.to_string();
+    for (outcome, word) in
+        [(Outcome::NotConverged, format!("not within {limit}")), (Outcome::Failed, "failed".into())]
+    {
+        match cell.count(outcome) {
+            0 => {}
+            count => runs.push_str(&format!(", {count} {word}")),
+        }
+    }
+    let columns = [
+        cell.method.to_owned(),
+        runs,
+        show(cell.spread(|seen| Some(seen.total_ms / 1e3)), 2),
+        show(cell.spread(|seen| Some(seen.downtime_ms)), 0),
+        show(cell.spread(|seen| seen.recovered_after_ms), 0),
+        show(cell.spread(|seen| Some(seen.longest_stall_after_ms)), 0),
+        show(cell.spread(|seen| Some(seen.missed_frames as f64)), 0),
+        show(cell.spread(|seen| Some(mega(seen.there_bytes + seen.back_bytes))), 2),
+        pair(
+            [cell.spread(|seen| seen.source_cpu_s), cell.spread(|seen| seen.destination_cpu_s)],
+            1,
+        ),
+        pair(
+            [
+                cell.spread(|seen| seen.source_extra_bytes.map(mega)),
+                cell.spread(|seen| seen.destination_extra_bytes.map(mega)),
+            ],
+            0,
+        ),
+        show(cell.told(|report| report["remote_faults"].as_f64()), 0),
+        pair([quantile("p50"), quantile("p99")], 1),
+        if moved == 0 { "–".to_owned() } else { corrupt.to_string() },
+    ];
+    format!("| {} |", columns.join(" | "))
+}
+
+fn describe_machine(machine: &Machine) -> String {
+    format!(
+        "farfault {}, QEMU {}, Linux {}, {} × {}, {:.0} GiB, TCP {}",
+        machine.farfault,
+        machine.qemu.as_deref().unwrap_or("absent"),
+        machine.kernel,
+        machine.cpus,
+        machine.cpu,
+        machine.memory_bytes as f64 / f64::from(1 << 30),
+        machine.congestion_control
+    )
+}
+
+fn describe_guest(guest: &GuestPart) -> String {
+    let rate = match guest.rate {
+        0 => "as fast as it can".to_owned(),
+        rate => format!("{rate} pages a second"),
+    };
+    let kind = match guest.kind {
+        GuestKind::Qemu => "QEMU (TCG)",
+        GuestKind::Kvm => "the built-in microVM (KVM)",
+        GuestKind::Threads => "native threads",
+    };
+    match &guest.working_set {
+        Some(set) => format!(
+            "{kind}, {}, of which {set} are filled ({}) and worked on: `{}`, {rate}; {} pages a \
+             second are verified besides.",
+            guest.memory, guest.fill, guest.work, guest.verify
+        ),
+        None => format!("{kind}, {}: `{}`, {rate}.", guest.memory, guest.work),
+    }
+}
+
+fn describe_link(link: &LinkPart) -> String {
+    let mut text = format!("{}, queue {}", link.link, link.queue);
+    for cut in &link.cut {
+        let _ = write!(text, ", cut after {} for {}", cut.at, cut.lasts);
+    }
+    text
+}
+
+fn show_plots(text: &mut String, plots: &[plots::Plot], guest: &str, link: Option<&str>) {
+    for plot in plots {
+        if plot.guest == guest && plot.link.as_deref() == link {
+            let _ = writeln!(text, "![{}](plots/{}.svg)\n", plot.caption, plot.file);
+        }
+    }
+}
+
+fn show_failures(text: &mut String, records: &[&Record]) {
+    let failed = records.iter().filter(|record| record.outcome == Outcome::Failed);
+    for (index, record) in failed.enumerate() {
+        if index == 0 {
+            text.push_str("## Runs that failed\n\n");
+        }
+        let reason = record.reason.as_deref().unwrap_or_default().replace('\n', " ");
+        let _ = writeln!(text, "* {} #{}: {reason}", record.name(), record.repetition);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::{record, scenario};
+    use super::*;
+
+    #[test]
+    fn a_report_has_a_row_for_each_cell_and_says_what_did_not_work() {
+        let directory = tempfile::tempdir().unwrap();
+        let scenario = scenario();
+        let mut store = Store::open(directory.path(), &scenario).unwrap();
+        for cell in scenario.runs(&[]) {
+            let outcome = match (cell.name().as_str(), cell.repetition) {
+                ("db/wan/xbzrle", _) => Outcome::NotConverged,
+                ("db/lan/xbzrle", 1) => Outcome::Failed,
+                _ => Outcome::Moved,
+            };
+            store.add(record(&scenario, &cell, outcome)).unwrap();
+        }
+        write_report(&scenario, &store).unwrap();
+        let text = std::fs::read_to_string(store.path("report.md")).unwrap();
+        let rows: Vec<&str> = text.lines().filter(|line| line.starts_with("| ")).collect();
+        let row = |start: &str| rows.iter().filter(|row| row.starts_with(start)).count();
+        assert_eq!((row("| farfault | 2 |"), row("| xbzrle | 1, 1 failed |")), (2, 1), "{text}");
+        assert_eq!(row("| xbzrle | 0, 2 not within 120s | – |"), 1, "{text}");
+        assert!(text.contains("1.50 (1.00–2.00)"), "{text}");
+        assert!(text.contains("* db/lan/xbzrle #1: no, | and no"), "{text}");
+        let columns = HEADER.lines().map(|line| line.matches('|').count()).max();
+        assert!(rows.iter().all(|row| Some(row.matches('|').count()) == columns), "{text}");
+        for picture in text.lines().filter_map(|line| line.split_once("](plots/")) {
+            let file = picture.1.trim_end_matches(')');
+            let png = file.replace(".svg", ".png");
+            assert!(store.path("plots").join(file).exists(), "{file}");
+            assert!(store.path("plots").join(png).exists(), "{file}");
+        }
+        assert!(text.contains("](plots/"));
+    }
+}

@@ -1,0 +1,380 @@
+//! What is to be tried: guests, links and methods, each with each, as a TOML file says it.
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+use crate::guest::workload::{Pattern, Workload};
+use crate::lab::link::SplitMix64;
+use crate::lab::spec::{LinkSpec, QueueLimit};
+use crate::lab::stage::native;
+use crate::units::{parse_bytes, parse_duration};
+
+/// More cells than this are a slip of the pen.
+const MAX_CELLS: usize = 10_000;
+
+/// A whole experiment.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Scenario {
+    /// One line for a person.
+    pub title: String,
+    /// What it is to show.
+    #[serde(default)]
+    pub about: String,
+    /// Decides the order of the runs and which packets are lost.
+    #[serde(default = "one")]
+    pub seed: u64,
+    /// How many times each cell is run.
+    #[serde(default = "three")]
+    pub repeat: u32,
+    /// A migration that takes longer is given up, and counts as one that did not converge.
+    #[serde(default = "limit")]
+    pub limit: String,
+    /// How long the guest may stand still, told to every method alike.
+    #[serde(default = "downtime")]
+    pub downtime: String,
+    /// What is moved.
+    pub guest: Vec<GuestPart>,
+    /// What it is moved over.
+    pub link: Vec<LinkPart>,
+    /// How it is moved.
+    pub method: Vec<MethodPart>,
+}
+
+fn one() -> u64 {
+    1
+}
+
+fn three() -> u32 {
+    3
+}
+
+fn limit() -> String {
+    "120s".to_owned()
+}
+
+fn downtime() -> String {
+    "300ms".to_owned()
+}
+
+/// What a guest runs on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum GuestKind {
+    /// The test guest in QEMU, in a network namespace.
+    #[default]
+    Qemu,
+    /// The built-in microVM.
+    Kvm,
+    /// The built-in guest of native threads.
+    Threads,
+}
+
+/// A guest.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GuestPart {
+    /// Its name in this scenario.
+    pub name: String,
+    /// What it runs on.
+    #[serde(default)]
+    pub kind: GuestKind,
+    /// All its memory.
+    pub memory: String,
+    /// QEMU only: memory that it fills and works on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub working_set: Option<String>,
+    /// The pattern of its work.
+    pub work: String,
+    /// Operations a second, each on one page; 0 is as fast as it can.
+    pub rate: u64,
+    /// QEMU only: first content of the working set: text, random, zero.
+    #[serde(default = "text", skip_serializing_if = "String::is_empty")]
+    pub fill: String,
+    /// QEMU only: pages that it verifies a second, besides its work.
+    #[serde(default = "verify")]
+    pub verify: u64,
+}
+
+fn text() -> String {
+    "text".to_owned()
+}
+
+fn verify() -> u64 {
+    500
+}
+
+/// A link.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LinkPart {
+    /// Its name in this scenario.
+    pub name: String,
+    /// Rate, round trip and, if any, loss.
+    pub link: String,
+    /// What may wait at each end.
+    #[serde(default = "bdp")]
+    pub queue: String,
+    /// Times in which it carries nothing, counted from the start of the migration.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub cut: Vec<CutPart>,
+}
+
+fn bdp() -> String {
+    "bdp".to_owned()
+}
+
+/// A time without a link.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CutPart {
+    /// When it begins.
+    pub at: String,
+    /// How long it is.
+    pub lasts: String,
+}
+
+/// A method: of farfault's, or of QEMU's.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MethodPart {
+    /// Its name in this scenario.
+    pub name: String,
+    /// farfault, with these options of `farfault send`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub send: Option<Vec<String>>,
+    /// QEMU's own migration, in this way.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub qemu: Option<String>,
+    /// Further parameters of QEMU's migration, as `migrate-set-parameters` has them.
+    #[serde(default, skip_serializing_if = "Map::is_empty")]
+    pub parameters: Map<String, Value>,
+}
+
+/// One run to be made.
+#[derive(Clone, Debug)]
+pub struct Cell {
+    /// What is moved.
+    pub guest: GuestPart,
+    /// Over what.
+    pub link: LinkPart,
+    /// How.
+    pub method: MethodPart,
+    /// Counted from 1.
+    pub repetition: u32,
+}
+
+impl Cell {
+    /// `GUEST/LINK/METHOD`
+    pub fn name(&self) -> String {
+        format!("{}/{}/{}", self.guest.name, self.link.name, self.method.name)
+    }
+}
+
+impl Scenario {
+    /// Reads a scenario and checks all of it.
+    pub fn parse(text: &str) -> Result<Self> {
+        let scenario: Scenario = toml::from_str(text)?;
+        scenario.check()?;
+        Ok(scenario)
+    }
+
+    fn check(&self) -> Result<()> {
+        ensure!(self.repeat >= 1, "repeat: at least 1");
+        self.limit()?;
+        self.downtime()?;
+        let parts = [
+            ("guest", self.guest.iter().map(|part| &part.name).collect::<Vec<_>>()),
+            ("link", self.link.iter().map(|part| &part.name).collect()),
+            ("method", self.method.iter().map(|part| &part.name).collect()),
+        ];
+        for (kind, names) in parts {
+            ensure!(!names.is_empty(), "a scenario needs at least one [[{kind}]]");
+            for name in &names {
+                let plain = |c: char| c.is_ascii_alphanumeric() || "-_.+".contains(c);
+                ensure!(
+                    !name.is_empty() && name.chars().all(plain),
+                    "{kind} {name:?}: a name has letters, digits and any of -_.+"
+                );
+            }
+            let unique: BTreeSet<_> = names.iter().collect();
+            ensure!(unique.len() == names.len(), "two [[{kind}]] have the same name");
+        }
+        for guest in &self.guest {
+            guest.check().with_context(|| format!("guest {}", guest.name))?;
+        }
+        for link in &self.link {
+            link.check().with_context(|| format!("link {}", link.name))?;
+        }
+        for method in &self.method {
+            method.check().with_context(|| format!("method {}", method.name))?;
+        }
+        let cells = self.guest.len() * self.link.len() * self.method.len();
+        let runs = cells.saturating_mul(self.repeat as usize);
+        ensure!(runs <= MAX_CELLS, "{runs} runs are more than {MAX_CELLS}");
+        let builtin = self.guest.iter().find(|guest| guest.kind != GuestKind::Qemu);
+        let special = self.link.iter().find(|link| link.queue != bdp() || !link.cut.is_empty());
+        if let (Some(guest), Some(link)) = (builtin, special) {
+            bail!(
+                "guest {} is a built-in one, whose link has a queue of one bdp and is never cut; \
+                 link {} is another kind",
+                guest.name,
+                link.name
+            );
+        }
+        Ok(())
+    }
+
+    /// The limit of a migration.
+    pub fn limit(&self) -> Result<Duration> {
+        parse_duration(&self.limit).context("limit")
+    }
+
+    /// The downtime that is allowed.
+    pub fn downtime(&self) -> Result<Duration> {
+        parse_duration(&self.downtime).context("downtime")
+    }
+
+    /// All runs, in the order in which they are to be made: every repetition of the whole matrix is
+    /// shuffled for itself, so that neither a slow hour of the machine nor an end before the time
+    /// favours a method. QEMU's methods are for guests in QEMU only.
+    pub fn runs(&self, only: &[String]) -> Vec<Cell> {
+        let mut random = SplitMix64(self.seed);
+        let mut all = Vec::new();
+        for repetition in 1..=self.repeat {
+            let mut cells = Vec::new();
+            for guest in &self.guest {
+                for link in &self.link {
+                    for method in &self.method {
+                        if method.qemu.is_some() && guest.kind != GuestKind::Qemu {
+                            continue;
+                        }
+                        let (guest, link, method) = (guest.clone(), link.clone(), method.clone());
+                        cells.push(Cell { guest, link, method, repetition });
+                    }
+                }
+            }
+            // Fisher and Yates.
+            for last in (1..cells.len()).rev() {
+                cells.swap(last, (random.next() % (last as u64 + 1)) as usize);
+            }
+            all.extend(cells);
+        }
+        let wanted = |cell: &Cell| {
+            only.is_empty() || only.iter().any(|pattern| cell.name().contains(pattern.as_str()))
+        };
+        all.retain(wanted);
+        all
+    }
+}
+
+impl GuestPart {
+    fn check(&self) -> Result<()> {
+        let memory = parse_bytes(&self.memory).context("memory")?;
+        if self.kind != GuestKind::Qemu {
+            let workload = self.workload().context("work")?;
+            ensure!(
+                workload.pattern != Pattern::Idle,
+                "work: a built-in guest that does nothing has no heartbeat"
+            );
+            ensure!(self.working_set.is_none(), "working_set is for guests in QEMU");
+            return Ok(());
+        }
+        ensure!(memory.is_multiple_of(1 << 20), "memory: whole MiB");
+        let working_set = self.working_set_bytes()?;
+        ensure!(
+            working_set + (64 << 20) <= memory,
+            "working_set: leave the guest's kernel 64 MiB of its memory"
+        );
+        let patterns =
+            ["idle", "sparse", "counter", "half", "random", "hotcold", "readseq", "readrand"];
+        ensure!(
+            patterns.contains(&self.work.as_str()),
+            "work {:?}: one of {}",
+            self.work,
+            patterns.join(", ")
+        );
+        ensure!(
+            ["text", "random", "zero"].contains(&self.fill.as_str()),
+            "fill {:?}: one of text, random, zero",
+            self.fill
+        );
+        Ok(())
+    }
+
+    /// All memory, in bytes.
+    pub fn memory_bytes(&self) -> Result<u64> {
+        Ok(parse_bytes(&self.memory)?)
+    }
+
+    /// What the test guest fills, in bytes.
+    pub fn working_set_bytes(&self) -> Result<u64> {
+        let text = self.working_set.as_ref().context("a guest in QEMU needs a working_set")?;
+        parse_bytes(text).context("working_set")
+    }
+
+    /// What a built-in guest does.
+    pub fn workload(&self) -> Result<Workload> {
+        let text = match self.rate {
+            0 => self.work.clone(),
+            rate => format!("{}:{rate}/s", self.work),
+        };
+        Ok(text.parse()?)
+    }
+}
+
+impl LinkPart {
+    fn check(&self) -> Result<()> {
+        self.spec()?;
+        self.queue_limit()?;
+        self.cuts().map(drop)
+    }
+
+    /// Rate, round trip and loss.
+    pub fn spec(&self) -> Result<LinkSpec> {
+        Ok(self.link.parse()?)
+    }
+
+    /// What may wait.
+    pub fn queue_limit(&self) -> Result<QueueLimit> {
+        self.queue.parse().context("queue")
+    }
+
+    /// Begin and length of each cut, in order.
+    pub fn cuts(&self) -> Result<Vec<(Duration, Duration)>> {
+        let read = |cut: &CutPart| Ok((parse_duration(&cut.at)?, parse_duration(&cut.lasts)?));
+        let cuts: Vec<(Duration, Duration)> =
+            self.cut.iter().map(read).collect::<Result<_>>().context("cut")?;
+        let in_order = cuts.windows(2).all(|pair| pair[0].0 + pair[0].1 <= pair[1].0);
+        ensure!(in_order, "cut: in order, and one after the other");
+        Ok(cuts)
+    }
+}
+
+impl MethodPart {
+    fn check(&self) -> Result<()> {
+        match (&self.send, &self.qemu) {
+            (Some(_), None) => {
+                ensure!(self.parameters.is_empty(), "parameters are for QEMU's methods");
+            }
+            (None, Some(_)) => drop(self.native()?),
+            _ => {
+                bail!("either send = [options of farfault send], or qemu = \"a method of QEMU's\"")
+            }
+        }
+        Ok(())
+    }
+
+    /// QEMU's method, if it is one.
+    pub fn native(&self) -> Result<Option<native::Method>> {
+        let parse = |name: &String| name.parse().map_err(|why: String| anyhow::anyhow!(why));
+        self.qemu.as_ref().map(parse).transpose()
+    }
+}
+
+#[cfg(test)]
+mod tests;

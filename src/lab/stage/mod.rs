@@ -1,0 +1,17 @@
+//! The stage of an experiment on real guests: two network namespaces with an emulated link between
+//! them, QEMU guests that check their own memory, and the processes that move them.
+//!
+//! An experiment opens a [`place::Place`], prepares [`qemu::Guest`]s in it, moves one with [`farfault`] or
+//! with QEMU's own methods ([`native`]), and reads from the guest's heartbeats ([`guest_log`],
+//! [`timeline`]) what that did to it; [`watch`] sees what it cost. Everything that is made here is removed on drop.
+
+pub mod farfault;
+pub mod guest_log;
+pub mod native;
+pub mod place;
+pub mod process;
+pub mod qemu;
+pub mod qmp;
+pub mod timeline;
+pub mod wan;
+pub mod watch;
