@@ -14,6 +14,7 @@ mod cancel;
 mod completions;
 mod demo;
 mod doctor;
+mod estimate;
 #[doc(hidden)]
 pub mod fuzz;
 mod lab;
@@ -50,6 +51,8 @@ enum Command {
     Cancel(cancel::Cancel),
     /// Decides by hand where the guest runs, when a migration ended in doubt.
     Resolve(resolve::Resolve),
+    /// Tells what a migration would be like, without moving anything.
+    Estimate(estimate::Estimate),
     /// Shows a whole migration on this machine, with a built-in guest.
     Demo(demo::Demo),
     #[command(hide = true)]
@@ -93,6 +96,7 @@ pub fn main() -> ExitCode {
         Command::Lab(lab) => lab.run(),
         Command::Completions(completions) => completions.run(),
         Command::Man(man) => man.run(),
+        Command::Estimate(estimate) => estimate.run(),
         Command::Doctor(doctor) => doctor.run(),
     }
 }

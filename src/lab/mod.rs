@@ -8,7 +8,9 @@
 //!   which pages can go.
 //! * [`stage`] has the guests, the namespaces and the processes of an experiment; [`experiment`] goes
 //!   through a matrix of guests, links and methods and tells what came of it (`farfault lab`).
+//! * [`estimate`] looks at a running guest and tells what a migration would be like.
 
+pub mod estimate;
 pub mod experiment;
 pub mod link;
 pub mod netns;

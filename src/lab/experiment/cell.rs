@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
 use super::record::{Measured, Outcome};
@@ -22,6 +22,7 @@ const BOOT_LIMIT: Duration = Duration::from_secs(180);
 const BEFORE: Duration = Duration::from_secs(3);
 /// And so long after, to see it recover.
 const AFTER: Duration = Duration::from_secs(2);
+const ESTIMATE_LIMIT: Duration = Duration::from_secs(60);
 const VERIFY_LIMIT: Duration = Duration::from_secs(240);
 /// Of the throughput over time.
 const BIN: Duration = Duration::from_millis(100);
@@ -52,15 +53,17 @@ pub(super) fn run(scenario: &Scenario, cell: &Cell, seed: u64, tools: &Tools) ->
     source.start(place.a().name(), &[])?;
     wait_for("the guest to boot and to begin its work", BOOT_LIMIT, || Ok(source.log.last_beat()))
         .with_context(|| source.errors())?;
+    let estimate = estimate(scenario, cell, &place, &source)?;
     pause(BEFORE)?;
     let mut destination = Guest::prepare(&place, "destination", &spec)?;
     place.wan.command("reset")?;
 
     let moved = migrate(scenario, cell, &mut place, &source, &mut destination)?;
     let [there_bytes, back_bytes] = place.wan.carried_bytes_each_way()?;
-    let Some(Moved { started, took, reports, usage }) = moved else {
+    let Some(Moved { started, took, mut reports, usage }) = moved else {
         return Ok(Seen::not_converged());
     };
+    reports.extend(estimate.map(|told| ("estimate".to_owned(), told)));
     pause(AFTER)?;
     let (beats, after) = (source.log.beats(), destination.log.beats());
     let seen = Interruption::measure(&beats, &after, started)?;
@@ -110,6 +113,30 @@ fn guest_spec(cell: &Cell) -> Result<GuestSpec> {
         spec.ram = Ram::Private;
     }
     Ok(spec)
+}
+
+/// What `farfault estimate` expects, where it is asked.
+fn estimate(
+    scenario: &Scenario,
+    cell: &Cell,
+    place: &Place,
+    source: &Guest,
+) -> Result<Option<Value>> {
+    if !scenario.estimate || cell.method.send.is_none() {
+        return Ok(None);
+    }
+    let qmp = source.qmp_path().display().to_string();
+    let downtime = format!("{}ms", scenario.downtime()?.as_millis());
+    let arguments = ["estimate", "--json", "--qmp", &qmp, "--link", &cell.link.link];
+    let arguments = [&arguments[..], &["--downtime", &downtime]].concat();
+    let running =
+        farfault::Running::here(&place.tools().farfault, &arguments, &place.temporary_directory())?;
+    let ended = running.wait(ESTIMATE_LIMIT)?;
+    let told = ended.events.iter().find(|event| event["event"] == "estimate");
+    match told {
+        Some(told) => Ok(Some(told.clone())),
+        None => bail!("farfault estimate: {}", ended.failure()?),
+    }
 }
 
 /// A migration that has come to its end.

@@ -81,8 +81,56 @@ fn markdown(
         }
         show_plots(&mut text, plots, &guest.name, None);
     }
+    show_estimates(&mut text, cells);
     show_failures(&mut text, records);
     text
+}
+
+/// What `farfault estimate` expected of farfault's strategies, and what came.
+fn show_estimates(text: &mut String, cells: &[CellRuns<'_>]) {
+    let mut is_first = true;
+    for cell in cells {
+        let expected = |field: &'static str| {
+            Spread::of(cell.moved().filter_map(|(record, _)| {
+                let predictions = record.reports.get("estimate")?["predictions"].as_array()?;
+                let strategy = &record.reports.get("source")?["strategy"];
+                let told = predictions.iter().find(|told| &told["strategy"] == strategy)?;
+                told[field].as_f64()
+            }))
+        };
+        let Some(total_s) = expected("total_s") else { continue };
+        if is_first {
+            is_first = false;
+            text.push_str(
+                "## Expected and measured\n\nWhat `farfault estimate` said before each migration, and \
+                 what was measured then; medians.\n\n| cell | total s | downtime ms | MB on the link \
+                 |\n|---|---|---|---|\n",
+            );
+        }
+        let compare = |expected: Option<Spread>, measured: Option<Spread>, decimals: usize| {
+            let show = |spread: Option<Spread>| {
+                spread.map_or("–".to_owned(), |s| format!("{:.decimals$}", s.median))
+            };
+            format!("{} / {}", show(expected), show(measured))
+        };
+        let mega = |spread: Option<Spread>| {
+            spread.map(|s| Spread {
+                median: s.median / 1e6,
+                least: s.least / 1e6,
+                most: s.most / 1e6,
+            })
+        };
+        let total = compare(Some(total_s), cell.spread(|seen| Some(seen.total_ms / 1e3)), 1);
+        let downtime =
+            compare(expected("downtime_ms"), cell.spread(|seen| Some(seen.downtime_ms)), 0);
+        let bytes = cell.spread(|seen| Some((seen.there_bytes + seen.back_bytes) as f64));
+        let bytes = compare(mega(expected("link_bytes")), mega(bytes), 1);
+        let (guest, link, method) = (cell.guest, cell.link, cell.method);
+        let _ = writeln!(text, "| {guest}/{link}/{method} | {total} | {downtime} | {bytes} |");
+    }
+    if !is_first {
+        text.push('\n');
+    }
 }
 
 const HEADER: &str = "\
@@ -235,6 +283,10 @@ mod tests {
         assert_eq!(row("| xbzrle | 0, 2 not within 120s | – |"), 1, "{text}");
         assert!(text.contains("1.50 (1.00–2.00)"), "{text}");
         assert!(text.contains("* db/lan/xbzrle #1: no, | and no"), "{text}");
+        let (before, estimates) = text.split_once("## Expected and measured").unwrap();
+        let expected = "| db/lan/farfault | 1.2 / 1.5 | 33 / 30 | 11.0 / 10.5 |";
+        assert!(estimates.contains(expected), "{text}");
+        let rows: Vec<&str> = before.lines().filter(|line| line.starts_with("| ")).collect();
         let columns = HEADER.lines().map(|line| line.matches('|').count()).max();
         assert!(rows.iter().all(|row| Some(row.matches('|').count()) == columns), "{text}");
         for picture in text.lines().filter_map(|line| line.split_once("](plots/")) {

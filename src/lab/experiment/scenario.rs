@@ -37,6 +37,9 @@ pub struct Scenario {
     /// How long the guest may stand still, told to every method alike.
     #[serde(default = "downtime")]
     pub downtime: String,
+    /// Ask `farfault estimate` before each of farfault's migrations of a guest in QEMU.
+    #[serde(default)]
+    pub estimate: bool,
     /// What is moved.
     pub guest: Vec<GuestPart>,
     /// What it is moved over.

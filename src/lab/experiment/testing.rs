@@ -48,8 +48,15 @@ pub(super) fn record(scenario: &Scenario, cell: &Cell, outcome: Outcome) -> Reco
     };
     let report = serde_json::json!({
         "bytes_by_codec": { "zstd": 6_000_000, "delta-zstd": 2_000_000, "zero": 100 },
+        "strategy": "hybrid",
         "remote_faults": 7,
         "fault_latency_us": { "p50": 41_000, "p90": 43_000, "p99": 50_000, "max": 90_000 },
+    });
+    let estimate = serde_json::json!({
+        "predictions": [
+            { "strategy": "precopy", "total_s": 99.0 },
+            { "strategy": "hybrid", "total_s": 1.25, "downtime_ms": 33.0, "link_bytes": 11e6 },
+        ],
     });
     Record {
         key: key(scenario, cell),
@@ -66,6 +73,8 @@ pub(super) fn record(scenario: &Scenario, cell: &Cell, outcome: Outcome) -> Reco
         outcome,
         reason: (outcome == Outcome::Failed).then(|| "no, | and\nno".to_owned()),
         measured: (outcome == Outcome::Moved).then_some(measured),
-        reports: ["source", "destination"].map(|side| (side.to_owned(), report.clone())).into(),
+        reports: [("source", report.clone()), ("destination", report), ("estimate", estimate)]
+            .map(|(side, report)| (side.to_owned(), report))
+            .into(),
     }
 }
