@@ -3,15 +3,22 @@
 //! What the guest's owner relies on: [`DestinationAction::RunGuest`] comes only after the source has
 //! said `Commit` and [`DestinationRecord::Committed`] is on disk; `Refused` is said only when the
 //! guest has not run here and, since the refusal is on disk first, never will.
+//!
+//! A lost link ends nothing by itself: the machine waits for another one in every state, and then answers
+//! the source's `Resync` by where it stands. Even a refusal, or that every page is there, waits to be
+//! heard, until the session gives up ([`DestinationEvent::LinkLost`]).
 
 use std::collections::VecDeque;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Failure, MigrationPhase};
+use super::{Failure, MigrationPhase, Reach};
 use crate::guest::Shape;
 use crate::page::{PageIndex, Version};
-use crate::wire::message::{PROTOCOL, RunWhen, Strategy, ToDestination, ToSource};
+use crate::wire::message::{
+    DestinationStage, Lacking, PROTOCOL, PackedSet, RunWhen, SourceStage, Strategy, ToDestination,
+    ToSource,
+};
 
 /// A line of the destination's journal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -58,12 +65,41 @@ pub enum DestinationEvent {
     Running,
     /// Answers [`DestinationAction::ReleaseGuest`] and [`DestinationAction::DiscardGuest`].
     Released,
+    /// Answers [`DestinationAction::CollectPages`].
+    PagesCollected {
+        /// As asked.
+        outage: u32,
+        /// As asked for.
+        pages: PagesHere,
+    },
     /// A step here has failed.
     Failed(Failure),
+    /// The link is broken. Nothing that was said on it and not heard will be heard any more.
+    LinkDown,
+    /// There is another link, and nothing works on the old one any more: no page is being applied.
+    LinkUp,
     /// The source cannot be reached any more.
     LinkLost(Failure),
     /// The operator wants the migration to end.
     Cancelled,
+}
+
+/// Which pages are to be collected.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PagesOf {
+    /// Those held at the version of this round, which ends: no message of it comes any more.
+    Round(Version),
+    /// Those that lack their final content.
+    Remainder,
+}
+
+/// Pages as they were collected.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum PagesHere {
+    /// For [`PagesOf::Round`].
+    Held(PackedSet),
+    /// For [`PagesOf::Remainder`].
+    Lacking(Lacking),
 }
 
 /// What to do.
@@ -86,6 +122,13 @@ pub enum DestinationAction {
         round: Version,
         /// Its messages.
         messages: u64,
+    },
+    /// Look up what the source must know of pages after an outage.
+    CollectPages {
+        /// To tell the answer from a late one for an earlier outage.
+        outage: u32,
+        /// Which.
+        of: PagesOf,
     },
     /// Tell when the flight has come.
     AwaitFlight(Version),
@@ -144,8 +187,21 @@ pub struct DestinationMachine {
     committed: bool,
     complete: bool,
     ready_said: bool,
-    link_lost: bool,
+    link: Reach,
+    /// Links lost so far.
+    outages: u32,
+    /// The source has asked where this side stands, and waits.
+    asked: bool,
     releasing: bool,
+    released: bool,
+    /// That every page is here is on disk.
+    complete_noted: bool,
+    /// The source has said its last word, Bye or Abort: it waits for nothing more.
+    source_done: bool,
+    /// The refusal is on disk.
+    refused: bool,
+    /// The source was told of it.
+    refusal_told: bool,
     /// Discarding because of this.
     failure: Option<Failure>,
     actions: VecDeque<DestinationAction>,
@@ -167,8 +223,15 @@ impl DestinationMachine {
             committed: false,
             complete: false,
             ready_said: false,
-            link_lost: false,
+            link: Reach::Up,
+            outages: 0,
+            asked: false,
             releasing: false,
+            released: false,
+            complete_noted: false,
+            source_done: false,
+            refused: false,
+            refusal_told: false,
             failure: None,
             actions: VecDeque::new(),
         }
@@ -177,6 +240,16 @@ impl DestinationMachine {
     /// True when the source's decision has come: the guest runs here, or will.
     pub fn is_committed(&self) -> bool {
         self.committed
+    }
+
+    /// True while another link would be of use, should this one break.
+    pub fn wants_link(&self) -> bool {
+        self.state != State::Ended
+    }
+
+    /// True when both sides know where the other one stands.
+    pub fn is_linked(&self) -> bool {
+        self.link == Reach::Up
     }
 
     /// Where the migration stands.
@@ -206,12 +279,12 @@ impl DestinationMachine {
             DestinationEvent::Prepared => {
                 if self.state == State::Preparing {
                     self.state = State::Receiving;
-                    self.act(DestinationAction::Send(ToSource::Prepared));
+                    self.say(ToSource::Prepared);
                 }
             }
             DestinationEvent::RoundApplied { round, rejected } => {
                 if self.state == State::Receiving {
-                    self.act(DestinationAction::Send(ToSource::RoundAck { round, rejected }));
+                    self.say(ToSource::RoundAck { round, rejected });
                 }
             }
             DestinationEvent::FlightArrived => {
@@ -250,22 +323,28 @@ impl DestinationMachine {
             DestinationEvent::Running => {
                 if self.state == State::Starting {
                     self.state = State::Postcopy;
-                    self.act(DestinationAction::Send(ToSource::Running));
+                    self.say(ToSource::Running);
                     if self.complete {
                         self.finish();
                     }
                 }
             }
-            DestinationEvent::Released => match self.state {
-                State::Completing => self.end(DestinationOutcome::Migrated),
-                State::Discarding => {
-                    let failure = self.failure.take();
-                    let failure = failure.unwrap_or_else(|| Failure::plain("given up"));
-                    self.end(DestinationOutcome::Refused(failure));
+            DestinationEvent::Released => {
+                self.released = true;
+                self.end_when_due();
+            }
+            DestinationEvent::PagesCollected { outage, pages } => {
+                if outage == self.outages && self.asked {
+                    self.answer(Some(pages));
                 }
-                _ => {}
-            },
+            }
             DestinationEvent::Failed(failure) => self.fail(failure),
+            DestinationEvent::LinkDown => self.link_down(),
+            DestinationEvent::LinkUp => {
+                if self.link == Reach::Down {
+                    self.link = Reach::Resyncing;
+                }
+            }
             DestinationEvent::LinkLost(failure) => self.lose_link(failure),
             DestinationEvent::Cancelled => {
                 if !self.may_have_run() && !self.committed {
@@ -276,6 +355,22 @@ impl DestinationMachine {
     }
 
     fn handle_message(&mut self, message: ToDestination) {
+        match (message, self.link) {
+            (ToDestination::Resync { at }, Reach::Resyncing) if !self.asked => self.resync(at),
+            // A source that has given up may say so without more ado.
+            (message @ ToDestination::Abort { .. }, Reach::Up | Reach::Resyncing)
+            | (message, Reach::Up) => self.handle_linked(message),
+            (message, Reach::Resyncing) => {
+                let kind = message_name(&message);
+                let text = format!("the source said {kind} before it was told how things stand");
+                self.fail(Failure::plain(text));
+            }
+            // From a link that is no more.
+            (_, Reach::Down | Reach::Lost) => {}
+        }
+    }
+
+    fn handle_linked(&mut self, message: ToDestination) {
         match (message, self.state) {
             (ToDestination::Hello { protocol, shape, strategy, runs }, State::Waiting) => {
                 self.state = State::Preparing;
@@ -298,17 +393,18 @@ impl DestinationMachine {
                 self.run_when = run_when;
                 self.act(DestinationAction::AwaitFlight(final_version));
             }
-            (ToDestination::Commit, State::Offered | State::Loading | State::Loaded)
-                if !self.committed =>
-            {
+            (ToDestination::Commit, State::Offered | State::Loading | State::Loaded) => {
                 self.committed = true;
                 self.run_when_due();
             }
             // A source that has said Commit does not take it back; one that tries is not believed.
             (ToDestination::Abort { reason }, _) if !self.committed => {
+                self.source_done = true;
                 self.discard(Failure::plain(format!("the source gave up: {reason}")));
+                self.end_when_due();
             }
             (ToDestination::Bye { .. }, State::Completing) => {
+                self.source_done = true;
                 self.release();
             }
             (_, State::Discarding | State::Ended) => {}
@@ -332,7 +428,7 @@ impl DestinationMachine {
             self.act(DestinationAction::Journal(DestinationRecord::Committed));
         } else if !self.ready_said {
             self.ready_said = true;
-            self.act(DestinationAction::Send(ToSource::Ready));
+            self.say(ToSource::Ready);
         }
     }
 
@@ -343,14 +439,22 @@ impl DestinationMachine {
                 self.act(DestinationAction::RunGuest);
             }
             (DestinationRecord::Refused, State::Discarding) => {
-                if let Some(Failure { reason, hint }) = self.failure.clone() {
-                    self.act(DestinationAction::Send(ToSource::Refused { reason, hint }));
+                self.refused = true;
+                if self.link == Reach::Up {
+                    let Failure { reason, hint } = self.reason_to_discard();
+                    self.refusal_told = true;
+                    self.say(ToSource::Refused { reason, hint });
+                } else if self.asked {
+                    self.answer(None);
                 }
                 self.act(DestinationAction::DiscardGuest);
             }
-            (DestinationRecord::Complete, State::Completing) if self.link_lost => self.release(),
             (DestinationRecord::Complete, State::Completing) => {
-                self.act(DestinationAction::Send(ToSource::Done));
+                self.complete_noted = true;
+                self.say(ToSource::Done);
+                if self.link != Reach::Up {
+                    self.release();
+                }
             }
             _ => {}
         }
@@ -365,6 +469,109 @@ impl DestinationMachine {
         if !std::mem::replace(&mut self.releasing, true) {
             self.act(DestinationAction::ReleaseGuest);
         }
+        self.end_when_due();
+    }
+
+    /// The guest is let go of; it is over when the source knows, or cannot be told.
+    fn end_when_due(&mut self) {
+        let done = self.source_done || self.link == Reach::Lost;
+        match self.state {
+            State::Completing if self.released && done => {
+                self.end(DestinationOutcome::Migrated);
+            }
+            State::Discarding if self.released && (self.refusal_told || done) => {
+                let failure = self.reason_to_discard();
+                self.end(DestinationOutcome::Refused(failure));
+            }
+            _ => {}
+        }
+    }
+
+    fn reason_to_discard(&self) -> Failure {
+        self.failure.clone().unwrap_or_else(|| Failure::plain("given up"))
+    }
+
+    fn link_down(&mut self) {
+        if matches!(self.link, Reach::Down | Reach::Lost) {
+            return;
+        }
+        self.link = Reach::Down;
+        self.outages += 1;
+        self.asked = false;
+        // Perhaps it was not heard.
+        self.refusal_told = false;
+        if self.state == State::Completing {
+            // Complete and running: only the source does not know yet.
+            self.release();
+        }
+    }
+
+    /// The source asks where this side stands. What it says of itself must fit.
+    fn resync(&mut self, at: SourceStage) {
+        use State::*;
+        let outage = self.outages;
+        self.asked = true;
+        match (self.state, at) {
+            (Discarding, _) if self.refused => self.answer(None),
+            // As soon as the refusal is on disk.
+            (Discarding, _) | (Ended, _) => {}
+            (Waiting | Preparing | Receiving, SourceStage::Preparing)
+            | (Receiving | Offered, SourceStage::Decided) => self.answer(None),
+            (Completing, SourceStage::Decided) if self.complete_noted => self.answer(None),
+            (Receiving, SourceStage::Round(round)) => {
+                let of = PagesOf::Round(round);
+                self.act(DestinationAction::CollectPages { outage, of });
+            }
+            (
+                Loading | Loaded | Committing | Starting | Postcopy | Completing,
+                SourceStage::Decided,
+            ) => {
+                let of = PagesOf::Remainder;
+                self.act(DestinationAction::CollectPages { outage, of });
+            }
+            (state, at) => {
+                let text = format!("the source says it is {at:?} while {state:?}");
+                self.fail(Failure::plain(text));
+            }
+        }
+    }
+
+    /// Tells where this side stands. From here on the link is as good as the one before.
+    fn answer(&mut self, pages: Option<PagesHere>) {
+        let (held, lacking) = match pages {
+            Some(PagesHere::Held(held)) => (Some(held), None),
+            Some(PagesHere::Lacking(lacking)) => (None, Some(lacking)),
+            None => (None, None),
+        };
+        let at = match (self.state, lacking) {
+            (State::Waiting, _) => DestinationStage::Waiting,
+            (State::Preparing, _) => DestinationStage::Preparing,
+            (State::Receiving | State::Offered, _) => {
+                // An offer without its flight is void, and so is a decision about it: all come again.
+                self.state = State::Receiving;
+                self.committed = false;
+                DestinationStage::Receiving { held }
+            }
+            (
+                State::Loading | State::Loaded | State::Committing | State::Starting,
+                Some(lacking),
+            ) => DestinationStage::Loading { committed: self.committed, lacking },
+            (State::Completing, _) if self.complete_noted => DestinationStage::Done,
+            (State::Postcopy | State::Completing, Some(lacking)) => {
+                DestinationStage::Running { lacking }
+            }
+            (State::Discarding, _) if self.refused => {
+                let Failure { reason, hint } = self.reason_to_discard();
+                self.refusal_told = true;
+                DestinationStage::Refused { reason, hint }
+            }
+            // As soon as the refusal is on disk; or it is over.
+            _ => return,
+        };
+        self.asked = false;
+        self.link = Reach::Up;
+        self.act(DestinationAction::Send(ToSource::Resync { at, running_us: None }));
+        self.end_when_due();
     }
 
     fn may_have_run(&self) -> bool {
@@ -398,11 +605,13 @@ impl DestinationMachine {
     }
 
     fn lose_link(&mut self, failure: Failure) {
-        if std::mem::replace(&mut self.link_lost, true) {
+        if std::mem::replace(&mut self.link, Reach::Lost) == Reach::Lost {
             return;
         }
+        self.asked = false;
         match self.state {
-            State::Ended | State::Discarding => {}
+            State::Ended => {}
+            State::Discarding => self.end_when_due(),
             // Decided, and nothing more is needed from the source.
             State::Loading | State::Loaded | State::Committing | State::Starting
                 if self.committed && self.complete => {}
@@ -426,6 +635,13 @@ impl DestinationMachine {
         self.act(DestinationAction::End(outcome));
     }
 
+    /// Says it, unless nobody hears: then the resync tells what must be known.
+    fn say(&mut self, message: ToSource) {
+        if self.link == Reach::Up {
+            self.act(DestinationAction::Send(message));
+        }
+    }
+
     fn act(&mut self, action: DestinationAction) {
         self.actions.push_back(action);
     }
@@ -439,5 +655,6 @@ fn message_name(message: &ToDestination) -> &'static str {
         ToDestination::Commit => "Commit",
         ToDestination::Abort { .. } => "Abort",
         ToDestination::Bye { .. } => "Bye",
+        ToDestination::Resync { .. } => "Resync",
     }
 }

@@ -81,5 +81,18 @@ impl Failure {
     }
 }
 
+/// The link as a machine sees it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Reach {
+    /// What is said is heard, unless the link breaks before.
+    Up,
+    /// Broken; another may come.
+    Down,
+    /// Another has come, and the two sides have yet to tell each other where they stand.
+    Resyncing,
+    /// Broken, and no other will come.
+    Lost,
+}
+
 #[cfg(test)]
 mod handover_tests;

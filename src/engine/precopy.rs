@@ -19,6 +19,8 @@ pub struct PrecopyPlan {
     dirty: PageSet,
     /// Sent at least once.
     sent: PageSet,
+    /// Sent in this round.
+    sent_now: PageSet,
     heat: Heat,
     cursor: u64,
 }
@@ -30,6 +32,7 @@ impl PrecopyPlan {
             todo: PageSet::empty(pages),
             dirty: PageSet::empty(pages),
             sent: PageSet::empty(pages),
+            sent_now: PageSet::empty(pages),
             heat: Heat::new(pages),
             cursor: 0,
         }
@@ -43,7 +46,23 @@ impl PrecopyPlan {
         } else {
             std::mem::replace(&mut self.dirty, PageSet::empty(pages))
         };
+        self.sent_now = PageSet::empty(pages);
         self.cursor = 0;
+    }
+
+    /// The link was lost in this round, or before it was acknowledged, and of the round's pages the
+    /// destination holds those in `held`. All others, with those that were not sent yet, go in the
+    /// next round. Gives the pages that were sent and have not arrived: nothing is known of their
+    /// older copies at the destination.
+    ///
+    /// Of `held` only pages that were sent in this round are believed.
+    pub fn end_round_early(&mut self, held: &PageSet) -> PageSet {
+        let pages = self.todo.pages();
+        let mut lost = std::mem::replace(&mut self.sent_now, PageSet::empty(pages));
+        lost.subtract(held);
+        self.dirty.union_with(&lost);
+        self.dirty.union_with(&std::mem::replace(&mut self.todo, PageSet::empty(pages)));
+        lost
     }
 
     /// The next chunk that has pages to send in this round; the caller collects its writes into
@@ -88,6 +107,7 @@ impl PrecopyPlan {
             self.todo.remove(*page);
             self.dirty.remove(*page);
             self.sent.insert(*page);
+            self.sent_now.insert(*page);
         }
     }
 
@@ -165,6 +185,7 @@ mod tests {
             writes in prop::collection::vec((any::<u64>(), 0u8..4), 0..120),
             rounds in 0usize..4,
             holes in prop::collection::vec(any::<u64>(), 0..10),
+            losses in prop::collection::vec(prop::option::of((0u64..5, any::<u64>())), 4),
         ) {
             let mut model = Model {
                 now: vec![0; pages as usize],
@@ -183,9 +204,16 @@ mod tests {
                 }
             };
             let mut taken = Vec::new();
-            for _ in 0..rounds {
+            for loss in losses.into_iter().take(rounds) {
                 plan.begin_round();
+                let before = model.sent.clone();
+                let (mut chunks, mut sent_now) = (0, PageSet::empty(pages));
                 while let Some(chunk) = plan.next_chunk() {
+                    // The link is lost in the middle of the round.
+                    if loss.is_some_and(|(after_chunks, _)| chunks >= after_chunks) {
+                        break;
+                    }
+                    chunks += 1;
                     write_some(&mut model, 0);
                     for page in chunk.pages() {
                         if model.tracked.remove(page) {
@@ -196,8 +224,22 @@ mod tests {
                     plan.take(chunk, &mut taken);
                     for page in &taken {
                         model.sent[page.0 as usize] = Some(model.now[page.0 as usize]);
+                        sent_now.insert(*page);
                     }
                     write_some(&mut model, 2);
+                }
+                if let Some((_, lottery)) = loss {
+                    // The destination says it holds pages that were never sent in this round too.
+                    let mut held = PageSet::full(pages);
+                    let mut lost = PageSet::empty(pages);
+                    for page in (0..pages).filter(|page| lottery >> (page % 64) & 1 == 1) {
+                        held.remove(PageIndex(page));
+                        if sent_now.contains(PageIndex(page)) {
+                            lost.insert(PageIndex(page));
+                            model.sent[page as usize] = before[page as usize];
+                        }
+                    }
+                    prop_assert_eq!(plan.end_round_early(&held), lost);
                 }
             }
             plan.dirty_mut().union_with(&model.tracked);

@@ -8,6 +8,11 @@
 //! [`SourceRecord::Decided`] is on disk, and once it may have been sent, [`SourceAction::ResumeGuest`]
 //! is only given when the destination itself has said `Refused`, which it says only when the guest
 //! has not run there and never will.
+//!
+//! A lost link ends nothing by itself. While the guest runs, and once the decision is made, the machine
+//! waits for another link ([`SourceEvent::LinkDown`], [`SourceEvent::LinkUp`]); then both sides say where they stand, and whatever
+//! was lost is sent again. Only between the freeze and the decision it does not wait, since the guest stands still: it
+//! runs on here.
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -15,10 +20,11 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use super::policy::{Next, RoundSummary, SwitchoverPolicy};
-use super::{Failure, MigrationPhase};
+use super::{Failure, MigrationPhase, Reach};
 use crate::page::Version;
 use crate::wire::message::{
-    HandoverForm, MAX_REJECTED_PAGES, RunWhen, Strategy, ToDestination, ToSource,
+    DestinationStage, HandoverForm, Lacking, MAX_REJECTED_PAGES, PackedSet, RunWhen, SourceStage,
+    Strategy, ToDestination, ToSource,
 };
 
 /// Longest time for each wait for the other side; generous, since a busy host swaps.
@@ -82,6 +88,8 @@ pub enum SourceEvent {
     RoundSent(RoundSummary),
     /// Answers [`SourceAction::Freeze`].
     Frozen,
+    /// The same, when it failed. The guest may be stopped or not.
+    FreezeFailed(Failure),
     /// Answers [`SourceAction::SendRemainder`] once all of it is handed to the transport.
     RemainderSent,
     /// Answers [`SourceAction::Journal`]: the record is on disk.
@@ -94,6 +102,10 @@ pub enum SourceEvent {
     Released,
     /// A step here has failed.
     Failed(Failure),
+    /// The link is broken. Nothing that was said on it and not heard will be heard any more.
+    LinkDown(Failure),
+    /// There is another link, and nothing works on the old one any more: no round is being sent.
+    LinkUp,
     /// The destination cannot be reached any more.
     LinkLost(Failure),
     /// The operator wants the migration to end.
@@ -111,12 +123,20 @@ pub enum SourceAction {
     SendRound(Version),
     /// These pages of the round were rejected by the destination: send them whole next time.
     ForgetPages(Vec<crate::page::PageIndex>),
+    /// The round is over, and the destination holds these of its pages: all others must be sent again,
+    /// whole.
+    EndRound {
+        /// As the destination says; only pages that were sent in the round are to be believed.
+        held: PackedSet,
+    },
     /// Stop the guest, take the final dirty set and the device state.
     Freeze(Version),
     /// Send the flight on the state lane.
     SendFlight,
-    /// Push the missing pages and answer fault requests.
+    /// Push the missing pages, all that the flight names, and answer fault requests.
     SendRemainder,
+    /// The same for what is still lacking, on a new link.
+    SendLacking(Lacking),
     /// Write to the journal and to disk.
     Journal(SourceRecord),
     /// Let the guest run on here.
@@ -151,6 +171,8 @@ enum State {
     Draining(Version, RoundSummary),
     /// Waiting for the session to stop the guest and collect.
     Freezing(Version, RunWhen),
+    /// The migration is over, but the guest can only be resumed when it has been stopped.
+    Thawing,
     /// Offered, not decided.
     Offered,
     /// Writing the decision.
@@ -172,6 +194,11 @@ enum State {
 pub struct SourceMachine {
     config: SourceConfig,
     state: State,
+    link: Reach,
+    /// What was said first.
+    hello: Option<Box<ToDestination>>,
+    /// What was offered.
+    offer: Option<(Version, RunWhen)>,
     frozen: bool,
     ready: bool,
     remainder_sent: bool,
@@ -179,6 +206,8 @@ pub struct SourceMachine {
     deadline: Option<Duration>,
     actions: VecDeque<SourceAction>,
     rounds: u16,
+    /// Of these, ended by a lost link.
+    broken_rounds: u16,
 }
 
 impl SourceMachine {
@@ -187,6 +216,9 @@ impl SourceMachine {
         SourceMachine {
             config,
             state: State::Connecting,
+            link: Reach::Up,
+            hello: None,
+            offer: None,
             frozen: false,
             ready: false,
             remainder_sent: false,
@@ -194,6 +226,7 @@ impl SourceMachine {
             deadline: None,
             actions: VecDeque::new(),
             rounds: 0,
+            broken_rounds: 0,
         }
     }
 
@@ -207,13 +240,32 @@ impl SourceMachine {
             State::Offered | State::Deciding => MigrationPhase::Offer,
             State::Committed => MigrationPhase::Commit,
             State::Postcopy | State::Completing => MigrationPhase::Postcopy,
-            State::Voiding | State::Resuming | State::Ended => MigrationPhase::Done,
+            State::Thawing | State::Voiding | State::Resuming | State::Ended => {
+                MigrationPhase::Done
+            }
         }
     }
 
     /// Pre-copy rounds begun.
     pub fn rounds(&self) -> u16 {
         self.rounds
+    }
+
+    /// True while another link would be of use, should this one break.
+    pub fn wants_link(&self) -> bool {
+        matches!(
+            self.state,
+            State::Preparing
+                | State::Sending(_)
+                | State::Draining(..)
+                | State::Committed
+                | State::Postcopy
+        )
+    }
+
+    /// True when both sides know where the other one stands.
+    pub fn is_linked(&self) -> bool {
+        self.link == Reach::Up
     }
 
     /// When [`SourceEvent::Tick`] is wanted at the latest, on the clock of [`Self::handle`].
@@ -233,24 +285,35 @@ impl SourceMachine {
                 if self.state == State::Connecting {
                     self.state = State::Preparing;
                     self.deadline = Some(now + self.config.timeouts.prepare);
+                    self.hello = Some(hello.clone());
                     self.act(SourceAction::Journal(SourceRecord::Started));
-                    self.act(SourceAction::Send(*hello));
+                    self.say(*hello);
                 }
             }
-            SourceEvent::Message(message) => self.handle_message(message),
+            SourceEvent::Message(message) => self.handle_message(now, message),
             SourceEvent::RoundSent(summary) => {
                 if let State::Sending(round) = self.state {
                     let messages = summary.messages;
-                    self.act(SourceAction::Send(ToDestination::RoundEnd { round, messages }));
+                    self.say(ToDestination::RoundEnd { round, messages });
                     self.state = State::Draining(round, summary);
-                    self.deadline = Some(now + self.config.timeouts.round);
+                    self.wait(now, self.config.timeouts.round);
                 }
             }
+            SourceEvent::Frozen if self.state == State::Thawing => self.resume(),
             SourceEvent::Frozen => self.handle_frozen(now),
+            SourceEvent::FreezeFailed(failure) => match self.state {
+                State::Freezing(..) => {
+                    self.abort(&failure);
+                    self.failure = Some(failure);
+                    self.resume();
+                }
+                State::Thawing => self.resume(),
+                _ => {}
+            },
             SourceEvent::RemainderSent => {
                 self.remainder_sent = true;
                 if self.state == State::Offered {
-                    self.deadline = Some(now + self.config.timeouts.load);
+                    self.wait(now, self.config.timeouts.load);
                 }
                 self.decide_when_due();
             }
@@ -278,7 +341,15 @@ impl SourceMachine {
                 }
             }
             SourceEvent::Failed(failure) => self.fail(failure, true),
-            SourceEvent::LinkLost(failure) => self.fail(failure, false),
+            SourceEvent::LinkDown(failure) => self.link_down(failure),
+            SourceEvent::LinkUp => self.link_up(),
+            SourceEvent::LinkLost(failure) => {
+                self.link = Reach::Lost;
+                // Whoever has the last page needs nothing more of the other side.
+                if self.state != State::Completing {
+                    self.fail(failure, false);
+                }
+            }
             SourceEvent::Cancelled => {
                 if !self.decided() {
                     self.fail(Failure::plain("cancelled by the operator"), true);
@@ -294,12 +365,22 @@ impl SourceMachine {
         matches!(self.state, State::Committed | State::Postcopy | State::Completing)
     }
 
-    fn handle_message(&mut self, message: ToSource) {
+    fn handle_message(&mut self, now: Duration, message: ToSource) {
+        match (message, self.link) {
+            (ToSource::Resync { at, .. }, Reach::Resyncing) => self.resync(now, at),
+            (message, Reach::Up) => self.handle_linked(message),
+            (message, Reach::Resyncing) => {
+                let text = format!("the destination said {message:?} instead of where it stands");
+                self.fail(Failure::plain(text), true);
+            }
+            // From a link that is no more.
+            (_, Reach::Down | Reach::Lost) => {}
+        }
+    }
+
+    fn handle_linked(&mut self, message: ToSource) {
         match (message, self.state) {
-            (ToSource::Prepared, State::Preparing) => match self.config.strategy {
-                Strategy::Postcopy => self.freeze(Version(1), RunWhen::Loaded),
-                Strategy::Hybrid | Strategy::Precopy => self.start_round(Version(1)),
-            },
+            (ToSource::Prepared, State::Preparing) => self.prepared(),
             (ToSource::RoundAck { round, rejected }, State::Draining(sent, summary))
                 if round == sent =>
             {
@@ -321,7 +402,8 @@ impl SourceMachine {
                 };
                 let summary =
                     RoundSummary { dirty_pages: summary.dirty_pages + rejected_pages, ..summary };
-                match self.config.policy.after_round(self.config.strategy, self.rounds, &summary) {
+                let rounds = self.rounds - self.broken_rounds;
+                match self.config.policy.after_round(self.config.strategy, rounds, &summary) {
                     Next::AnotherRound => self.start_round(next),
                     Next::Switchover(run_when) => self.freeze(next, run_when),
                     Next::GiveUp(failure) => self.fail(failure, true),
@@ -333,15 +415,8 @@ impl SourceMachine {
             }
             // The one-flight decision was on its way already.
             (ToSource::Ready, State::Deciding | State::Committed) => self.ready = true,
-            (ToSource::Running, State::Committed) => {
-                self.state = State::Postcopy;
-                self.deadline = None;
-                self.act(SourceAction::Journal(SourceRecord::Running));
-            }
-            (ToSource::Done, State::Postcopy) => {
-                self.state = State::Completing;
-                self.act(SourceAction::Journal(SourceRecord::Complete));
-            }
+            (ToSource::Running, State::Committed) => self.running(),
+            (ToSource::Done, State::Postcopy) => self.done(),
             (ToSource::Refused { reason, hint }, _) => self.handle_refused(reason, hint),
             (message, state) => {
                 let failure =
@@ -361,6 +436,118 @@ impl SourceMachine {
         }
     }
 
+    fn prepared(&mut self) {
+        match self.config.strategy {
+            Strategy::Postcopy => self.freeze(Version(1), RunWhen::Loaded),
+            Strategy::Hybrid | Strategy::Precopy => self.start_round(Version(1)),
+        }
+    }
+
+    fn running(&mut self) {
+        self.state = State::Postcopy;
+        self.deadline = None;
+        self.act(SourceAction::Journal(SourceRecord::Running));
+    }
+
+    fn done(&mut self) {
+        self.state = State::Completing;
+        self.act(SourceAction::Journal(SourceRecord::Complete));
+    }
+
+    fn link_down(&mut self, failure: Failure) {
+        if matches!(self.link, Reach::Down | Reach::Lost) {
+            return;
+        }
+        self.link = Reach::Down;
+        self.deadline = None;
+        if matches!(self.state, State::Freezing(..) | State::Offered | State::Deciding) {
+            self.fail(failure, false);
+        }
+    }
+
+    fn link_up(&mut self) {
+        let at = match self.state {
+            State::Preparing => SourceStage::Preparing,
+            State::Sending(round) | State::Draining(round, _) => SourceStage::Round(round),
+            State::Committed | State::Postcopy => SourceStage::Decided,
+            _ => return,
+        };
+        if self.link == Reach::Down {
+            self.link = Reach::Resyncing;
+            self.act(SourceAction::Send(ToDestination::Resync { at }));
+        }
+    }
+
+    /// The destination has said where it stands: goes on from there.
+    fn resync(&mut self, now: Duration, at: DestinationStage) {
+        use DestinationStage as At;
+        self.link = Reach::Up;
+        match (self.state, at) {
+            (_, At::Refused { reason, hint }) => self.handle_refused(reason, hint),
+            (State::Preparing, At::Waiting) => {
+                if let Some(hello) = self.hello.clone() {
+                    self.say(*hello);
+                }
+                self.wait(now, self.config.timeouts.prepare);
+            }
+            (State::Preparing, At::Preparing) => self.wait(now, self.config.timeouts.prepare),
+            (State::Preparing, At::Receiving { .. }) => self.prepared(),
+            // That acknowledges the round. Another one follows in any case: the guest has gone on
+            // writing, for longer than the round's figures know.
+            (
+                State::Sending(round) | State::Draining(round, _),
+                At::Receiving { held: Some(held) },
+            ) => {
+                self.act(SourceAction::EndRound { held });
+                self.broken_rounds += 1;
+                match round.next() {
+                    Some(next) => self.start_round(next),
+                    None => {
+                        self.fail(Failure::plain("no more pre-copy rounds are possible"), true);
+                    }
+                }
+            }
+            (State::Committed, At::Receiving { .. }) => {
+                if let Some((final_version, run_when)) = self.offer {
+                    self.say(ToDestination::Offer { final_version, run_when });
+                }
+                self.act(SourceAction::SendFlight);
+                self.act(SourceAction::SendRemainder);
+                self.say(ToDestination::Commit);
+                self.wait(now, self.config.timeouts.load);
+            }
+            (State::Committed, At::Loading { committed, lacking }) => {
+                self.act(SourceAction::SendLacking(lacking));
+                if !committed {
+                    self.say(ToDestination::Commit);
+                }
+                self.wait(now, self.config.timeouts.load);
+            }
+            (State::Committed, At::Running { lacking }) => {
+                self.running();
+                self.act(SourceAction::SendLacking(lacking));
+            }
+            (State::Postcopy, At::Running { lacking }) => {
+                self.act(SourceAction::SendLacking(lacking));
+            }
+            (State::Committed, At::Done) => {
+                self.running();
+                self.done();
+            }
+            (State::Postcopy, At::Done) => self.done(),
+            (state, at) => {
+                let failure =
+                    Failure::plain(format!("the destination says it is {at:?} while {state:?}"));
+                self.fail(failure, true);
+            }
+        }
+    }
+
+    /// Waits for the destination; not for one that cannot be heard, which the session bounds.
+    fn wait(&mut self, now: Duration, timeout: Duration) {
+        self.deadline = (self.link == Reach::Up).then_some(now + timeout);
+    }
+
     fn start_round(&mut self, round: Version) {
         self.state = State::Sending(round);
         self.rounds += 1;
@@ -377,14 +564,15 @@ impl SourceMachine {
 
     fn handle_frozen(&mut self, now: Duration) {
         let State::Freezing(final_version, run_when) = self.state else { return };
-        self.act(SourceAction::Send(ToDestination::Offer { final_version, run_when }));
+        self.offer = Some((final_version, run_when));
+        self.say(ToDestination::Offer { final_version, run_when });
         self.act(SourceAction::SendFlight);
         self.act(SourceAction::SendRemainder);
         self.state = State::Offered;
         if run_when == RunWhen::Loaded {
             // Nothing more to wait for before a one-flight decision.
             self.remainder_sent = true;
-            self.deadline = Some(now + self.config.timeouts.load);
+            self.wait(now, self.config.timeouts.load);
         }
         self.decide_when_due();
     }
@@ -404,12 +592,12 @@ impl SourceMachine {
         match (record, self.state) {
             (SourceRecord::Decided, State::Deciding) => {
                 self.state = State::Committed;
-                self.deadline = Some(now + self.config.timeouts.load);
-                self.act(SourceAction::Send(ToDestination::Commit));
+                self.wait(now, self.config.timeouts.load);
+                self.say(ToDestination::Commit);
             }
             (SourceRecord::Void, State::Voiding) => self.resume(),
             (SourceRecord::Complete, State::Completing) => {
-                self.act(SourceAction::Send(ToDestination::Bye { downtime_us: None }));
+                self.say(ToDestination::Bye { downtime_us: None });
                 self.act(SourceAction::ReleaseGuest);
             }
             _ => {}
@@ -429,7 +617,7 @@ impl SourceMachine {
         self.fail(Failure::plain(format!("the destination {what} in time")), true);
     }
 
-    /// A failure that is not the destination's refusal. `tell`: the link still works.
+    /// A failure that is not the destination's refusal. `tell`: the destination does not know of it.
     fn fail(&mut self, failure: Failure, tell: bool) {
         match self.state {
             State::Ended => {}
@@ -444,8 +632,7 @@ impl SourceMachine {
             // The destination has not been told, so it cannot run the guest.
             State::Deciding => {
                 if tell {
-                    let reason = failure.reason.clone();
-                    self.act(SourceAction::Send(ToDestination::Abort { reason }));
+                    self.abort(&failure);
                 }
                 self.void(failure);
             }
@@ -460,10 +647,18 @@ impl SourceMachine {
             State::Postcopy => self.end(SourceOutcome::LostPages(failure)),
             // Every page is there and the guest runs there: what failed here is only our own exit.
             State::Completing => self.end(SourceOutcome::Migrated),
+            State::Thawing => {}
+            State::Freezing(..) => {
+                if tell {
+                    self.abort(&failure);
+                }
+                self.failure = Some(failure);
+                self.state = State::Thawing;
+                self.deadline = None;
+            }
             _ => {
                 if tell {
-                    let reason = failure.reason.clone();
-                    self.act(SourceAction::Send(ToDestination::Abort { reason }));
+                    self.abort(&failure);
                 }
                 if self.frozen {
                     self.failure = Some(failure);
@@ -494,6 +689,21 @@ impl SourceMachine {
         self.state = State::Ended;
         self.deadline = None;
         self.act(SourceAction::End(outcome));
+    }
+
+    /// Says it, unless nobody hears: then the resync tells what must be known.
+    fn say(&mut self, message: ToDestination) {
+        if self.link == Reach::Up {
+            self.act(SourceAction::Send(message));
+        }
+    }
+
+    /// Needs no resync, since nothing follows.
+    fn abort(&mut self, failure: &Failure) {
+        if matches!(self.link, Reach::Up | Reach::Resyncing) {
+            let reason = failure.reason.clone();
+            self.act(SourceAction::Send(ToDestination::Abort { reason }));
+        }
     }
 
     fn act(&mut self, action: SourceAction) {

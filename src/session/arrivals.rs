@@ -80,6 +80,11 @@ impl Arrivals {
         assert!(self.faults.set(faults).is_ok(), "set once");
     }
 
+    /// What is known of each page.
+    pub(super) fn table(&self) -> &PageTable {
+        &self.table
+    }
+
     /// True when the switchover has come and no page is missing any more.
     pub(super) fn is_complete(&self) -> bool {
         let switchover = self.switchover.read().expect("no holder panics");

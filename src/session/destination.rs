@@ -31,8 +31,8 @@ use crate::report::{
 use crate::transport::{Lane, Link, Listener};
 use crate::wire::DecodeScratch;
 use crate::wire::message::{
-    FaultRequest, Flight, MAX_REJECTED_PAGES, MAX_REQUEST_PAGES, Strategy, ToDestination, ToSource,
-    Wanted, decode, encode,
+    FaultRequest, Flight, Lacking, MAX_REJECTED_PAGES, MAX_REQUEST_PAGES, PackedSet, Strategy,
+    ToDestination, ToSource, Wanted, decode, encode,
 };
 
 /// What the operator asked for.
@@ -277,6 +277,7 @@ impl Session {
                     let _ = self.happened.send(DestinationEvent::Failed(failure));
                 }
             }
+            DestinationAction::CollectPages { outage, of } => self.collect_pages(outage, of),
             DestinationAction::AwaitFlight(version) => self.await_flight(version),
             DestinationAction::LoadDeviceState => {
                 let (guest, state) = (self.guest.clone(), self.device_state.clone());
@@ -395,6 +396,31 @@ impl Session {
                 let ready = Prepared { arrivals, userfault, faults };
                 *prepared.lock().expect("no holder panics") = Some(ready);
                 Ok(DestinationEvent::Prepared)
+            })
+            .await
+        });
+    }
+
+    /// Looks up what the source must know of pages after an outage, when nothing is being applied.
+    fn collect_pages(&mut self, outage: u32, of: PagesOf) {
+        let (prepared, ledger) = (self.prepared.clone(), self.ledger.clone());
+        self.spawn_step(async move {
+            blocking(move || {
+                let prepared = prepared.lock().expect("no holder panics");
+                let table = prepared.as_ref().expect("prepared before pages").arrivals.table();
+                let pages = match of {
+                    PagesOf::Round(round) => {
+                        if !ledger.lock().expect("no holder panics").end(round) {
+                            return Err(Failure::plain("the source names a round out of turn"));
+                        }
+                        PagesHere::Held(PackedSet::pack(&table.stale_at(round)))
+                    }
+                    PagesOf::Remainder => PagesHere::Lacking(Lacking {
+                        missing: PackedSet::pack(&table.incomplete()),
+                        without_base: PackedSet::pack(&table.absent()),
+                    }),
+                };
+                Ok(DestinationEvent::PagesCollected { outage, pages })
             })
             .await
         });

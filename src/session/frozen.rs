@@ -1,8 +1,8 @@
 //! The source's pages after the guest was stopped: they do not change any more, so the pusher and the
-//! fault lane read and encode them side by side, without locks but for the choice of the next page.
+//! fault lane read and encode them side by side, and wait for each other only where the next page is chosen.
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, RwLock};
 
 use bytes::Bytes;
 
@@ -22,7 +22,8 @@ pub(super) const BUNDLE_MESSAGE_PAGES: usize = 16;
 /// The frozen guest.
 pub(super) struct FrozenPages {
     memory: Arc<GuestMemory>,
-    bases: BaseCache,
+    /// Written between two links only.
+    bases: RwLock<BaseCache>,
     version: Version,
     /// Holes that the destination does not know to be zero.
     zero: PageSet,
@@ -45,7 +46,27 @@ impl FrozenPages {
         counters.remaining_pages.store(need.len(), Ordering::Relaxed);
         let pusher = Mutex::new(Pusher::new(need.clone(), heat, pusher));
         let costs = Costs::new(&counters.codecs());
+        let bases = RwLock::new(bases);
         FrozenPages { memory, bases, version, zero, need, pusher, costs, counters }
+    }
+
+    /// Nothing of what was sent is taken to have arrived: all that was needed is to be sent.
+    pub(super) fn begin_again(&self) {
+        self.resend(&self.need, &PageSet::empty(self.need.pages()));
+    }
+
+    /// Of all that was needed the destination lacks `missing`, and has no older copies of
+    /// `without_base`.
+    pub(super) fn resend(&self, missing: &PageSet, without_base: &PageSet) {
+        {
+            let mut bases = self.bases.write().expect("no holder panics");
+            for page in without_base.iter() {
+                bases.forget(page);
+            }
+        }
+        let mut pusher = self.pusher.lock().expect("no holder panics");
+        pusher.begin_again(missing);
+        self.counters.remaining_pages.store(pusher.left(), Ordering::Relaxed);
     }
 
     /// The version of all contents.
@@ -139,11 +160,13 @@ impl FrozenPages {
 
     /// What a page will take on the link, by whether it goes as a delta.
     pub(super) fn encoded_bytes(&self, page: PageIndex) -> u32 {
-        self.costs.of(self.bases.get(page).is_some())
+        let bases = self.bases.read().expect("no holder panics");
+        self.costs.of(bases.get(page).is_some())
     }
 
     fn encode(&self, pages: &[PageIndex], whole: bool, reader: &mut PageReader, out: &mut Vec<u8>) {
-        let bases = (!whole).then_some(&self.bases);
+        let bases = self.bases.read().expect("no holder panics");
+        let bases = (!whole).then_some(&*bases);
         let counts = reader.encode(&self.memory, bases, self.version, pages, out);
         self.costs.learn(&counts);
         self.counters.add_frames(&counts);

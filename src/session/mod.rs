@@ -306,6 +306,17 @@ impl RoundLedger {
         self.done()
     }
 
+    /// The round ends without its last messages, which were lost with the link. An acknowledgement that
+    /// was lost may make the source name a round that is over: that is as well. False when it is
+    /// neither of the two.
+    fn end(&mut self, round: Version) -> bool {
+        if self.closed || (round != self.acknowledged && round != self.current()) {
+            return false;
+        }
+        *self = RoundLedger { acknowledged: round, ..RoundLedger::default() };
+        true
+    }
+
     /// The switchover has come. Messages of the last version that were faster than the flight have been
     /// counted as those of a round; the pages they could not bring must be asked for again.
     fn close(&mut self) -> Vec<PageIndex> {
@@ -341,6 +352,19 @@ mod tests {
         assert_eq!(ledger.expect(Version(2), 1), Noted::RoundDone(Version(2), vec![]));
         let empty = ledger.expect(Version(3), 0);
         assert_eq!(empty, Noted::RoundDone(Version(3), vec![]), "a round may be empty");
+    }
+
+    #[test]
+    fn a_round_that_is_cut_short_counts_as_over() {
+        let mut ledger = RoundLedger::default();
+        ledger.note(Version(1), vec![PageIndex(3)]);
+        assert!(!ledger.end(Version(2)), "a round that has not begun");
+        assert!(ledger.end(Version(1)));
+        assert!(ledger.end(Version(1)), "asked again after another outage");
+        let empty = ledger.expect(Version(2), 0);
+        assert_eq!(empty, Noted::RoundDone(Version(2), vec![]), "nothing is left of the first");
+        ledger.close();
+        assert!(!ledger.end(Version(2)), "pre-copy is over");
     }
 
     #[test]

@@ -90,6 +90,15 @@ impl RoundSender {
         self.plan.mark_dirty(pages);
     }
 
+    /// The link was lost in the last round, and the destination holds `held` of its pages: sends the
+    /// others again, whole.
+    pub(super) fn end_round_early(&mut self, held: &PageSet) {
+        for page in self.plan.end_round_early(held).iter() {
+            self.bases.forget(page);
+        }
+        self.tell_remaining();
+    }
+
     /// Sends a round into `messages`. Gives up silently when the channel is closed: whoever closed it
     /// knows why.
     pub(super) fn send_round(

@@ -26,7 +26,7 @@ use crate::page::Version;
 use crate::report::{Counters, LinkState, MigrationResult, Output, Report, Role, TraceFile};
 use crate::transport::{Lane, Link, Ticket, TransportOptions, connect};
 use crate::wire::message::{
-    Flight, PROTOCOL, PackedBytes, PackedSet, ToDestination, decode, encode,
+    Flight, Lacking, PROTOCOL, PackedBytes, PackedSet, ToDestination, decode, encode,
 };
 
 /// A round gets so long to notice that the link is closed.
@@ -258,7 +258,7 @@ impl Session {
                         self.pack_flight(frozen, &device_state);
                         SourceEvent::Frozen
                     }
-                    Err(failure) => SourceEvent::Failed(failure),
+                    Err(failure) => SourceEvent::FreezeFailed(failure),
                 };
                 self.handle(event).await;
             }
@@ -291,9 +291,16 @@ impl Session {
                     sender.forget(&pages);
                 }
             }
+            SourceAction::EndRound { held } => self.end_round(&held),
             SourceAction::Freeze(version) => self.freeze(version),
             SourceAction::SendFlight => self.send_flight(),
-            SourceAction::SendRemainder => self.send_remainder(),
+            SourceAction::SendRemainder => {
+                if let Some(frozen) = &self.frozen {
+                    frozen.begin_again();
+                }
+                self.send_remainder();
+            }
+            SourceAction::SendLacking(lacking) => self.send_lacking(&lacking),
             SourceAction::Journal(record) => {
                 let journal = self.journal.clone();
                 self.spawn_step(async move {
@@ -412,13 +419,45 @@ impl Session {
     }
 
     fn send_flight(&mut self) {
-        let Some(flight) = self.flight.take() else { return };
+        let Some(flight) = self.flight.clone() else { return };
         let (link, happened) = (self.link.clone(), self.happened.clone());
         self.tasks.spawn(async move {
             if let Err(error) = link.send(Lane::State, flight).await {
                 let _ = happened.send(Happened::Event(SourceEvent::LinkLost(error.into())));
             }
         });
+    }
+
+    fn end_round(&mut self, held: &PackedSet) {
+        match held.unpack(self.pages_total) {
+            Ok(held) => {
+                if let Some(sender) = &mut self.sender {
+                    sender.end_round_early(&held);
+                }
+            }
+            Err(error) => self.fail(error.into()),
+        }
+    }
+
+    fn send_lacking(&mut self, lacking: &Lacking) {
+        let pages = self.pages_total;
+        let sets = lacking.missing.unpack(pages).and_then(|missing| {
+            let without_base = lacking.without_base.unpack(pages)?;
+            Ok((missing, without_base))
+        });
+        match sets {
+            Ok((missing, without_base)) => {
+                if let Some(frozen) = &self.frozen {
+                    frozen.resend(&missing, &without_base);
+                }
+                self.send_remainder();
+            }
+            Err(error) => self.fail(error.into()),
+        }
+    }
+
+    fn fail(&self, failure: Failure) {
+        let _ = self.happened.send(Happened::Event(SourceEvent::Failed(failure)));
     }
 
     /// Starts the pusher and the fault lane.

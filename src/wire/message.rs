@@ -10,7 +10,7 @@ use crate::guest::{DEVICE_STATE_LIMIT_BYTES, Shape};
 use crate::page::{PageIndex, PageSet, Version};
 
 /// Version of everything in this module. Both sides must speak the same.
-pub const PROTOCOL: u16 = 1;
+pub const PROTOCOL: u16 = 2;
 
 /// Most pages that one fault request may name.
 pub const MAX_REQUEST_PAGES: usize = 256;
@@ -93,6 +93,23 @@ pub enum ToDestination {
         /// For the destination's report: from the order to stop the guest to word that it ran again.
         downtime_us: Option<u64>,
     },
+    /// The first message on a link that replaces a lost one. The destination answers with
+    /// [`ToSource::Resync`]; until then the source says nothing else but `Abort`.
+    Resync {
+        /// Where the source stands.
+        at: SourceStage,
+    },
+}
+
+/// Where the source stands when a new link has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum SourceStage {
+    /// It waits for Prepared.
+    Preparing,
+    /// It was in this round, which ends here: no page of it comes any more.
+    Round(Version),
+    /// The decision is on its disk, and perhaps on its way.
+    Decided,
 }
 
 /// Destination to source, on the control lane.
@@ -121,6 +138,59 @@ pub enum ToSource {
     },
     /// Every page has arrived.
     Done,
+    /// Answers [`ToDestination::Resync`]. Whatever was said on the lost link counts for nothing
+    /// beside it.
+    Resync {
+        /// Where the destination stands.
+        at: DestinationStage,
+        /// How long ago the guest began to run here, if it did.
+        running_us: Option<u64>,
+    },
+}
+
+/// Where the destination stands when a new link has come.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum DestinationStage {
+    /// No Hello has come.
+    Waiting,
+    /// Its guest is being prepared; Prepared follows.
+    Preparing,
+    /// Prepared, and no flight has come.
+    Receiving {
+        /// The pages that it holds at the version of the round that the source named, if it did.
+        /// This acknowledges the round.
+        held: Option<PackedSet>,
+    },
+    /// The flight has come, the guest does not run yet.
+    Loading {
+        /// The decision has come too.
+        committed: bool,
+        /// What must still be sent.
+        lacking: Lacking,
+    },
+    /// The guest runs, or is loaded and left paused as its owner wished.
+    Running {
+        /// What must still be sent.
+        lacking: Lacking,
+    },
+    /// It runs, and every page has come.
+    Done,
+    /// As [`ToSource::Refused`].
+    Refused {
+        /// What was wrong.
+        reason: String,
+        /// What a person can do.
+        hint: Option<String>,
+    },
+}
+
+/// The pages that must still come after the switchover.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Lacking {
+    /// Those whose final content is not there.
+    pub missing: PackedSet,
+    /// Of these, the ones of which nothing older is there either: no delta helps.
+    pub without_base: PackedSet,
 }
 
 /// Destination to source, on the fault lane: pages that a guest thread waits for.

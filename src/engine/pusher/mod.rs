@@ -143,6 +143,14 @@ impl Pusher {
         Pusher { unsent: Unsent::new(&need), need, heat, policy: kind.policy() }
     }
 
+    /// What was sent may be lost, and the destination lacks exactly `missing`: of what was needed, these
+    /// are unsent now.
+    pub fn begin_again(&mut self, missing: &PageSet) {
+        let mut unsent = missing.clone();
+        unsent.intersect_with(&self.need);
+        self.unsent = Unsent::new(&unsent);
+    }
+
     /// Pages not sent yet.
     pub fn left(&self) -> u64 {
         self.unsent.len()

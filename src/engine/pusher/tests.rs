@@ -39,6 +39,24 @@ fn a_page_is_sent_again_when_it_is_asked_for_again() {
 }
 
 #[test]
+fn it_begins_again_with_what_is_missing_and_was_needed() {
+    for kind in PusherKind::ALL {
+        let mut need = PageSet::full(10);
+        need.remove(PageIndex(4));
+        let mut pusher = Pusher::new(need, Heat::new(10), kind);
+        let mut pages = Vec::new();
+        pusher.take(7, &|_| 1, &mut pages);
+        let mut missing = PageSet::empty(10);
+        missing.insert_range(PageRange::new(3, 6));
+        pusher.begin_again(&missing);
+        assert_eq!(pusher.left(), 2, "what was sent and is missing, nothing else");
+        pusher.take(7, &|_| 1, &mut pages);
+        pages.sort_unstable();
+        assert_eq!(pages, [3, 5].map(PageIndex), "page 4 is not to be had");
+    }
+}
+
+#[test]
 fn a_guest_of_a_tebibyte_costs_no_walk_for_each_page() {
     const PAGES: u64 = 1 << 28;
     for kind in PusherKind::ALL {

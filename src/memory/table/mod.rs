@@ -209,6 +209,16 @@ impl PageTable {
         self.collect(|state| !state.is_complete())
     }
 
+    /// The pages that hold `version` and may still be replaced by a later one.
+    pub fn stale_at(&self, version: Version) -> PageSet {
+        self.collect(|state| state.stage == Stage::Stale && state.version == version)
+    }
+
+    /// The pages of which nothing is known.
+    pub fn absent(&self) -> PageSet {
+        self.collect(|state| matches!(state.stage, Stage::Absent | Stage::Applying))
+    }
+
     /// The pages that a thread of the guest waits for.
     pub fn waiting_pages(&self) -> PageSet {
         self.collect(|state| state.waiting)
