@@ -244,7 +244,7 @@ fn a_destination_without_room_for_the_memory_ends_with_an_error() -> Result<()> 
 /// A migration that is in pre-copy, and will be for long.
 fn in_precopy(case: &Case) -> Result<(Running, Running)> {
     let (receive, ticket) = case.receive()?;
-    let options = ["--strategy", "precopy"];
+    let options = ["--strategy", "precopy", "--reconnect-for", "5s"];
     let mut send = Running::send(&case.lab, &case.source, &ticket, &options)?;
     send.wait_for_event("pre-copy", LIMIT, |event| event["phase"] == "precopy")?;
     std::thread::sleep(Duration::from_secs(1));

@@ -30,9 +30,12 @@ impl Move {
         let source = Guest::boot(&lab, "source", &spec)?;
         let destination = Guest::prepare(&lab, "destination", &spec)?;
         let before = Inventory::of(&lab)?;
-        let mut receive = Running::receive(&lab, &destination, &[])?;
+        // Who is killed here does not come back.
+        let patience = ["--reconnect-for", "3s"];
+        let mut receive = Running::receive(&lab, &destination, &patience)?;
         let ticket = receive.ticket()?;
-        let send = Running::send(&lab, &source, &ticket, send_options)?;
+        let send_options = [send_options, &patience].concat();
+        let send = Running::send(&lab, &source, &ticket, &send_options)?;
         let (send, receive) = (Some(send), Some(receive));
         Ok(Some(Move { source, destination, send, receive, lab, before }))
     }

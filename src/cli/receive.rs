@@ -3,10 +3,11 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use clap::{ArgGroup, Args};
 
-use super::state_dir;
+use super::{duration, state_dir};
 use crate::engine::Failure;
 use crate::guest::DestinationGuest;
 use crate::guest::qemu::{QemuDestination, SpawnOptions};
@@ -43,6 +44,10 @@ pub(super) struct Receive {
     /// page is then mapped only when it is touched, which slows the guest.
     #[arg(long, value_name = "FILE")]
     trace: Option<PathBuf>,
+    /// How long to wait for the source when the link is lost, before the migration is given up; 0s does
+    /// not wait.
+    #[arg(long, value_name = "TIME", default_value = "5min", value_parser = duration)]
+    reconnect_for: Duration,
     /// Where the journal is kept while the migration runs [default: /var/lib/farfault for root].
     #[arg(long, value_name = "DIR")]
     state_dir: Option<PathBuf>,
@@ -78,6 +83,7 @@ impl Receive {
         let options = ReceiveOptions {
             state_dir: state_dir(self.state_dir.clone()),
             paused: self.paused,
+            reconnect_for: self.reconnect_for,
             page_table: Arc::default(),
             trace: self.trace.clone(),
         };

@@ -66,6 +66,10 @@ pub(super) struct Send {
     /// left stopped.
     #[arg(long)]
     quit_source: bool,
+    /// How long to look for the destination when the link is lost, before the migration is given up; 0s
+    /// does not look.
+    #[arg(long, value_name = "TIME", default_value = "5min", value_parser = duration)]
+    reconnect_for: Duration,
     /// Where the journal is kept while the migration runs [default: /var/lib/farfault for root].
     #[arg(long, value_name = "DIR")]
     state_dir: Option<PathBuf>,
@@ -161,6 +165,7 @@ impl Send {
             pusher: self.pusher,
             state_dir: state_dir(self.state_dir.clone()),
             quit_source: self.quit_source,
+            reconnect_for: self.reconnect_for,
         };
         let guest = QemuSource::attach(&self.qmp)?;
         send(Box::new(guest), &ticket, &transport, options, output).await

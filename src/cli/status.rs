@@ -136,7 +136,7 @@ fn describe(live: &Live) -> String {
     words.push(match live.link {
         LinkState::Waiting => "waiting for the other side".to_owned(),
         LinkState::Up => "link up".to_owned(),
-        LinkState::Lost => "link lost".to_owned(),
+        LinkState::Down => "link down, connecting again".to_owned(),
     });
     if let Some(progress) = live.progress {
         words.push(format!(
@@ -190,11 +190,11 @@ mod tests {
         let found = find(dir.path(), "aa01", None).unwrap();
         let live = Live {
             phase: Some(MigrationPhase::Postcopy),
-            link: LinkState::Lost,
+            link: LinkState::Down,
             progress: Some(Progress { remaining_pages: 256, ..Progress::default() }),
         };
         let told = text(&found, Some(live));
-        assert!(told.contains("postcopy, link lost, 1.0 MiB left"), "{told}");
-        assert_eq!(serde_json::to_value(line(&found, Some(live))).unwrap()["link"], "lost");
+        assert!(told.contains("postcopy, link down, connecting again, 1.0 MiB left"), "{told}");
+        assert_eq!(serde_json::to_value(line(&found, Some(live))).unwrap()["link"], "down");
     }
 }

@@ -4,6 +4,7 @@
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
 use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Instant;
@@ -41,6 +42,7 @@ pub struct RelayTotals {
 pub struct Relay {
     address: SocketAddr,
     totals: Arc<Mutex<RelayTotals>>,
+    cut: Arc<AtomicBool>,
     stop: Arc<EventFd>,
     thread: Option<JoinHandle<()>>,
 }
@@ -59,6 +61,7 @@ impl Relay {
         let address = near.local_addr()?;
         let stop = Arc::new(EventFd::from_flags(EfdFlags::EFD_CLOEXEC)?);
         let totals = Arc::<Mutex<RelayTotals>>::default();
+        let cut = Arc::<AtomicBool>::default();
         let config = LinkConfig {
             rate: link.rate,
             delay: link.round_trip / 2,
@@ -74,17 +77,23 @@ impl Relay {
             origin: Instant::now(),
             spare: Vec::new(),
             totals: totals.clone(),
+            cut: cut.clone(),
             stop: stop.clone(),
         };
         let thread = std::thread::Builder::new()
             .name("emulated link".to_owned())
             .spawn(move || carrier.run())?;
-        Ok(Relay { address, totals, stop, thread: Some(thread) })
+        Ok(Relay { address, totals, cut, stop, thread: Some(thread) })
     }
 
     /// Where the near end sends to.
     pub fn address(&self) -> SocketAddr {
         self.address
+    }
+
+    /// From now on every datagram is lost, those on their way too, or no more.
+    pub fn cut(&self, cut: bool) {
+        self.cut.store(cut, Ordering::Relaxed);
     }
 
     /// What has happened so far.
@@ -128,6 +137,7 @@ struct Carrier {
     /// Buffers to use again.
     spare: Vec<Packet>,
     totals: Arc<Mutex<RelayTotals>>,
+    cut: Arc<AtomicBool>,
     stop: Arc<EventFd>,
 }
 
@@ -180,12 +190,15 @@ impl Carrier {
     /// Hands over what is due. A socket that does not take it loses it, as a network card would.
     fn deliver(&mut self) {
         let now = self.origin.elapsed();
+        let cut = self.cut.load(Ordering::Relaxed);
         while let Some(packet) = self.there.arrived(now) {
-            let _ = self.far.send(&packet);
+            if !cut {
+                let _ = self.far.send(&packet);
+            }
             self.spare.push(packet);
         }
         while let Some(packet) = self.back.arrived(now) {
-            if let Some(sender) = self.sender {
+            if let Some(sender) = self.sender.filter(|_| !cut) {
                 let _ = self.near.send_to(&packet, sender);
             }
             self.spare.push(packet);
@@ -265,6 +278,21 @@ mod tests {
         }
         // 1000 bytes with headers are a millisecond of 8 Mbit/s.
         assert!(started.elapsed() >= Duration::from_millis(10 + 10), "{:?}", started.elapsed());
+    }
+
+    #[test]
+    fn a_cut_link_loses_everything_until_it_is_mended() {
+        let (near, far, relay) = ends("100Mbit,1ms");
+        relay.cut(true);
+        near.send(b"lost").unwrap();
+        while relay.totals().there.delivered_packets == 0 {
+            std::thread::yield_now();
+        }
+        relay.cut(false);
+        near.send(b"carried").unwrap();
+        let mut buffer = [0; 100];
+        let bytes = far.recv(&mut buffer).unwrap();
+        assert_eq!(&buffer[..bytes], b"carried");
     }
 
     #[test]

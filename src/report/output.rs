@@ -2,6 +2,7 @@
 
 use std::io::Write;
 use std::sync::Mutex;
+use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::{Deserialize, Serialize};
@@ -23,6 +24,13 @@ pub enum Event<'a> {
     Phase {
         /// Which.
         phase: MigrationPhase,
+    },
+    /// The link was lost, or is there again.
+    Link {
+        /// Which of the two.
+        state: LinkState,
+        /// How long there was none; null when it was just lost.
+        outage_ms: Option<u64>,
     },
     /// How far it is.
     Progress(Progress),
@@ -67,8 +75,8 @@ pub enum LinkState {
     Waiting,
     /// It works, as far as is known.
     Up,
-    /// It is lost.
-    Lost,
+    /// It is lost, and another one is looked for.
+    Down,
 }
 
 /// The output of one command.
@@ -153,6 +161,26 @@ impl Output {
                 progress.remote_faults,
             ));
         }
+    }
+
+    /// The link is lost; another one is looked for, for so long.
+    pub fn link_down(&self, why: &str, reconnect_for: Duration) {
+        self.link(LinkState::Down);
+        if self.json {
+            self.emit(&Event::Link { state: LinkState::Down, outage_ms: None });
+        }
+        let limit_s = reconnect_for.as_secs_f64();
+        self.note(&format!("the link is lost ({why}); connecting again for up to {limit_s} s"));
+    }
+
+    /// The two sides have found together again.
+    pub fn link_up(&self, outage: Duration) {
+        self.link(LinkState::Up);
+        if self.json {
+            let outage_ms = Some(outage.as_millis() as u64);
+            self.emit(&Event::Link { state: LinkState::Up, outage_ms });
+        }
+        self.note(&format!("the link is back after {:.1} s", outage.as_secs_f64()));
     }
 
     /// Something for a person that is no event.

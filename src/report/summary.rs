@@ -107,6 +107,8 @@ pub struct Report {
     pub push: Option<PushFigures>,
     /// The link's shortest round trip.
     pub round_trip_ms: f64,
+    /// Outages of the link that were mended.
+    pub reconnects: u32,
     /// How writes were followed: only the source knows.
     pub tracker: Option<Cow<'static, str>>,
     /// The time of each phase, and of the parts of the switchover, by name and in the order of time.
@@ -190,6 +192,9 @@ impl fmt::Display for Report {
         }
         if let Some(push) = &self.push {
             row("pages pushed", push.to_string())?;
+        }
+        if self.reconnects > 0 {
+            row("reconnects", self.reconnects.to_string())?;
         }
         row("round trip", format!("{:.1} ms", self.round_trip_ms))?;
         let parts: Vec<String> =

@@ -11,7 +11,7 @@ use super::reader::PageReader;
 use crate::engine::Failure;
 use crate::engine::pusher::BundleBudget;
 use crate::page::PageIndex;
-use crate::transport::{Lane, Link};
+use crate::transport::{Lane, Link, LinkError};
 use crate::wire::message::{FaultRequest, MAX_REQUEST_PAGES, decode};
 
 /// What the fault lane's tasks share.
@@ -35,10 +35,13 @@ impl Answers {
         (Arc::new(Answers { link, frozen, budget, begin, bundles }), queue)
     }
 
-    /// Answers fault requests until the link ends. Several tasks may do so at a time.
-    pub(super) async fn serve(&self, mut reader: PageReader) -> Result<(), Failure> {
+    /// Answers fault requests until the link ends, and gives why it did. Several tasks may do so at a time.
+    pub(super) async fn serve(&self, mut reader: PageReader) -> Result<LinkError, Failure> {
         loop {
-            let bytes = self.link.recv(Lane::FaultRequest).await?;
+            let bytes = match self.link.recv(Lane::FaultRequest).await {
+                Ok(bytes) => bytes,
+                Err(error) => return Ok(error),
+            };
             let request: FaultRequest = decode(&bytes)?;
             if request.pages.len() > MAX_REQUEST_PAGES {
                 let count = request.pages.len();
@@ -52,7 +55,9 @@ impl Answers {
                     continue;
                 }
                 let reply = self.frozen.reply(wanted.page, request.whole, &mut reader);
-                self.link.send(Lane::FaultReply, reply).await?;
+                if let Err(error) = self.link.send(Lane::FaultReply, reply).await {
+                    return Ok(error);
+                }
                 if !bundle.is_empty() {
                     let bytes = |page: &PageIndex| u64::from(self.frozen.encoded_bytes(*page));
                     let cost = bundle.iter().map(bytes).sum();
@@ -77,11 +82,11 @@ impl Answers {
 
 /// Encodes and sends bundles until the link ends; a bundle's messages leave as they are encoded.
 pub(super) async fn send_bundles(
-    link: Link,
+    link: &Link,
     frozen: Arc<FrozenPages>,
     mut queue: mpsc::UnboundedReceiver<Vec<PageIndex>>,
     mut reader: PageReader,
-) -> Result<(), Failure> {
+) -> Result<(), LinkError> {
     while let Some(bundle) = queue.recv().await {
         for pages in bundle.chunks(BUNDLE_MESSAGE_PAGES) {
             let message = frozen.bundle(pages, &mut reader);

@@ -13,6 +13,7 @@ use tokio::task::JoinSet;
 use super::arrivals::Arrivals;
 use super::control::Verdict;
 use super::journal::{About, Journal, Side};
+use super::links::{Links, OnLink, until, until_quiet};
 use super::rounds::ms;
 use super::{
     Noted, PROGRESS_INTERVAL, ProgressMeter, RoundLedger, Shared, StopSignals, Timeline, blocking,
@@ -28,11 +29,11 @@ use crate::report::{
     Counters, FaultFigures, FaultLatency, LinkState, MigrationResult, Output, Report, Role,
     TRACE_LIMIT, TraceFile, TraceRecord,
 };
-use crate::transport::{Lane, Link, Listener};
+use crate::transport::{Lane, Link, LinkError, Listener, SessionKey};
 use crate::wire::DecodeScratch;
 use crate::wire::message::{
-    FaultRequest, Flight, Lacking, MAX_REJECTED_PAGES, MAX_REQUEST_PAGES, PackedSet, Strategy,
-    ToDestination, ToSource, Wanted, decode, encode,
+    DestinationStage, FaultRequest, Flight, Lacking, MAX_REJECTED_PAGES, MAX_REQUEST_PAGES,
+    MessageError, PackedSet, Strategy, ToDestination, ToSource, Wanted, decode, encode,
 };
 
 /// What the operator asked for.
@@ -42,6 +43,9 @@ pub struct ReceiveOptions {
     pub state_dir: PathBuf,
     /// Leave the guest stopped, with all its pages, instead of letting it run.
     pub paused: bool,
+    /// How long to wait for the source when the link is lost, before the migration is given up. Zero: not
+    /// at all.
+    pub reconnect_for: Duration,
     /// Filled with the table of page states once the guest's memory is registered, for someone who
     /// wants to watch it.
     pub page_table: Arc<OnceLock<Arc<PageTable>>>,
@@ -86,7 +90,7 @@ pub async fn receive(
         Ok(link) => {
             output.link(LinkState::Up);
             let session = Session::new(guest, link, options, (journal, trace), output);
-            Ok(session.run(signals).await)
+            Ok(session.run(signals, listener).await)
         }
         Err(failure) => {
             guest.call(|guest| guest.discard()).await?;
@@ -98,6 +102,17 @@ pub async fn receive(
 
 /// A refusal gets so long to reach the source before the link is closed.
 const REFUSAL_GRACE: Duration = Duration::from_secs(5);
+
+/// What the threads and tasks of a session tell its loop.
+enum Happened {
+    Event(DestinationEvent),
+    /// On the link of this number.
+    Heard(u32, Result<ToDestination, MessageError>),
+    /// The link of this number is broken.
+    LinkEnded(u32, LinkError),
+    /// Nothing works on the lost link of this number any more.
+    Quiet(u32),
+}
 
 /// A fault lane's request as it leaves the fault reader, and whether the page must come whole.
 type Asked = (Wanted, bool);
@@ -112,7 +127,11 @@ struct Prepared {
 struct Session {
     guest: Shared<dyn DestinationGuest>,
     pages_total: u64,
-    link: Link,
+    links: Links,
+    /// Who proves this is the source.
+    key: SessionKey,
+    /// The threads and the task of the lanes work on the link of this number.
+    lanes_of: Option<u32>,
     machine: DestinationMachine,
     options: ReceiveOptions,
     output: Arc<Output>,
@@ -120,20 +139,22 @@ struct Session {
     counters: Arc<Counters>,
     prepared: Arc<Mutex<Option<Prepared>>>,
     ledger: Arc<Mutex<RoundLedger>>,
-    /// Pages to be asked for, and the task's end of it until it starts. Bounded by the guest: a page is
-    /// asked for once.
+    /// Pages to be asked for, and the asking task's end of it. Bounded by the guest: a page is asked for
+    /// once, and once more after an outage.
     asked: mpsc::UnboundedSender<Asked>,
-    asking: Option<mpsc::UnboundedReceiver<Asked>>,
+    asking: Arc<tokio::sync::Mutex<mpsc::UnboundedReceiver<Asked>>>,
     mapper: Option<Mapper>,
     device_state: Arc<Mutex<Option<Vec<u8>>>>,
     journal: Arc<Mutex<Journal>>,
     trace: Arc<Mutex<Option<TraceFile>>>,
-    happened: mpsc::UnboundedSender<DestinationEvent>,
-    happenings: mpsc::UnboundedReceiver<DestinationEvent>,
+    happened: mpsc::UnboundedSender<Happened>,
+    happenings: mpsc::UnboundedReceiver<Happened>,
     tasks: JoinSet<()>,
     strategy: Strategy,
     rounds: u16,
     downtime_us: Option<u64>,
+    /// When the guest began to run here.
+    runs_since: Option<Instant>,
     device_state_bytes: Arc<Mutex<u64>>,
     remaining_at_freeze: Arc<Mutex<u64>>,
     outcome: Option<DestinationOutcome>,
@@ -153,10 +174,12 @@ impl Session {
         let (asked, asking) = mpsc::unbounded_channel();
         Session {
             asked,
-            asking: Some(asking),
+            asking: Arc::new(tokio::sync::Mutex::new(asking)),
             guest,
             pages_total,
-            link,
+            key: link.session_key(),
+            links: Links::new(link, options.reconnect_for),
+            lanes_of: None,
             machine: DestinationMachine::new(),
             options,
             output,
@@ -174,20 +197,28 @@ impl Session {
             strategy: Strategy::Hybrid,
             rounds: 0,
             downtime_us: None,
+            runs_since: None,
             device_state_bytes: Arc::default(),
             remaining_at_freeze: Arc::default(),
             outcome: None,
         }
     }
 
-    async fn run(mut self, mut signals: StopSignals) -> Report {
+    async fn run(mut self, mut signals: StopSignals, listener: &Listener) -> Report {
         self.listen();
         let mut meter = ProgressMeter::new(self.pages_total);
         let mut ticks = tokio::time::interval(PROGRESS_INTERVAL);
         while self.outcome.is_none() {
+            let give_up = self.links.deadline();
             tokio::select! {
-                Some(event) = self.happenings.recv() => self.handle(event).await,
+                Some(happened) = self.happenings.recv() => self.take_in(happened).await,
+                Ok(link) = listener.accept_resumed(&self.key, None) => self.found(link).await,
+                () = until(give_up) => self.give_up().await,
                 asked = signals.wait() => {
+                    if self.links.is_down() && self.machine.phase() == MigrationPhase::Done {
+                        // Only the source is to be told, and nobody wants to wait for it.
+                        self.give_up().await;
+                    }
                     if self.machine.is_committed() {
                         let reason = "the guest is already decided to run here: finishing";
                         self.output.note(reason);
@@ -201,7 +232,7 @@ impl Session {
                     if let Some(failure) = self.fault_failure() {
                         self.handle(DestinationEvent::Failed(failure)).await;
                     }
-                    let progress = meter.read(&self.timeline, &self.counters, &self.link);
+                    let progress = meter.read(&self.timeline, &self.counters, &self.links);
                     self.output.progress(progress);
                 }
             }
@@ -218,24 +249,91 @@ impl Session {
 
     /// Takes messages of the source.
     fn listen(&mut self) {
-        let (link, happened) = (self.link.clone(), self.happened.clone());
+        let Some(on_link) = self.links.on_link() else { return };
+        let happened = self.happened.clone();
         self.tasks.spawn(async move {
             loop {
-                let event = match link.control_recv().await {
-                    Ok(bytes) => match decode(&bytes) {
-                        Ok(message) => DestinationEvent::Message(message),
-                        Err(error) => DestinationEvent::Failed(error.into()),
-                    },
+                let said = match on_link.link.control_recv().await {
+                    Ok(bytes) => Happened::Heard(on_link.number, decode(&bytes)),
                     Err(error) => {
-                        let _ = happened.send(DestinationEvent::LinkLost(error.into()));
+                        let _ = happened.send(Happened::LinkEnded(on_link.number, error));
                         return;
                     }
                 };
-                if happened.send(event).is_err() {
+                if happened.send(said).is_err() {
                     return;
                 }
             }
         });
+    }
+
+    async fn take_in(&mut self, happened: Happened) {
+        match happened {
+            Happened::Event(event) => self.handle(event).await,
+            Happened::Heard(number, message) => {
+                if self.links.is_current(number) {
+                    self.handle(match message {
+                        Ok(message) => DestinationEvent::Message(message),
+                        Err(error) => DestinationEvent::Failed(error.into()),
+                    })
+                    .await;
+                }
+            }
+            Happened::LinkEnded(number, error) => {
+                if self.links.is_current(number) {
+                    self.lose_link(error).await;
+                }
+            }
+            Happened::Quiet(number) => {
+                self.links.quiet(number);
+                self.take_next_link().await;
+            }
+        }
+    }
+
+    /// The link is broken: waits for another one, where that helps.
+    async fn lose_link(&mut self, error: LinkError) {
+        let failure = Failure::plain(error.to_string());
+        let mendable = error.is_mendable() && !self.links.reconnect_for().is_zero();
+        if let Some((number, quiet)) = self.links.lose(error) {
+            let happened = self.happened.clone();
+            self.tasks.spawn(async move {
+                until_quiet(quiet).await;
+                let _ = happened.send(Happened::Quiet(number));
+            });
+        }
+        if !mendable {
+            self.links.give_up();
+            return self.handle(DestinationEvent::LinkLost(failure)).await;
+        }
+        self.output.link_down(&failure.reason, self.links.reconnect_for());
+        self.handle(DestinationEvent::LinkDown).await;
+    }
+
+    /// The source has come back, perhaps before it was missed here.
+    async fn found(&mut self, link: Link) {
+        if self.links.reconnect_for().is_zero() {
+            return;
+        }
+        if !self.links.is_down() {
+            self.lose_link(LinkError::Closed).await;
+        }
+        self.links.offer(link);
+        self.take_next_link().await;
+    }
+
+    async fn take_next_link(&mut self) {
+        if self.machine.wants_link() && self.links.take_next() {
+            self.listen();
+            self.start_lanes();
+            self.handle(DestinationEvent::LinkUp).await;
+        }
+    }
+
+    /// The outage has lasted too long.
+    async fn give_up(&mut self) {
+        let failure = Failure::plain(self.links.give_up());
+        self.handle(DestinationEvent::LinkLost(failure)).await;
     }
 
     async fn handle(&mut self, event: DestinationEvent) {
@@ -246,6 +344,8 @@ impl Session {
             DestinationEvent::Message(ToDestination::RoundEnd { round, .. }) => {
                 self.rounds = round.0;
             }
+            DestinationEvent::Prepared => self.start_lanes(),
+            DestinationEvent::Running => self.runs_since = Some(Instant::now()),
             _ => {}
         }
         self.machine.handle(event);
@@ -253,19 +353,43 @@ impl Session {
         while let Some(action) = self.machine.poll() {
             self.act(action).await;
         }
+        if self.machine.is_linked()
+            && let Some(outage) = self.links.mended()
+        {
+            self.output.link_up(outage);
+        }
+    }
+
+    async fn send(&mut self, mut message: ToSource) {
+        if let ToSource::Resync { running_us, .. } = &mut message {
+            *running_us = self.runs_since.map(|since| since.elapsed().as_micros() as u64);
+        }
+        let Some(on_link) = self.links.on_link() else { return };
+        let mut sent = on_link.link.control_send(encode(&message).into()).await;
+        let refused = matches!(
+            message,
+            ToSource::Refused { .. }
+                | ToSource::Resync { at: DestinationStage::Refused { .. }, .. }
+        );
+        if sent.is_ok() && refused {
+            // The guest is discarded next, and the link closed: let it arrive first, or else try again.
+            let idle_ms = REFUSAL_GRACE.as_millis() as u64;
+            sent = tokio::time::timeout(REFUSAL_GRACE, on_link.link.finish())
+                .await
+                .unwrap_or(Err(LinkError::TimedOut { idle_ms }));
+        }
+        if let Err(error) = sent {
+            let _ = self.happened.send(Happened::LinkEnded(on_link.number, error));
+        }
+    }
+
+    fn fail(&self, failure: Failure) {
+        let _ = self.happened.send(Happened::Event(DestinationEvent::Failed(failure)));
     }
 
     async fn act(&mut self, action: DestinationAction) {
         match action {
-            DestinationAction::Send(message) => {
-                if let Err(error) = self.link.control_send(encode(&message).into()).await {
-                    let _ = self.happened.send(DestinationEvent::LinkLost(error.into()));
-                }
-                // After a refusal the guest is discarded and the link closed: let it arrive first.
-                if matches!(message, ToSource::Refused { .. }) {
-                    let _ = tokio::time::timeout(REFUSAL_GRACE, self.link.finish()).await;
-                }
-            }
+            DestinationAction::Send(message) => self.send(message).await,
             DestinationAction::Prepare { shape, strategy, runs } => {
                 self.strategy = strategy;
                 self.options.paused |= !runs;
@@ -274,7 +398,7 @@ impl Session {
             DestinationAction::AwaitRound { round, messages } => {
                 let noted = self.ledger.lock().expect("no holder panics").expect(round, messages);
                 if let Err(failure) = tell_round(noted, &self.happened, &self.asked) {
-                    let _ = self.happened.send(DestinationEvent::Failed(failure));
+                    self.fail(failure);
                 }
             }
             DestinationAction::CollectPages { outage, of } => self.collect_pages(outage, of),
@@ -344,22 +468,43 @@ impl Session {
         let happened = self.happened.clone();
         self.tasks.spawn(async move {
             let event = step.await.unwrap_or_else(DestinationEvent::Failed);
-            let _ = happened.send(event);
+            let _ = happened.send(Happened::Event(event));
         });
     }
 
-    /// Compares shapes, registers the guest's memory, and starts the threads that serve it.
+    /// Starts to work on the lanes of the current link, once the guest's memory is registered.
+    fn start_lanes(&mut self) {
+        let Some(on_link) = self.links.on_link() else { return };
+        let arrivals = match &*self.prepared.lock().expect("no holder panics") {
+            Some(prepared) => prepared.arrivals.clone(),
+            None => return,
+        };
+        if self.lanes_of.replace(on_link.number) == Some(on_link.number) {
+            return;
+        }
+        for lane in [Lane::Push, Lane::FaultReply, Lane::Bundle] {
+            let applier = Applier {
+                lane,
+                on_link: on_link.clone(),
+                arrivals: arrivals.clone(),
+                ledger: self.ledger.clone(),
+                asked: self.asked.clone(),
+                happened: self.happened.clone(),
+            };
+            if let Err(failure) = applier.start(Handle::current()) {
+                self.fail(failure);
+            }
+        }
+        self.tasks.spawn(ask(on_link, self.asking.clone(), self.counters.clone()));
+    }
+
+    /// Compares shapes, registers the guest's memory, and serves its faults.
     fn prepare(&mut self, source: Shape) {
-        let (guest, link) = (self.guest.clone(), self.link.clone());
-        let (counters, ledger) = (self.counters.clone(), self.ledger.clone());
-        let (prepared, happened) = (self.prepared.clone(), self.happened.clone());
-        let (asked, handle) = (self.asked.clone(), Handle::current());
+        let (guest, counters) = (self.guest.clone(), self.counters.clone());
+        let (prepared, asked) = (self.prepared.clone(), self.asked.clone());
         let watched = self.options.page_table.clone();
         let touches_kept = if self.options.trace.is_some() { TRACE_LIMIT } else { 0 };
         let fault_options = FaultOptions { touches_kept, ..FaultOptions::default() };
-        if let Some(asking) = self.asking.take() {
-            self.tasks.spawn(ask(link.clone(), asking, counters.clone()));
-        }
         self.spawn_step(async move {
             blocking(move || {
                 let differences = source.differences(&guest.with(|guest| guest.shape().clone()));
@@ -373,26 +518,14 @@ impl Session {
                 let userfault = Arc::new(guest.with(|guest| guest.userfault())?);
                 let table = Arc::new(PageTable::anonymous(memory.pages())?);
                 let _ = watched.set(table.clone());
-                let wanted = asked.clone();
                 let ask = move |page: PageIndex, thread: u32| {
-                    let _ = wanted.send((Wanted { page, thread }, false));
+                    let _ = asked.send((Wanted { page, thread }, false));
                 };
                 let service =
                     FaultServer::start(userfault.clone(), table.clone(), fault_options, ask)?;
                 let faults = Arc::new(service);
                 let arrivals = Arc::new(Arrivals::new(memory, table.clone(), counters));
                 arrivals.serve_with(faults.clone());
-                for lane in [Lane::Push, Lane::FaultReply, Lane::Bundle] {
-                    let applier = Applier {
-                        lane,
-                        link: link.clone(),
-                        arrivals: arrivals.clone(),
-                        ledger: ledger.clone(),
-                        asked: asked.clone(),
-                        happened: happened.clone(),
-                    };
-                    applier.start(handle.clone())?;
-                }
                 let ready = Prepared { arrivals, userfault, faults };
                 *prepared.lock().expect("no holder panics") = Some(ready);
                 Ok(DestinationEvent::Prepared)
@@ -404,6 +537,7 @@ impl Session {
     /// Looks up what the source must know of pages after an outage, when nothing is being applied.
     fn collect_pages(&mut self, outage: u32, of: PagesOf) {
         let (prepared, ledger) = (self.prepared.clone(), self.ledger.clone());
+        let asked = self.asked.clone();
         self.spawn_step(async move {
             blocking(move || {
                 let prepared = prepared.lock().expect("no holder panics");
@@ -415,10 +549,19 @@ impl Session {
                         }
                         PagesHere::Held(PackedSet::pack(&table.stale_at(round)))
                     }
-                    PagesOf::Remainder => PagesHere::Lacking(Lacking {
-                        missing: PackedSet::pack(&table.incomplete()),
-                        without_base: PackedSet::pack(&table.absent()),
-                    }),
+                    PagesOf::Remainder => {
+                        let missing = table.incomplete();
+                        // What was asked for may be lost with the link.
+                        let mut waiting = table.waiting_pages();
+                        waiting.intersect_with(&missing);
+                        for page in waiting.iter() {
+                            let _ = asked.send((Wanted { page, thread: 0 }, false));
+                        }
+                        PagesHere::Lacking(Lacking {
+                            missing: PackedSet::pack(&missing),
+                            without_base: PackedSet::pack(&table.absent()),
+                        })
+                    }
                 };
                 Ok(DestinationEvent::PagesCollected { outage, pages })
             })
@@ -427,16 +570,24 @@ impl Session {
     }
 
     fn await_flight(&mut self, offered: Version) {
-        let (link, prepared) = (self.link.clone(), self.prepared.clone());
+        let Some(on_link) = self.links.on_link() else { return };
+        let prepared = self.prepared.clone();
         let (device_state, happened) = (self.device_state.clone(), self.happened.clone());
         let (state_bytes, remaining) =
             (self.device_state_bytes.clone(), self.remaining_at_freeze.clone());
         let (pages, timeline) = (self.pages_total, self.timeline.clone());
         let (ledger, asked) = (self.ledger.clone(), self.asked.clone());
-        let trace = self.trace.clone();
-        self.spawn_step(async move {
-            let bytes = link.recv(Lane::State).await?;
-            blocking(move || {
+        let (trace, steps) = (self.trace.clone(), self.happened.clone());
+        self.tasks.spawn(async move {
+            let bytes = match on_link.link.recv(Lane::State).await {
+                Ok(bytes) => bytes,
+                // It is offered again on the next link.
+                Err(error) => {
+                    let _ = steps.send(Happened::LinkEnded(on_link.number, error));
+                    return;
+                }
+            };
+            let event = blocking(move || {
                 let begin = Instant::now();
                 let flight: Flight = decode(&bytes)?;
                 if flight.final_version != offered {
@@ -457,11 +608,13 @@ impl Session {
                 }
                 timeline.part("offer.switch_over", begin.elapsed());
                 if missing == 0 {
-                    let _ = happened.send(DestinationEvent::PagesComplete);
+                    let _ = happened.send(Happened::Event(DestinationEvent::PagesComplete));
                 }
                 Ok(DestinationEvent::FlightArrived)
             })
-            .await
+            .await;
+            let event = event.unwrap_or_else(DestinationEvent::Failed);
+            let _ = steps.send(Happened::Event(event));
         });
     }
 
@@ -508,7 +661,7 @@ impl Session {
         let outcome = self.outcome.take().expect("the loop ends with an outcome");
         self.timeline.enter(MigrationPhase::Done, &self.output);
         let total_ms = ms(self.timeline.elapsed());
-        let stats = self.link.stats();
+        let stats = self.links.stats();
         let failure = match &outcome {
             DestinationOutcome::Migrated => None,
             DestinationOutcome::Refused(failure)
@@ -516,7 +669,7 @@ impl Session {
             | DestinationOutcome::LostPages(failure) => Some(failure.clone()),
         };
         let goodbye = failure.as_ref().map_or("done", |failure| failure.reason.as_str());
-        self.link.close(u32::from(failure.is_some()), goodbye).await;
+        self.links.link().close(u32::from(failure.is_some()), goodbye).await;
         self.tasks.shutdown().await;
         if let Some(failure) = &failure {
             self.output.error(failure);
@@ -573,6 +726,7 @@ impl Session {
             faults: faults.as_ref().map(FaultFigures::of),
             push: None,
             round_trip_ms: stats.min_rtt_us as f64 / 1e3,
+            reconnects: self.links.reconnects(),
             tracker: None,
             phases_ms: self.timeline.parts_ms(),
         }
@@ -582,11 +736,11 @@ impl Session {
 /// A thread that applies what comes on one lane.
 struct Applier {
     lane: Lane,
-    link: Link,
+    on_link: OnLink,
     arrivals: Arc<Arrivals>,
     ledger: Arc<Mutex<RoundLedger>>,
     asked: mpsc::UnboundedSender<Asked>,
-    happened: mpsc::UnboundedSender<DestinationEvent>,
+    happened: mpsc::UnboundedSender<Happened>,
 }
 
 impl Applier {
@@ -596,9 +750,10 @@ impl Applier {
             .spawn(move || {
                 let mut scratch = DecodeScratch::default();
                 // The link's end is told by the control lane.
-                while let Ok(message) = handle.block_on(self.link.recv(self.lane)) {
+                while let Ok(message) = handle.block_on(self.on_link.link.recv(self.lane)) {
                     if let Err(failure) = self.apply(message, &mut scratch) {
-                        let _ = self.happened.send(DestinationEvent::Failed(failure));
+                        let event = DestinationEvent::Failed(failure);
+                        let _ = self.happened.send(Happened::Event(event));
                         return;
                     }
                 }
@@ -615,7 +770,7 @@ impl Applier {
         drop(ledger);
         tell_round(noted, &self.happened, &self.asked)?;
         if !was_complete && self.arrivals.is_complete() {
-            let _ = self.happened.send(DestinationEvent::PagesComplete);
+            let _ = self.happened.send(Happened::Event(DestinationEvent::PagesComplete));
         }
         Ok(())
     }
@@ -623,7 +778,7 @@ impl Applier {
 
 fn tell_round(
     noted: Noted,
-    happened: &mpsc::UnboundedSender<DestinationEvent>,
+    happened: &mpsc::UnboundedSender<Happened>,
     asked: &mpsc::UnboundedSender<Asked>,
 ) -> Result<(), Failure> {
     match noted {
@@ -633,7 +788,8 @@ fn tell_round(
                 let text = format!("{} pages of round {} were spoilt", rejected.len(), round.0);
                 return Err(Failure::plain(text));
             }
-            let _ = happened.send(DestinationEvent::RoundApplied { round, rejected });
+            let event = DestinationEvent::RoundApplied { round, rejected };
+            let _ = happened.send(Happened::Event(event));
         }
         Noted::AskAgain(pages) => {
             for page in pages {
@@ -652,10 +808,22 @@ fn again(page: PageIndex) -> Asked {
     (Wanted { page, thread: 0 }, true)
 }
 
-/// Sends fault requests, those that have gathered while the last was sent together.
-async fn ask(link: Link, mut asking: mpsc::UnboundedReceiver<Asked>, counters: Arc<Counters>) {
-    let mut gathered = Vec::new();
-    while asking.recv_many(&mut gathered, MAX_REQUEST_PAGES).await > 0 {
+/// Sends fault requests, those that have gathered while the last was sent together, until the link ends.
+async fn ask(
+    on_link: OnLink,
+    asking: Arc<tokio::sync::Mutex<mpsc::UnboundedReceiver<Asked>>>,
+    counters: Arc<Counters>,
+) {
+    let link = &on_link.link;
+    let (mut asking, mut gathered) = (asking.lock().await, Vec::new());
+    loop {
+        let count = tokio::select! {
+            count = asking.recv_many(&mut gathered, MAX_REQUEST_PAGES) => count,
+            _ = link.ended() => return,
+        };
+        if count == 0 {
+            return;
+        }
         counters.remote_faults.fetch_add(gathered.len() as u64, Ordering::Relaxed);
         for whole in [false, true] {
             let pages: Vec<Wanted> =

@@ -6,6 +6,7 @@
 //! * `rounds` and `frozen` are the source's pages before and after the guest was stopped, `reader`
 //!   copies and encodes them, `answers` is the source's end of the fault lane; `arrivals` are the
 //!   destination's.
+//! * `links`: a migration outlives its link; this is what both sides do when one is lost.
 //! * [`journal`] is what a side must not forget, [`control`] how others ask it and tell it to end,
 //!   [`resolve`] what a person may decide by what it says.
 
@@ -24,7 +25,9 @@ use crate::guest::GuestError;
 use crate::memory::MemoryError;
 use crate::page::{PageIndex, Version};
 use crate::report::{Counters, Output, PhaseTimes, Progress, TraceFile};
-use crate::transport::{Link, LinkError};
+use crate::transport::LinkError;
+
+use links::Links;
 
 mod answers;
 mod arrivals;
@@ -32,6 +35,7 @@ pub mod control;
 pub mod destination;
 mod frozen;
 pub mod journal;
+mod links;
 mod reader;
 pub mod resolve;
 mod rounds;
@@ -173,9 +177,9 @@ impl ProgressMeter {
         ProgressMeter { pages_total, last: (Instant::now(), 0) }
     }
 
-    fn read(&mut self, timeline: &Timeline, counters: &Counters, link: &Link) -> Progress {
+    fn read(&mut self, timeline: &Timeline, counters: &Counters, links: &Links) -> Progress {
         use std::sync::atomic::Ordering::Relaxed;
-        let stats = link.stats();
+        let stats = links.stats();
         let wire_bytes = stats.sent_bytes + stats.received_bytes;
         let seconds = self.last.0.elapsed().as_secs_f64().max(1e-3);
         let rate = wire_bytes.saturating_sub(self.last.1) as f64 / seconds;

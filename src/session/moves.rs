@@ -21,6 +21,8 @@ use crate::session::source::{SendOptions, send};
 use crate::transport::{Listener, Ticket, TransportOptions};
 use crate::wire::message::{HandoverForm, Strategy};
 
+mod outages;
+
 /// How a guest is moved.
 #[derive(Clone, Copy, Debug)]
 struct Method {
@@ -30,6 +32,7 @@ struct Method {
     bandwidth_bytes_per_s: Option<u64>,
     pusher: PusherKind,
     traced: bool,
+    reconnect_for: Duration,
 }
 
 impl Default for Method {
@@ -41,6 +44,7 @@ impl Default for Method {
             bandwidth_bytes_per_s: None,
             pusher: PusherKind::default(),
             traced: false,
+            reconnect_for: Duration::from_secs(30),
         }
     }
 }
@@ -86,6 +90,16 @@ async fn send_to(
     method: Method,
     state_dir: &std::path::Path,
 ) -> Report {
+    send_over(source, ticket, method, &transport(method), state_dir).await
+}
+
+async fn send_over(
+    source: &SharedGuest,
+    ticket: &Ticket,
+    method: Method,
+    transport: &TransportOptions,
+    state_dir: &std::path::Path,
+) -> Report {
     let options = SendOptions {
         engine: SourceConfig {
             strategy: method.strategy,
@@ -103,24 +117,32 @@ async fn send_to(
         pusher: method.pusher,
         state_dir: state_dir.to_owned(),
         quit_source: false,
+        reconnect_for: method.reconnect_for,
     };
     let guest = Box::new(source.clone());
     let output = Arc::new(Output::new(false));
-    send(guest, ticket, &transport(method), options, output).await.expect("the receiver is there")
+    send(guest, ticket, transport, options, output).await.expect("the receiver is there")
 }
 
 async fn receive_from(
     destination: SharedGuest,
     listener: Listener,
     ticket: Ticket,
-    method: Method,
-    state_dir: std::path::PathBuf,
+    options: ReceiveOptions,
 ) -> Report {
-    let trace = method.traced.then(|| state_dir.with_file_name("destination.trace"));
-    let options = ReceiveOptions { state_dir, paused: false, page_table: Arc::default(), trace };
     let (guest, output) = (Box::new(destination), Arc::new(Output::new(false)));
     let migration = ticket.migration.to_string();
     receive(guest, &listener, &migration, options, output).await.expect("a sender comes")
+}
+
+fn receive_options(method: Method, state_dir: &std::path::Path) -> ReceiveOptions {
+    ReceiveOptions {
+        state_dir: state_dir.to_owned(),
+        paused: false,
+        reconnect_for: method.reconnect_for,
+        page_table: Arc::default(),
+        trace: method.traced.then(|| state_dir.with_file_name("destination.trace")),
+    }
 }
 
 fn run_both(source: &SharedGuest, destination: &SharedGuest, method: Method) -> Moved {
@@ -131,8 +153,8 @@ fn run_both(source: &SharedGuest, destination: &SharedGuest, method: Method) -> 
     let moved = runtime.block_on(async {
         let address = (Ipv4Addr::LOCALHOST, 0).into();
         let (listener, ticket) = Listener::bind(address, Vec::new(), &transport(method)).unwrap();
-        let (there, ticket_there) = (state_dir.clone(), ticket.clone());
-        let receiving = receive_from(destination.clone(), listener, ticket_there, method, there);
+        let options = receive_options(method, &state_dir);
+        let receiving = receive_from(destination.clone(), listener, ticket.clone(), options);
         let receiving = tokio::spawn(receiving);
         let sent = send_to(source, &ticket, method, &state_dir).await;
         let mut trace = Vec::new();
@@ -352,8 +374,9 @@ fn survives_the_destinations_death(
         let address = (Ipv4Addr::LOCALHOST, 0).into();
         Listener::bind(address, Vec::new(), &transport(method)).unwrap()
     };
-    let state_dir = directory.path().to_owned();
-    doomed.spawn(receive_from(destination.clone(), listener, ticket.clone(), method, state_dir));
+    let method = Method { reconnect_for: Duration::from_secs(1), ..method };
+    let options = receive_options(method, directory.path());
+    doomed.spawn(receive_from(destination.clone(), listener, ticket.clone(), options));
     let killer = std::thread::spawn(move || {
         std::thread::sleep(Duration::from_millis(1500));
         doomed.shutdown_background();

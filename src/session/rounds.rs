@@ -99,13 +99,13 @@ impl RoundSender {
         self.tell_remaining();
     }
 
-    /// Sends a round into `messages`. Gives up silently when the channel is closed: whoever closed it
-    /// knows why.
+    /// Sends a round into `messages`. `None` when the channel is closed before: whoever closed it knows
+    /// why.
     pub(super) fn send_round(
         &mut self,
         version: Version,
         messages: &mpsc::Sender<Bytes>,
-    ) -> Result<RoundSummary, Failure> {
+    ) -> Result<Option<RoundSummary>, Failure> {
         let begin = Instant::now();
         let mut summary = RoundSummary::default();
         let mut outgoing = Outgoing { messages, buffer: Vec::new(), sent: 0, closed: false };
@@ -149,7 +149,7 @@ impl RoundSender {
             summary.sent_bytes += counts.total_bytes();
             self.tell_remaining();
             if outgoing.closed {
-                return Err(Failure::plain("the link closed during a pre-copy round"));
+                return Ok(None);
             }
         }
         outgoing.send(&mut self.reader);
@@ -160,7 +160,7 @@ impl RoundSender {
         summary.duration = begin.elapsed();
         summary.dirty_pages = self.plan.dirty_pages();
         summary.bytes_per_dirty_page = self.cost_of_a_dirty_page(version);
-        Ok(summary)
+        Ok(Some(summary))
     }
 
     /// The guest is stopped and its device state saved: collects its last writes. What is left is for

@@ -13,6 +13,7 @@ use super::answers::{Answers, send_bundles};
 use super::control::Verdict;
 use super::frozen::FrozenPages;
 use super::journal::{About, Journal, Side};
+use super::links::{Backoff, Links, OnLink, until, until_quiet};
 use super::reader::{PageReader, Purpose};
 use super::rounds::{RoundSender, ms};
 use super::{PROGRESS_INTERVAL, ProgressMeter, Shared, StopSignals, Timeline, blocking};
@@ -24,9 +25,12 @@ use crate::guest::SourceGuest;
 use crate::memory::TrackerKind;
 use crate::page::Version;
 use crate::report::{Counters, LinkState, MigrationResult, Output, Report, Role, TraceFile};
-use crate::transport::{Lane, Link, Ticket, TransportOptions, connect};
+use crate::transport::{
+    Lane, Link, LinkError, SessionKey, Ticket, TransportOptions, connect, reconnect,
+};
 use crate::wire::message::{
-    Flight, Lacking, PROTOCOL, PackedBytes, PackedSet, ToDestination, decode, encode,
+    DestinationStage, Flight, Lacking, MessageError, PROTOCOL, PackedBytes, PackedSet,
+    ToDestination, ToSource, decode, encode,
 };
 
 /// A round gets so long to notice that the link is closed.
@@ -35,6 +39,12 @@ const ROUND_GRACE: Duration = Duration::from_secs(10);
 /// The last message gets so long to reach the destination.
 const FAREWELL_GRACE: Duration = Duration::from_secs(2);
 
+/// One attempt to connect again. Within it packets are repeated ever more rarely, so that a new attempt
+/// finds a mended network sooner than a longer one.
+const ATTEMPT: Duration = Duration::from_secs(5);
+
+/// The guest runs on here, and the destination, which cannot be reached, is to be told so within this.
+const LAST_WORD: Duration = Duration::from_secs(10);
 /// Tasks that answer faults: while one encodes a page, another takes the next request.
 const ANSWERERS: usize = 2;
 
@@ -57,6 +67,9 @@ pub struct SendOptions {
     pub state_dir: PathBuf,
     /// End the monitor here when the guest runs at the destination with all its pages.
     pub quit_source: bool,
+    /// How long to look for the destination when the link is lost, before the migration is given up.
+    /// Zero: not at all.
+    pub reconnect_for: Duration,
 }
 
 /// Moves `guest` to the receiver that made `ticket`. The report is there even when it fails.
@@ -82,15 +95,57 @@ pub async fn send(
     let journal = Journal::create(&options.state_dir, &about)?;
     signals.listen_at(&journal, &output);
     output.link(LinkState::Up);
-    let session = Session::new(guest, link, options, (journal, trace), output);
+    let destination = Destination {
+        ticket: ticket.clone(),
+        key: link.session_key(),
+        transport: TransportOptions {
+            connect_timeout_ms: ATTEMPT.as_millis() as u64,
+            ..transport.clone()
+        },
+    };
+    let session = Session::new(guest, link, destination, options, (journal, trace), output);
     Ok(session.run(signals).await)
+}
+
+/// How to find the destination again.
+#[derive(Clone)]
+struct Destination {
+    ticket: Ticket,
+    key: SessionKey,
+    transport: TransportOptions,
+}
+
+impl Destination {
+    /// Does not give up.
+    async fn find(&self) -> Link {
+        let mut backoff = Backoff::new();
+        loop {
+            let begun = tokio::time::Instant::now();
+            match reconnect(&self.ticket, &self.key, &self.transport).await {
+                Ok(link) => return link,
+                Err(error) => tracing::info!("connecting again: {error}"),
+            }
+            let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+            let random = u64::from(now.map_or(0, |now| now.subsec_nanos()));
+            tokio::time::sleep_until(begun + backoff.pause(random)).await;
+        }
+    }
 }
 
 /// What the threads and tasks of a session tell its loop.
 enum Happened {
     Event(SourceEvent),
+    /// On the link of this number.
+    Heard(u32, Result<ToSource, MessageError>),
+    /// The link of this number is broken.
+    LinkEnded(u32, LinkError),
+    /// Nothing works on the lost link of this number any more.
+    Quiet(u32),
+    /// Another link.
+    Reconnected(Link),
     /// A round's sender comes back from its thread.
-    Round(Box<RoundSender>, Result<crate::engine::policy::RoundSummary, Failure>),
+    /// `None`: the link broke before the round was sent.
+    Round(Box<RoundSender>, Result<Option<crate::engine::policy::RoundSummary>, Failure>),
     /// The freeze is over.
     Frozen(Box<RoundSender>, Result<Box<(FrozenPages, Vec<u8>)>, Failure>),
 }
@@ -98,7 +153,10 @@ enum Happened {
 struct Session {
     guest: Shared<dyn SourceGuest>,
     pages_total: u64,
-    link: Link,
+    links: Links,
+    destination: Destination,
+    /// Looks for the destination.
+    search: Option<tokio::task::AbortHandle>,
     machine: SourceMachine,
     options: SendOptions,
     output: Arc<Output>,
@@ -126,6 +184,7 @@ impl Session {
     fn new(
         guest: Box<dyn SourceGuest>,
         link: Link,
+        destination: Destination,
         options: SendOptions,
         (journal, trace): (Journal, Option<TraceFile>),
         output: Arc<Output>,
@@ -145,7 +204,9 @@ impl Session {
             ))),
             guest: Shared::new(guest),
             pages_total,
-            link,
+            links: Links::new(link, options.reconnect_for),
+            destination,
+            search: None,
             machine: SourceMachine::new(options.engine.clone()),
             options,
             output,
@@ -181,9 +242,11 @@ impl Session {
         while self.outcome.is_none() {
             let deadline = self.machine.deadline().unwrap_or(Duration::from_secs(1 << 30));
             let wait = deadline.saturating_sub(self.timeline.elapsed());
+            let give_up = self.links.deadline();
             tokio::select! {
                 Some(happened) = self.happenings.recv() => self.take_in(happened).await,
                 () = tokio::time::sleep(wait) => self.handle(SourceEvent::Tick).await,
+                () = until(give_up) => self.give_up().await,
                 asked = signals.wait() => {
                     if self.machine.decided() {
                         let reason = "the guest is already at the destination: finishing";
@@ -195,7 +258,7 @@ impl Session {
                     self.handle(SourceEvent::Cancelled).await;
                 }
                 _ = ticks.tick() => {
-                    let progress = meter.read(&self.timeline, &self.counters, &self.link);
+                    let progress = meter.read(&self.timeline, &self.counters, &self.links);
                     self.output.progress(progress);
                 }
             }
@@ -205,18 +268,18 @@ impl Session {
 
     /// Takes messages of the destination.
     fn listen(&mut self) {
-        let (link, happened) = (self.link.clone(), self.happened.clone());
+        let Some(on_link) = self.links.on_link() else { return };
+        let happened = self.happened.clone();
         self.tasks.spawn(async move {
             loop {
-                let message = match link.control_recv().await {
-                    Ok(bytes) => decode(&bytes).map(SourceEvent::Message),
+                let said = match on_link.link.control_recv().await {
+                    Ok(bytes) => Happened::Heard(on_link.number, decode(&bytes)),
                     Err(error) => {
-                        let _ = happened.send(Happened::Event(SourceEvent::LinkLost(error.into())));
+                        let _ = happened.send(Happened::LinkEnded(on_link.number, error));
                         return;
                     }
                 };
-                let event = message.unwrap_or_else(|error| SourceEvent::Failed(error.into()));
-                if happened.send(Happened::Event(event)).is_err() {
+                if happened.send(said).is_err() {
                     return;
                 }
             }
@@ -225,13 +288,32 @@ impl Session {
 
     async fn take_in(&mut self, happened: Happened) {
         match happened {
-            Happened::Event(event) => {
-                if let SourceEvent::Message(crate::wire::message::ToSource::Running) = &event {
-                    let stopped_at = *self.stopped_at.lock().expect("no holder panics");
-                    let back = Duration::from_micros(self.link.stats().min_rtt_us / 2);
-                    self.downtime = stopped_at.map(|at| at.elapsed().saturating_sub(back));
+            Happened::Event(event) => self.handle(event).await,
+            Happened::Heard(number, message) => {
+                if !self.links.is_current(number) {
+                    return;
                 }
-                self.handle(event).await;
+                match message {
+                    Ok(message) => {
+                        self.note_running(&message);
+                        self.handle(SourceEvent::Message(message)).await;
+                    }
+                    Err(error) => self.handle(SourceEvent::Failed(error.into())).await,
+                }
+            }
+            Happened::LinkEnded(number, error) => {
+                if self.links.is_current(number) {
+                    self.lose_link(error).await;
+                }
+            }
+            Happened::Quiet(number) => {
+                self.links.quiet(number);
+                self.take_next_link().await;
+            }
+            Happened::Reconnected(link) => {
+                self.search = None;
+                self.links.offer(link);
+                self.take_next_link().await;
             }
             Happened::Round(sender, result) => {
                 self.tracker = sender.tracker_name();
@@ -240,8 +322,9 @@ impl Session {
                 }
                 self.sender = Some(sender);
                 let event = match result {
-                    Ok(mut summary) => {
-                        let stats = self.link.stats();
+                    Ok(None) => return,
+                    Ok(Some(mut summary)) => {
+                        let stats = self.links.stats();
                         summary.round_trip = Duration::from_micros(stats.min_rtt_us);
                         summary.link_bytes_per_s = stats.delivery_rate_bytes_per_s.max(1);
                         SourceEvent::RoundSent(summary)
@@ -271,6 +354,72 @@ impl Session {
         while let Some(action) = self.machine.poll() {
             self.act(action).await;
         }
+        if self.machine.is_linked()
+            && let Some(outage) = self.links.mended()
+        {
+            self.output.link_up(outage);
+        }
+    }
+
+    /// The destination says that the guest runs there: how long it stood still.
+    fn note_running(&mut self, message: &ToSource) {
+        let ago = match message {
+            ToSource::Running => Duration::ZERO,
+            ToSource::Resync {
+                at: DestinationStage::Running { .. } | DestinationStage::Done,
+                running_us: Some(running_us),
+            } => Duration::from_micros(*running_us),
+            _ => return,
+        };
+        let back = Duration::from_micros(self.links.stats().min_rtt_us / 2);
+        let stopped_at = *self.stopped_at.lock().expect("no holder panics");
+        let downtime = stopped_at.map(|at| at.elapsed().saturating_sub(ago).saturating_sub(back));
+        self.downtime = self.downtime.or(downtime);
+    }
+
+    /// The link is broken: looks for another one, where that helps.
+    async fn lose_link(&mut self, error: LinkError) {
+        let failure = Failure::plain(error.to_string());
+        let mendable = error.is_mendable() && !self.links.reconnect_for().is_zero();
+        if let Some((number, quiet)) = self.links.lose(error) {
+            let happened = self.happened.clone();
+            self.tasks.spawn(async move {
+                until_quiet(quiet).await;
+                let _ = happened.send(Happened::Quiet(number));
+            });
+        }
+        if !mendable {
+            self.links.give_up();
+            return self.handle(SourceEvent::LinkLost(failure)).await;
+        }
+        if self.machine.wants_link() {
+            self.output.link_down(&failure.reason, self.links.reconnect_for());
+            let (destination, happened) = (self.destination.clone(), self.happened.clone());
+            let search = self.tasks.spawn(async move {
+                let _ = happened.send(Happened::Reconnected(destination.find().await));
+            });
+            self.search = Some(search);
+        }
+        self.handle(SourceEvent::LinkDown(failure)).await;
+    }
+
+    async fn take_next_link(&mut self) {
+        if self.machine.wants_link() && self.links.take_next() {
+            self.listen();
+            self.handle(SourceEvent::LinkUp).await;
+        }
+    }
+
+    /// The outage has lasted too long.
+    async fn give_up(&mut self) {
+        if let Some(search) = self.search.take() {
+            search.abort();
+        }
+        let failure = Failure::new(
+            self.links.give_up(),
+            "look at the network and at the other host; --reconnect-for allows more time",
+        );
+        self.handle(SourceEvent::LinkLost(failure)).await;
     }
 
     async fn act(&mut self, action: SourceAction) {
@@ -279,10 +428,10 @@ impl Session {
                 if let ToDestination::Bye { downtime_us } = &mut message {
                     *downtime_us = self.downtime.map(|downtime| downtime.as_micros() as u64);
                 }
-                if let Err(error) = self.link.control_send(encode(&message).into()).await {
+                let Some(on_link) = self.links.on_link() else { return };
+                if let Err(error) = on_link.link.control_send(encode(&message).into()).await {
                     // The receiving task finds the same; this one may be first.
-                    let _ =
-                        self.happened.send(Happened::Event(SourceEvent::LinkLost(error.into())));
+                    link_ended(&self.happened, &on_link, error);
                 }
             }
             SourceAction::SendRound(version) => self.send_round(version),
@@ -343,9 +492,10 @@ impl Session {
     }
 
     fn send_round(&mut self, version: Version) {
+        let Some(on_link) = self.links.on_link() else { return };
         let Some(mut sender) = self.sender.take() else { return };
         let (guest, kind) = (self.guest.clone(), self.options.tracker);
-        let (happened, link) = (self.happened.clone(), self.link.clone());
+        let (happened, link) = (self.happened.clone(), on_link.link.clone());
         let (messages, queue) = mpsc::channel(4);
         self.tasks.spawn(async move {
             let forward = tokio::spawn(forward(link, queue, |link, message| async move {
@@ -371,8 +521,8 @@ impl Session {
                 }
             };
             // What the link still holds is waited for by the destination's acknowledgement.
-            if let Ok(Err(failure)) = forward.await {
-                let _ = happened.send(Happened::Event(SourceEvent::LinkLost(failure)));
+            if let Ok(Err(error)) = forward.await {
+                link_ended(&happened, &on_link, error);
             }
             let _ = happened.send(Happened::Round(sender, result));
         });
@@ -420,10 +570,11 @@ impl Session {
 
     fn send_flight(&mut self) {
         let Some(flight) = self.flight.clone() else { return };
-        let (link, happened) = (self.link.clone(), self.happened.clone());
+        let Some(on_link) = self.links.on_link() else { return };
+        let happened = self.happened.clone();
         self.tasks.spawn(async move {
-            if let Err(error) = link.send(Lane::State, flight).await {
-                let _ = happened.send(Happened::Event(SourceEvent::LinkLost(error.into())));
+            if let Err(error) = on_link.link.send(Lane::State, flight).await {
+                link_ended(&happened, &on_link, error);
             }
         });
     }
@@ -462,11 +613,13 @@ impl Session {
 
     /// Starts the pusher and the fault lane.
     fn send_remainder(&mut self) {
+        let Some(on_link) = self.links.on_link() else { return };
         let Some(frozen) = self.frozen.clone() else { return };
         let (messages, queue) = mpsc::channel(2);
-        let pushed = frozen.clone();
-        let (codecs, rate) = (self.options.codecs, self.link.stats().delivery_rate_bytes_per_s);
+        let (pushed, pusher) = (frozen.clone(), on_link.clone());
+        let (codecs, rate) = (self.options.codecs, self.links.stats().delivery_rate_bytes_per_s);
         self.tasks.spawn_blocking(move || {
+            let _on_link = pusher;
             let mut reader = PageReader::new(Purpose::Push, codecs, Some(rate));
             let mut begun = Vec::new();
             while let Some(message) = pushed.next_push(&mut reader, &mut begun) {
@@ -477,31 +630,38 @@ impl Session {
                 reader.sent(bytes, waiting.elapsed());
             }
         });
-        let (link, happened) = (self.link.clone(), self.happened.clone());
+        let (pushing, happened) = (on_link.clone(), self.happened.clone());
         self.tasks.spawn(async move {
-            let event =
-                match forward(link, queue, |link, message| async move { link.push(message).await })
-                    .await
-                {
-                    Ok(()) => SourceEvent::RemainderSent,
-                    Err(failure) => SourceEvent::LinkLost(failure),
-                };
-            let _ = happened.send(Happened::Event(event));
+            let link = pushing.link.clone();
+            match forward(link, queue, |link, message| async move { link.push(message).await })
+                .await
+            {
+                Ok(()) => {
+                    let _ = happened.send(Happened::Event(SourceEvent::RemainderSent));
+                }
+                Err(error) => link_ended(&happened, &pushing, error),
+            }
         });
         let reader = move || PageReader::new(Purpose::Fault, codecs, Some(rate));
-        let (answers, bundles) = Answers::new(self.link.clone(), frozen.clone());
+        let (answers, bundles) = Answers::new(on_link.link.clone(), frozen.clone());
         for _ in 0..ANSWERERS {
             let (answers, happened) = (answers.clone(), self.happened.clone());
+            let on_link = on_link.clone();
             self.tasks.spawn(async move {
-                if let Err(failure) = answers.serve(reader()).await {
-                    let _ = happened.send(Happened::Event(SourceEvent::LinkLost(failure)));
+                match answers.serve(reader()).await {
+                    Ok(error) => link_ended(&happened, &on_link, error),
+                    Err(failure) => {
+                        let _ = happened.send(Happened::Event(SourceEvent::Failed(failure)));
+                    }
                 }
             });
         }
-        let (link, happened) = (self.link.clone(), self.happened.clone());
+        // Only those who serve keep the bundler going.
+        drop(answers);
+        let happened = self.happened.clone();
         self.tasks.spawn(async move {
-            if let Err(failure) = send_bundles(link, frozen, bundles, reader()).await {
-                let _ = happened.send(Happened::Event(SourceEvent::LinkLost(failure)));
+            if let Err(error) = send_bundles(&on_link.link, frozen, bundles, reader()).await {
+                link_ended(&happened, &on_link, error);
             }
         });
     }
@@ -513,9 +673,24 @@ impl Session {
                 Some(Happened::Round(sender, _) | Happened::Frozen(sender, _)) => {
                     self.sender = Some(sender);
                 }
-                Some(Happened::Event(_)) => {}
+                Some(_) => {}
                 None => return,
             }
+        }
+    }
+
+    /// The migration has ended in an outage, with the guest running here. The destination would wait.
+    async fn tell_of_stay(&self, failure: &Failure, limit: Duration) {
+        let tell = async {
+            let link = self.destination.find().await;
+            let abort = ToDestination::Abort { reason: failure.reason.clone() };
+            if link.control_send(encode(&abort).into()).await.is_ok() {
+                let _ = link.finish().await;
+            }
+            link.close(1, &failure.reason).await;
+        };
+        if tokio::time::timeout(limit, tell).await.is_err() {
+            tracing::warn!("the destination was not told that the guest stays here");
         }
     }
 
@@ -523,7 +698,7 @@ impl Session {
         let outcome = self.outcome.take().expect("the loop ends with an outcome");
         self.timeline.enter(MigrationPhase::Done, &self.output);
         let total_ms = ms(self.timeline.elapsed());
-        let stats = self.link.stats();
+        let stats = self.links.stats();
         let failure = match &outcome {
             SourceOutcome::Migrated => None,
             SourceOutcome::Stayed(f) | SourceOutcome::InDoubt(f) | SourceOutcome::LostPages(f) => {
@@ -531,9 +706,15 @@ impl Session {
             }
         };
         let goodbye = failure.as_ref().map_or("done", |failure| failure.reason.as_str());
+        if let (SourceOutcome::Stayed(failure), Some(deadline)) = (&outcome, self.links.deadline())
+        {
+            let limit = deadline.saturating_duration_since(Instant::now()).min(LAST_WORD);
+            self.tell_of_stay(failure, limit).await;
+        }
         // What was said last must arrive before the link is closed.
-        let _ = tokio::time::timeout(FAREWELL_GRACE, self.link.finish()).await;
-        self.link.close(u32::from(failure.is_some()), goodbye).await;
+        let link = self.links.link();
+        let _ = tokio::time::timeout(FAREWELL_GRACE, link.finish()).await;
+        link.close(u32::from(failure.is_some()), goodbye).await;
         // Ends the tracking of the guest's writes, which must not outlive the migration.
         if tokio::time::timeout(ROUND_GRACE, self.take_sender_back()).await.is_err() {
             tracing::warn!("a pre-copy round did not end: the guest's writes are still followed");
@@ -586,18 +767,24 @@ impl Session {
             faults: None,
             push: self.frozen.as_ref().map(|frozen| frozen.figures(self.options.pusher)),
             round_trip_ms: stats.min_rtt_us as f64 / 1e3,
+            reconnects: self.links.reconnects(),
             tracker: self.tracker.map(Into::into),
             phases_ms: self.timeline.parts_ms(),
         }
     }
 }
 
+/// Tells the session's loop that work on a link has ended with the link.
+fn link_ended(happened: &mpsc::UnboundedSender<Happened>, on_link: &OnLink, error: LinkError) {
+    let _ = happened.send(Happened::LinkEnded(on_link.number, error));
+}
+
 /// Takes messages out of the queue until it ends and hands each to the link.
-async fn forward<F: Future<Output = Result<(), crate::transport::LinkError>>>(
+async fn forward<F: Future<Output = Result<(), LinkError>>>(
     link: Link,
     mut queue: mpsc::Receiver<Bytes>,
     send: impl Fn(Link, Bytes) -> F,
-) -> Result<(), Failure> {
+) -> Result<(), LinkError> {
     while let Some(message) = queue.recv().await {
         send(link.clone(), message).await?;
     }

@@ -15,6 +15,7 @@ pub(super) mod close_code {
     pub(crate) const VIOLATION: u32 = 3;
     pub(crate) const BUSY: u32 = 4;
     pub(crate) const TOO_SLOW: u32 = 5;
+    pub(crate) const LET_GO: u32 = 6;
     pub(crate) const FIRST_SESSION: u32 = 16;
 }
 
@@ -89,6 +90,23 @@ pub enum LinkError {
 }
 
 impl LinkError {
+    /// True when another link would help: the network, or the other process, has failed. False when the
+    /// other side has ended the conversation, or breaks its rules.
+    pub fn is_mendable(&self) -> bool {
+        match self {
+            LinkError::TimedOut { .. }
+            | LinkError::Reset
+            | LinkError::Closed
+            | LinkError::Transport(_) => true,
+            LinkError::Refused { code, .. } => *code == close_code::LET_GO,
+            LinkError::PeerClosed { .. }
+            | LinkError::VersionMismatch
+            | LinkError::Finished
+            | LinkError::TooLarge { .. }
+            | LinkError::Violation(_) => false,
+        }
+    }
+
     pub(super) fn too_large(lane: Lane, size_bytes: usize) -> Self {
         LinkError::TooLarge { lane: lane.name(), size_bytes, limit_bytes: lane.limit_bytes() }
     }

@@ -21,6 +21,8 @@ const CONTROL_QUEUE: usize = 16;
 /// The notice of a closed link gets so long to leave.
 const CLOSE_GRACE: Duration = Duration::from_millis(500);
 
+const LET_GO_REASON: &[u8] = b"the other side let go of the link";
+
 /// What both ends know of each other when a link begins.
 pub(super) struct Established {
     pub(super) connection: Connection,
@@ -246,6 +248,12 @@ impl Link {
         let _ = tokio::time::timeout(CLOSE_GRACE, self.0.core.endpoint.wait_idle()).await;
     }
 
+    /// Closes the link at once, since another one is to take its place. Unlike [`close`](Self::close) this
+    /// does not say that the conversation is over.
+    pub fn abandon(&self) {
+        self.0.core.connection.close(code(close_code::LET_GO), LET_GO_REASON);
+    }
+
     fn ended_or(&self, otherwise: LinkError) -> LinkError {
         self.0.core.ended().unwrap_or(otherwise)
     }
@@ -287,9 +295,7 @@ impl Link {
 
 impl Drop for Inner {
     fn drop(&mut self) {
-        self.core
-            .connection
-            .close(code(close_code::FIRST_SESSION), b"the other side let go of the link");
+        self.core.connection.close(code(close_code::LET_GO), LET_GO_REASON);
     }
 }
 

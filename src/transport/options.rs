@@ -30,10 +30,10 @@ impl Default for TransportOptions {
         TransportOptions {
             bandwidth_limit_bytes_per_s: None,
             keep_alive_ms: 1_000,
-            idle_timeout_ms: 10_000,
+            idle_timeout_ms: 5_000,
             connect_timeout_ms: 10_000,
             push_window_bytes: 64 << 20,
-            control_message_limit_bytes: 16 << 20,
+            control_message_limit_bytes: 64 << 20,
             socket_buffer_bytes: 4 << 20,
             mtu_limit_bytes: None,
             congestion: Congestion::default(),

@@ -215,7 +215,8 @@ mod lanes {
             let error = sender.send(lane, message(lane.limit_bytes() + 1, 0)).await.unwrap_err();
             assert!(error.to_string().contains(lane.name()), "{error}");
         }
-        let error = sender.control_send(message((16 << 20) + 1, 0)).await.unwrap_err();
+        let limit_bytes = options().control_message_limit_bytes;
+        let error = sender.control_send(message(limit_bytes + 1, 0)).await.unwrap_err();
         assert!(error.to_string().contains("control lane"), "{error}");
         sender.send(Lane::Push, message(1, 0)).await.unwrap();
     }
@@ -394,6 +395,7 @@ mod ends {
         assert_eq!(receiver.control_recv().await.unwrap_err(), expected);
         assert_eq!(receiver.push(message(1, 1)).await.unwrap_err(), expected);
         assert_eq!(receiver.push_drained().await.unwrap_err(), expected);
+        assert!(!expected.is_mendable(), "the other side has ended it");
         assert_eq!(sender.push(message(1, 1)).await.unwrap_err(), LinkError::Closed);
     }
 
@@ -402,7 +404,7 @@ mod ends {
         let (sender, receiver, _listener) = pair(&options()).await;
         drop(sender);
         let error = receiver.control_recv().await.unwrap_err();
-        assert!(matches!(error, LinkError::PeerClosed { code: 0, .. }), "{error}");
+        assert!(matches!(error, LinkError::Refused { .. }) && error.is_mendable(), "{error}");
     }
 
     #[tokio::test]

@@ -148,6 +148,7 @@ mod tests {
             faults: None,
             push: None,
             round_trip_ms: 40.5,
+            reconnects: 0,
             tracker: None,
             phases_ms: PhaseTimes::default(),
         };

@@ -132,6 +132,7 @@ mod tests {
             faults: None,
             push: None,
             round_trip_ms: 40.5,
+            reconnects: 0,
             tracker: Some("write-protect".into()),
             phases_ms: {
                 let mut phases = PhaseTimes::default();

@@ -116,6 +116,7 @@ impl Side {
         let options = ReceiveOptions {
             state_dir: self.settings.state_dir.clone(),
             paused: false,
+            reconnect_for: Duration::ZERO,
             page_table: self.page_table.clone(),
             trace: None,
         };
@@ -148,6 +149,8 @@ impl Side {
             pusher: PusherKind::default(),
             state_dir: self.settings.state_dir.clone(),
             quit_source: false,
+            // Both sides are on this machine: a link that is lost has lost its other side.
+            reconnect_for: Duration::ZERO,
         };
         let report =
             send(guest.leaving()?, &ticket, &transport(), options, self.output.clone()).await?;

@@ -1,0 +1,65 @@
+//! Migrations of real QEMU guests over a link that is cut.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use farfault_integration::farfault::Running;
+use farfault_integration::lab::Lab;
+use farfault_integration::qemu::{Guest, GuestSpec, Machine};
+
+const LIMIT: Duration = Duration::from_secs(60);
+/// QUIC bridges this by itself.
+const SHORT: Duration = Duration::from_secs(1);
+/// And not this.
+const LONG: Duration = Duration::from_secs(10);
+/// A writing guest whose memory takes some seconds to cross the link.
+const WORK: &str = "ff.ws=96M ff.pattern=sparse ff.rate=1000 ff.fill=random ff.verify=50000";
+const LINK: &str = "200Mbit,10ms";
+
+/// Moves a guest, and cuts the link for so long each time `phase` goes on at the source.
+fn moves_over_cuts(strategy: &str, phase: &str, cuts: &[Duration]) -> Result<()> {
+    let Some(mut lab) = Lab::start(LINK)? else { return Ok(()) };
+    let spec = GuestSpec::new(Machine::Pc, 192, WORK);
+    let source = Guest::boot(&lab, "source", &spec)?;
+    let destination = Guest::prepare(&lab, "destination", &spec)?;
+    let mut receive = Running::receive(&lab, &destination, &[])?;
+    let ticket = receive.ticket()?;
+    let mut send = Running::send(&lab, &source, &ticket, &["--strategy", strategy])?;
+    send.wait_for_event(phase, LIMIT, |event| event["phase"] == phase)?;
+    for cut in cuts {
+        // In the middle of the pages.
+        std::thread::sleep(Duration::from_millis(400));
+        lab.wan.command("cut")?;
+        std::thread::sleep(*cut);
+        lab.wan.command("restore")?;
+    }
+    let sent = send.wait(LIMIT)?;
+    let received = receive.wait(LIMIT)?;
+    let report = sent.report().context("send")?;
+    let report_there = received.report().context("receive")?;
+    eprintln!("{report}\n{report_there}");
+    for (ended, report) in [(&sent, report), (&received, report_there)] {
+        ensure!(report["result"] == "migrated", "{report}");
+        let back = ended.events.iter().filter(|event| event["state"] == "up").count() as u64;
+        ensure!(report["reconnects"] == back, "{back} links in {report}");
+        ensure!(back >= 1, "the long cut went unnoticed: {report}");
+        let longest = ended.events.iter().filter_map(|event| event["outage_ms"].as_u64()).max();
+        ensure!(longest < Some(30_000), "{longest:?} ms for a cut of {LONG:?}");
+    }
+    destination.log.wait_for_sweeps(2, LIMIT)?;
+    ensure!(source.log.complaints().is_empty(), "{:?}", source.log.complaints());
+    ensure!(destination.log.complaints().is_empty(), "{:?}", destination.log.complaints());
+    ensure!(destination.monitor()?.status()? == "running");
+    ensure!(source.monitor()?.status()? == "postmigrate");
+    Ok(())
+}
+
+#[test]
+fn a_link_that_is_cut_in_pre_copy_is_mended() -> Result<()> {
+    moves_over_cuts("precopy", "precopy", &[SHORT, LONG])
+}
+
+#[test]
+fn a_link_that_is_cut_in_post_copy_is_mended_and_no_page_is_wrong() -> Result<()> {
+    moves_over_cuts("postcopy", "postcopy", &[SHORT, LONG])
+}
