@@ -1,5 +1,6 @@
 //! The command line: one file per subcommand; only argument parsing and wording.
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -7,7 +8,7 @@ use std::sync::Arc;
 use clap::{Parser, Subcommand};
 
 use crate::engine::Failure;
-use crate::report::{MigrationResult, Output, Report};
+use crate::report::{MigrationResult, Output, Report, serve_metrics};
 use crate::session::journal::default_state_dir;
 
 mod cancel;
@@ -84,8 +85,10 @@ pub fn main() -> ExitCode {
     };
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
     match arguments.command {
-        Command::Receive(receive) => run_migration(receive.json, |output| receive.run(output)),
-        Command::Send(send) => run_migration(send.json, |output| send.run(output)),
+        Command::Receive(receive) => {
+            run_migration(receive.json, receive.metrics, |output| receive.run(output))
+        }
+        Command::Send(send) => run_migration(send.json, send.metrics, |output| send.run(output)),
         Command::Status(status) => status.run(),
         Command::Cancel(cancel) => cancel.run(),
         Command::Resolve(resolve) => resolve.run(),
@@ -102,11 +105,24 @@ pub fn main() -> ExitCode {
 }
 
 /// Runs one side of a migration on a runtime of its own and tells its end.
-fn run_migration<F>(json: bool, side: impl FnOnce(Arc<Output>) -> F) -> ExitCode
+fn run_migration<F>(
+    json: bool,
+    metrics: Option<SocketAddr>,
+    side: impl FnOnce(Arc<Output>) -> F,
+) -> ExitCode
 where
     F: Future<Output = Result<Report, Failure>>,
 {
     let output = Arc::new(Output::new(json));
+    if let Some(address) = metrics
+        && let Err(error) = serve_metrics(address, output.clone())
+    {
+        output.error(&Failure::new(
+            format!("--metrics {address}: {error}"),
+            "choose an address of this host and a port that is free",
+        ));
+        return ExitCode::FAILURE;
+    }
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {

@@ -51,6 +51,9 @@ pub(super) struct Receive {
     /// Where the journal is kept while the migration runs [default: /var/lib/farfault for root].
     #[arg(long, value_name = "DIR")]
     state_dir: Option<PathBuf>,
+    /// Answer Prometheus at this address (HTTP, without any protection) while the migration goes on.
+    #[arg(long, value_name = "ADDR:PORT")]
+    pub(super) metrics: Option<SocketAddr>,
     /// One JSON object a line on stdout instead of text.
     #[arg(long)]
     pub(super) json: bool,

@@ -1,5 +1,6 @@
 //! `farfault send`
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -73,6 +74,9 @@ pub(super) struct Send {
     /// Where the journal is kept while the migration runs [default: /var/lib/farfault for root].
     #[arg(long, value_name = "DIR")]
     state_dir: Option<PathBuf>,
+    /// Answer Prometheus at this address (HTTP, without any protection) while the migration goes on.
+    #[arg(long, value_name = "ADDR:PORT")]
+    pub(super) metrics: Option<SocketAddr>,
     /// One JSON object a line on stdout instead of text.
     #[arg(long)]
     pub(super) json: bool,

@@ -2,6 +2,7 @@
 
 mod counters;
 mod live;
+mod metrics;
 mod output;
 mod phases;
 mod postcopy;
@@ -10,6 +11,7 @@ mod trace;
 
 pub use counters::Counters;
 pub use live::{History, Live, MapShape, MemoryMap, Screen, Step, draw};
+pub use metrics::serve_metrics;
 pub use output::{Event, LinkState, Output, Progress};
 pub use phases::PhaseTimes;
 pub use postcopy::{FaultFigures, PushFigures};
