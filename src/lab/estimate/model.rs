@@ -132,7 +132,11 @@ impl<'a> Play<'a> {
 
     /// The link or one core, whichever is slower.
     fn time_s(&self, pages: f64, cost: f64) -> f64 {
-        let encode_s = pages * PAGE_SIZE_BYTES as f64 / self.sample.encode_bytes_per_s;
+        let speed = match self.told.rounds {
+            0 => self.sample.encode_bytes_per_s,
+            _ => self.sample.delta_encode_bytes_per_s,
+        };
+        let encode_s = pages * PAGE_SIZE_BYTES as f64 / speed;
         (pages * cost / self.bytes_per_s).max(encode_s).max(1e-3)
     }
 
@@ -223,6 +227,7 @@ mod tests {
             delta_bytes_per_page,
             delta_sample_pages: 100,
             encode_bytes_per_s: 400e6,
+            delta_encode_bytes_per_s: 1000e6,
             written: (1..=50)
                 .map(|tick| (f64::from(tick) * 0.1, per_s * tick as u64 / 10))
                 .collect(),

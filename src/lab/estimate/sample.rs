@@ -17,6 +17,8 @@ use crate::wire::{FrameEncoder, PageToSend};
 const SAMPLE_PAGES: usize = 2048;
 /// How often writes are collected, unless collecting takes longer.
 const SCAN_EVERY: Duration = Duration::from_millis(100);
+/// The rate of writes is taken over this time from the begin.
+const RATE_OVER_S: f64 = 0.1;
 /// Written pages are copied after this time, to see what changes in them later.
 const COPY_AFTER: Duration = Duration::from_secs(1);
 
@@ -35,8 +37,10 @@ pub struct Sample {
     pub delta_bytes_per_page: f64,
     /// Pages whose change was encoded.
     pub delta_sample_pages: u64,
-    /// How fast one core of this host encodes such pages.
+    /// How fast one core of this host encodes whole pages.
     pub encode_bytes_per_s: f64,
+    /// And changed ones.
+    pub delta_encode_bytes_per_s: f64,
     /// Seconds since the begin, and how many different pages had been written by then.
     pub written: Vec<(f64, u64)>,
     /// How many different pages are written in the long run, by the shape of that curve.
@@ -110,6 +114,10 @@ impl Sample {
             },
             delta_sample_pages: delta.pages,
             encode_bytes_per_s: costs.input_bytes_per_s(),
+            delta_encode_bytes_per_s: match delta.pages {
+                0 => costs.input_bytes_per_s(),
+                _ => delta.input_bytes_per_s(),
+            },
             working_set_pages: long_run(&curve, populated_pages),
             written: curve,
             tracker: tracker_name,
@@ -121,9 +129,7 @@ impl Sample {
     pub fn written_in(&self, seconds: f64) -> f64 {
         let Some(&(last_s, _)) = self.written.last() else { return 0.0 };
         if seconds >= last_s {
-            let first = self.written[0];
-            let rate = first.1 as f64 / first.0.max(1e-3);
-            return saturating(rate, self.working_set_pages as f64, seconds)
+            return saturating(first_rate(&self.written), self.working_set_pages as f64, seconds)
                 .max(self.written[self.written.len() - 1].1 as f64);
         }
         let mut before = (0.0, 0);
@@ -138,6 +144,12 @@ impl Sample {
     }
 }
 
+/// How many new pages a second the curve begins with. Its very first points are too short to tell.
+fn first_rate(curve: &[(f64, u64)]) -> f64 {
+    let point = curve.iter().find(|(at, _)| *at >= RATE_OVER_S).or(curve.last());
+    point.map_or(0.0, |(at, pages)| *pages as f64 / at.max(1e-3))
+}
+
 /// Different pages after `seconds`, when writes begin with `rate` new pages a second and fall evenly on
 /// `set` pages.
 fn saturating(rate: f64, set: f64, seconds: f64) -> f64 {
@@ -146,11 +158,11 @@ fn saturating(rate: f64, set: f64, seconds: f64) -> f64 {
 
 /// The set of which [`saturating`] fits the curve's begin and end; at most `most` pages.
 fn long_run(curve: &[(f64, u64)], most: u64) -> u64 {
-    let (Some(&first), Some(&last)) = (curve.first(), curve.last()) else { return 0 };
+    let Some(&last) = curve.last() else { return 0 };
     if last.1 == 0 {
         return 0;
     }
-    let rate = first.1 as f64 / first.0.max(1e-3);
+    let rate = first_rate(curve);
     let (mut low, mut high) = (last.1 as f64, (most.max(last.1)) as f64);
     if saturating(rate, high, last.0) <= last.1 as f64 {
         return high as u64;
@@ -261,6 +273,8 @@ mod tests {
         let found = long_run(&curve(3000.0), 1_000_000) as f64;
         assert!((2700.0..3300.0).contains(&found), "{found}");
         assert!(long_run(&curve(1e9), 60_000) > 50_000);
+        let early: Vec<(f64, u64)> = [(0.003, 1)].into_iter().chain(curve(3000.0)).collect();
+        assert_eq!(long_run(&early, 1_000_000), long_run(&curve(3000.0), 1_000_000));
         assert_eq!(long_run(&[], 100), 0);
     }
 
