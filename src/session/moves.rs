@@ -13,6 +13,7 @@ use crate::guest::kvm::{self, KvmGuest};
 use crate::guest::threads::ThreadsGuest;
 use crate::guest::workload::{GuestPlan, Pattern, WorkingGuest};
 use crate::guest::{SharedGuest, SourceGuest};
+use crate::lab::relay::Relay;
 use crate::lab::replay::{Link, Simulation, from_trace};
 use crate::memory::{HostCapabilities, TrackerKind};
 use crate::report::{MigrationResult, Output, Report, TraceRecord, read_trace};
@@ -33,6 +34,8 @@ struct Method {
     pusher: PusherKind,
     traced: bool,
     reconnect_for: Duration,
+    /// An emulated link in between; without one it is the loopback interface.
+    link: Option<&'static str>,
 }
 
 impl Default for Method {
@@ -45,6 +48,7 @@ impl Default for Method {
             pusher: PusherKind::default(),
             traced: false,
             reconnect_for: Duration::from_secs(30),
+            link: None,
         }
     }
 }
@@ -152,13 +156,20 @@ fn run_both(source: &SharedGuest, destination: &SharedGuest, method: Method) -> 
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
     let moved = runtime.block_on(async {
         let address = (Ipv4Addr::LOCALHOST, 0).into();
-        let (listener, ticket) = Listener::bind(address, Vec::new(), &transport(method)).unwrap();
+        let (listener, mut ticket) =
+            Listener::bind(address, Vec::new(), &transport(method)).unwrap();
+        let relay = method.link.map(|link| {
+            let relay = Relay::start(link.parse().unwrap(), ticket.addresses[0], 1).unwrap();
+            ticket.addresses = vec![relay.address()];
+            relay
+        });
         let options = receive_options(method, &state_dir);
         let receiving = receive_from(destination.clone(), listener, ticket.clone(), options);
         let receiving = tokio::spawn(receiving);
         let sent = send_to(source, &ticket, method, &state_dir).await;
         let mut trace = Vec::new();
         let received = receiving.await.unwrap();
+        drop(relay);
         for side in ["destination", "source"].into_iter().filter(|_| method.traced) {
             let text = std::fs::read(directory.path().join(format!("{side}.trace"))).unwrap();
             trace.extend(read_trace(&text[..]).unwrap());
@@ -293,6 +304,22 @@ fn a_guest_of_threads_moves_whole_in_whatever_order_its_pages_come() {
         assert!(faults.stale_pages == 0 && faults.absent_pages > 0, "{faults:?}");
         assert!(faults.stall_sum_ms >= faults.stall_longest_ms, "{faults:?}");
     }
+}
+
+#[test]
+fn a_guest_that_reads_on_and_on_waits_for_few_of_its_pages() {
+    if !can_serve_faults("a sequential reader") {
+        return;
+    }
+    let plan = plan(Pattern::SequentialRead, 200_000, 64, 1);
+    let method =
+        Method { strategy: Strategy::Postcopy, link: Some("100Mbit,40ms"), ..Method::default() };
+    let Moved { sent, received, .. } = moves_whole(threads, waiting_threads, &plan, method);
+    let push = sent.push.unwrap();
+    assert!(push.bundled_pages > 0 && push.useful_bundles > push.useless_bundles, "{push:?}");
+    let (faults, pages) = (received.remote_faults, received.remaining_pages_at_freeze);
+    // Most of these wait for what is on its way; each message that arrives may bring one.
+    assert!(faults * 12 <= pages, "{faults} of {pages} pages were waited for: {push:?}");
 }
 
 #[test]
