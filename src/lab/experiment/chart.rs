@@ -97,7 +97,7 @@ where
     Ok(())
 }
 
-/// A marker that differs from its neighbours in form too.
+/// A marker that differs from its neighbours in form too, and from the one that has its colour again.
 pub(super) fn marker<B: DrawingBackend>(
     area: &Area<B>,
     index: usize,
@@ -107,7 +107,7 @@ where
     B::ErrorType: 'static,
 {
     let style = COLOURS[index % COLOURS.len()].filled();
-    match index % 4 {
+    match (index + index / COLOURS.len()) % 4 {
         0 => area.draw(&Circle::new((x, y), 5, style))?,
         1 => area.draw(&Rectangle::new([(x - 5, y - 5), (x + 5, y + 5)], style))?,
         2 => area.draw(&Polygon::new(vec![(x, y - 6), (x + 6, y + 5), (x - 6, y + 5)], style))?,
