@@ -11,6 +11,8 @@ use farfault_integration::qemu::{Guest, GuestSpec, Machine};
 
 const LIMIT: Duration = Duration::from_secs(60);
 const WORK: &str = "ff.ws=64M ff.pattern=sparse ff.rate=1000 ff.verify=50000";
+/// Memory that does not compress: some seconds of post-copy.
+const BULKY: &str = "ff.ws=64M ff.pattern=sparse ff.rate=1000 ff.fill=random ff.verify=50000";
 
 /// A guest at work that is being moved.
 struct Move {
@@ -24,9 +26,9 @@ struct Move {
 }
 
 impl Move {
-    fn begin(link: &str, send_options: &[&str]) -> Result<Option<Self>> {
+    fn begin(link: &str, work: &str, send_options: &[&str]) -> Result<Option<Self>> {
         let Some(lab) = Lab::start(link)? else { return Ok(None) };
-        let spec = GuestSpec::new(Machine::Pc, 256, WORK);
+        let spec = GuestSpec::new(Machine::Pc, 256, work);
         let source = Guest::boot(&lab, "source", &spec)?;
         let destination = Guest::prepare(&lab, "destination", &spec)?;
         let before = Inventory::of(&lab)?;
@@ -38,6 +40,65 @@ impl Move {
         let send = Running::send(&lab, &source, &ticket, &send_options)?;
         let (send, receive) = (Some(send), Some(receive));
         Ok(Some(Move { source, destination, send, receive, lab, before }))
+    }
+
+    /// One whose guest runs at the destination and lacks most of its pages.
+    fn in_postcopy() -> Result<Option<Self>> {
+        let Some(mut moving) = Self::begin("100Mbit,20ms", BULKY, &["--strategy", "postcopy"])?
+        else {
+            return Ok(None);
+        };
+        moving.send()?.wait_for_event("post-copy", LIMIT, |event| event["phase"] == "postcopy")?;
+        Ok(Some(moving))
+    }
+
+    /// Starts another process for each side whose own has ended, until both have come to the end: a
+    /// side that has lost the other one may give up before that is there again.
+    fn take_over(&mut self) -> Result<()> {
+        let id = self.name("source").or_else(|_| self.name("destination"))?;
+        let id = id.split('.').next().unwrap_or_default().to_owned();
+        let sides =
+            [("send", self.lab.a(), &mut self.send), ("receive", self.lab.b(), &mut self.receive)];
+        let mut sides = sides.map(|(command, netns, running)| (command, netns, running, false));
+        let ended = wait_for("both sides to come to the end", LIMIT, || {
+            for (command, netns, running, done) in &mut sides {
+                if *done {
+                    continue;
+                }
+                let Some(process) = running.as_mut() else {
+                    let resume = Running::start(&self.lab, netns, &[], command, &["--resume", &id]);
+                    **running = Some(resume?);
+                    continue;
+                };
+                if !process.is_running()?
+                    && let Some(process) = running.take()
+                {
+                    let ended = process.wait(LIMIT)?;
+                    *done = ended.report().is_ok();
+                    if !*done {
+                        eprintln!("{command}: {}", ended.failure()?);
+                    }
+                }
+            }
+            Ok(sides.iter().all(|(_, _, _, done)| *done).then_some(()))
+        });
+        ended.with_context(|| {
+            let status = command(&self.lab, &["status"]).map(|output| output.stdout);
+            let status = String::from_utf8_lossy(&status.unwrap_or_default()).into_owned();
+            format!("{status}{}", self.destination.diagnosis())
+        })
+    }
+
+    /// It runs there alone, with all its memory as it was.
+    fn runs_whole_at_the_destination(&self) -> Result<()> {
+        assert_ne!(self.source.monitor()?.status()?, "running");
+        let sweeps = self.destination.log.wait_for_sweeps(2, LIMIT);
+        sweeps.with_context(|| self.destination.diagnosis())?;
+        assert_eq!(self.destination.monitor()?.status()?, "running");
+        ensure!(self.source.log.complaints().is_empty(), "{:?}", self.source.log.complaints());
+        let state = std::fs::read_dir(self.lab.state_directory())?.count();
+        assert_eq!(state, 0, "a journal is left");
+        Ok(())
     }
 
     fn send(&mut self) -> Result<&mut Running> {
@@ -56,7 +117,7 @@ impl Move {
 
     /// One that will be in pre-copy for long.
     fn in_precopy() -> Result<Option<Self>> {
-        let Some(mut moving) = Self::begin("20Mbit,20ms", &["--strategy", "precopy"])? else {
+        let Some(mut moving) = Self::begin("20Mbit,20ms", WORK, &["--strategy", "precopy"])? else {
             return Ok(None);
         };
         moving.send()?.wait_for_event("pre-copy", LIMIT, |event| event["phase"] == "precopy")?;
@@ -159,11 +220,10 @@ fn after_a_killed_sender_another_one_moves_the_guest() -> Result<()> {
 }
 
 /// Both sides killed at the worst moment: decided here, loaded there, and neither knows of the other.
-#[test]
-fn a_guest_in_doubt_runs_where_both_are_told() -> Result<()> {
+fn in_doubt() -> Result<Option<Move>> {
     // The decision is half a round trip on its way.
     let options = ["--strategy", "precopy", "--handover", "strict", "--downtime", "10s"];
-    let Some(mut moving) = Move::begin("200Mbit,600ms", &options)? else { return Ok(()) };
+    let Some(mut moving) = Move::begin("200Mbit,600ms", WORK, &options)? else { return Ok(None) };
     wait_for("the decision", LIMIT, || {
         Ok(journal_of(&moving.lab, "source").contains("decided").then_some(()))
     })?;
@@ -177,10 +237,53 @@ fn a_guest_in_doubt_runs_where_both_are_told() -> Result<()> {
         assert!(shown.contains("in doubt"), "{shown}");
         assert_eq!(shown.matches("possible").count(), 2, "{shown}");
     }
+    Ok(Some(moving))
+}
+
+#[test]
+fn a_guest_in_doubt_runs_at_the_source_when_both_are_told_so() -> Result<()> {
+    let Some(moving) = in_doubt()? else { return Ok(()) };
     moving.resolve("destination", "--run-source")?;
     moving.resolve("source", "--run-source")?;
     moving.source_goes_on()?;
     assert!(moving.resolve_refused("source", "--run-destination")?.contains("at the source"));
     assert_eq!(moving.destination.log.last_beat(), None, "it ran at the destination");
     Ok(())
+}
+
+#[test]
+fn a_guest_in_doubt_runs_at_the_destination_when_both_are_told_so() -> Result<()> {
+    let Some(mut moving) = in_doubt()? else { return Ok(()) };
+    moving.resolve("source", "--run-destination")?;
+    moving.resolve("destination", "--run-destination")?;
+    assert!(moving.resolve_refused("source", "--run-source")?.contains("at the destination"));
+    assert!(moving.resolve_refused("destination", "--run-source")?.contains("has arrived"));
+    moving.take_over()?;
+    moving.runs_whole_at_the_destination()
+}
+
+#[test]
+fn a_receiver_killed_in_postcopy_is_taken_over() -> Result<()> {
+    let Some(mut moving) = Move::in_postcopy()? else { return Ok(()) };
+    Move::kill(&mut moving.receive)?;
+    moving.take_over()?;
+    moving.runs_whole_at_the_destination()
+}
+
+#[test]
+fn a_sender_killed_in_postcopy_is_taken_over() -> Result<()> {
+    let Some(mut moving) = Move::in_postcopy()? else { return Ok(()) };
+    Move::kill(&mut moving.send)?;
+    moving.take_over()?;
+    moving.runs_whole_at_the_destination()
+}
+
+#[test]
+fn both_sides_killed_in_postcopy_are_taken_over() -> Result<()> {
+    let Some(mut moving) = Move::in_postcopy()? else { return Ok(()) };
+    std::thread::sleep(Duration::from_secs(1));
+    Move::kill(&mut moving.send)?;
+    Move::kill(&mut moving.receive)?;
+    moving.take_over()?;
+    moving.runs_whole_at_the_destination()
 }

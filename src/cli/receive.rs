@@ -12,7 +12,8 @@ use crate::engine::Failure;
 use crate::guest::DestinationGuest;
 use crate::guest::qemu::{QemuDestination, SpawnOptions};
 use crate::report::{Output, Report};
-use crate::session::destination::{ReceiveOptions, receive};
+use crate::session::destination::{ReceiveOptions, receive, resume_receive};
+use crate::session::journal::{Side, find};
 use crate::transport::{Listener, TransportOptions};
 
 /// Port used unless another is asked for: 0xFA17.
@@ -20,7 +21,7 @@ const DEFAULT_PORT: u16 = 64023;
 
 /// Waits for a guest: prints a ticket for `farfault send`.
 #[derive(Debug, Args)]
-#[command(group(ArgGroup::new("guest").required(true).args(["qmp", "command"])))]
+#[command(group(ArgGroup::new("guest").required(true).args(["qmp", "command", "resume"])))]
 pub(super) struct Receive {
     /// Address to listen at, with or without a port (UDP); a wildcard address is told to the sender as
     /// the addresses of this host.
@@ -33,6 +34,10 @@ pub(super) struct Receive {
     /// Attach to a QEMU that already waits with `-incoming defer -S`.
     #[arg(long, value_name = "PATH")]
     qmp: Option<PathBuf>,
+    /// Take the place of a `receive` that was killed, or gave up for want of a link, after the guest had begun
+    /// to run here. Before that the guest is given up here, and the source lets it run on.
+    #[arg(long, value_name = "ID", conflicts_with_all = ["listen", "advertise", "paused"])]
+    resume: Option<String>,
     /// Where the output of the QEMU that is started goes; without this it can be read in
     /// /proc/PID/fd/2 while that QEMU lives.
     #[arg(long, value_name = "FILE", requires = "command")]
@@ -71,6 +76,11 @@ fn listen_address(text: &str) -> Result<SocketAddr, String> {
 
 impl Receive {
     pub(super) async fn run(self, output: Arc<Output>) -> Result<Report, Failure> {
+        if let Some(id) = &self.resume {
+            let found = find(&state_dir(self.state_dir.clone()), id, Some(Side::Destination))?;
+            let transport = TransportOptions::default();
+            return resume_receive(found, &transport, self.reconnect_for, output).await;
+        }
         let advertised = self.advertise.clone();
         let (listener, ticket) =
             Listener::bind(self.listen, advertised, &TransportOptions::default())

@@ -1,7 +1,7 @@
 //! `farfault send`
 
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -16,7 +16,8 @@ use crate::engine::source::{SourceConfig, SourceTimeouts};
 use crate::guest::qemu::QemuSource;
 use crate::memory::TrackerKind;
 use crate::report::{Output, Report};
-use crate::session::source::{SendOptions, send};
+use crate::session::journal::{Side, find};
+use crate::session::source::{SendOptions, resume_send, send};
 use crate::transport::{Ticket, TransportOptions};
 use crate::wire::message::{HandoverForm, Strategy};
 
@@ -24,11 +25,16 @@ use crate::wire::message::{HandoverForm, Strategy};
 #[derive(Debug, Args)]
 pub(super) struct Send {
     /// The running QEMU's QMP socket.
-    #[arg(long, value_name = "PATH")]
-    qmp: PathBuf,
+    #[arg(long, value_name = "PATH", required_unless_present = "resume")]
+    qmp: Option<PathBuf>,
+    /// Take the place of a `send` that was killed, or gave up for want of a link, after the decision: send
+    /// what the destination lacks. Before the decision the guest is let run on here.
+    #[arg(long, value_name = "ID", conflicts_with_all = ["qmp", "ticket", "strategy", "handover"])]
+    resume: Option<String>,
     /// What `farfault receive` printed; `-` reads it from standard input, which keeps it out of the list
     /// of processes.
-    ticket: String,
+    #[arg(required_unless_present = "resume")]
+    ticket: Option<String>,
     /// hybrid: short pre-copy, then the guest runs on the other side and its last pages follow.
     /// precopy: everything before. postcopy: everything after.
     #[arg(long, value_enum, default_value_t)]
@@ -147,7 +153,6 @@ pub(super) fn rounds(text: &str) -> Result<Rounds, String> {
 
 impl Send {
     pub(super) async fn run(self, output: Arc<Output>) -> Result<Report, Failure> {
-        let ticket = self.ticket()?;
         let transport = TransportOptions {
             bandwidth_limit_bytes_per_s: self.bandwidth,
             ..TransportOptions::default()
@@ -171,12 +176,17 @@ impl Send {
             quit_source: self.quit_source,
             reconnect_for: self.reconnect_for,
         };
-        let guest = QemuSource::attach(&self.qmp)?;
+        if let Some(id) = &self.resume {
+            let found = find(&options.state_dir, id, Some(Side::Source))?;
+            return resume_send(found, &transport, options, output).await;
+        }
+        let ticket = self.ticket()?;
+        let guest = QemuSource::attach(self.qmp.as_deref().unwrap_or(Path::new("")))?;
         send(Box::new(guest), &ticket, &transport, options, output).await
     }
 
     fn ticket(&self) -> Result<Ticket, Failure> {
-        let mut text = self.ticket.clone();
+        let mut text = self.ticket.clone().unwrap_or_default();
         if text == "-" {
             text.clear();
             std::io::stdin().read_line(&mut text).map_err(|error| {

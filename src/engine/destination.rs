@@ -237,6 +237,26 @@ impl DestinationMachine {
         }
     }
 
+    /// One that takes the place of another, which was killed after the source's decision had come and was
+    /// written down: the guest runs here. The link is down.
+    pub fn resumed() -> Self {
+        let state = State::Postcopy;
+        DestinationMachine { state, committed: true, link: Reach::Down, ..Self::new() }
+    }
+
+    /// One that takes the place of another, which was killed before. The refusal is on disk and the
+    /// guest discarded: only the source is still to be told. The link is down.
+    pub fn resumed_to_refuse(failure: Failure) -> Self {
+        DestinationMachine {
+            state: State::Discarding,
+            refused: true,
+            released: true,
+            failure: Some(failure),
+            link: Reach::Down,
+            ..Self::new()
+        }
+    }
+
     /// True when the source's decision has come: the guest runs here, or will.
     pub fn is_committed(&self) -> bool {
         self.committed

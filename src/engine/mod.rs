@@ -96,3 +96,5 @@ enum Reach {
 
 #[cfg(test)]
 mod handover_tests;
+#[cfg(test)]
+mod takeover_tests;

@@ -230,6 +230,14 @@ impl SourceMachine {
         }
     }
 
+    /// One that takes the place of another, which was killed after its decision was written down;
+    /// `running`: after the destination's word too that the guest runs there. The link is down, and the
+    /// device state is lost: if the destination lacks it, the guest runs on here.
+    pub fn resumed(config: SourceConfig, running: bool) -> Self {
+        let state = if running { State::Postcopy } else { State::Committed };
+        SourceMachine { state, link: Reach::Down, frozen: true, ..Self::new(config) }
+    }
+
     /// Where the migration stands.
     pub fn phase(&self) -> MigrationPhase {
         match self.state {
@@ -508,9 +516,14 @@ impl SourceMachine {
                 }
             }
             (State::Committed, At::Receiving { .. }) => {
-                if let Some((final_version, run_when)) = self.offer {
-                    self.say(ToDestination::Offer { final_version, run_when });
-                }
+                let Some((final_version, run_when)) = self.offer else {
+                    // Without a device state the guest can run nowhere else, now or ever.
+                    let reason = "the device state was lost with the farfault that had it";
+                    let failure = Failure::plain(reason);
+                    self.abort(&failure);
+                    return self.void(failure);
+                };
+                self.say(ToDestination::Offer { final_version, run_when });
                 self.act(SourceAction::SendFlight);
                 self.act(SourceAction::SendRemainder);
                 self.say(ToDestination::Commit);

@@ -231,6 +231,12 @@ pub trait DestinationGuest: Send {
     /// waiting for pages until a person has decided.
     fn release(&mut self) -> Result<(), GuestError>;
 
+    /// Let go of the guest with pages missing: as [`Self::release`], and what another process needs to
+    /// take over stays.
+    fn leave(&mut self) -> Result<(), GuestError> {
+        self.release()
+    }
+
     /// The migration failed before the guest ran here: end the monitor if farfault started it, so
     /// that nothing is left behind. Must not need RAM that has not arrived.
     fn discard(&mut self) -> Result<(), GuestError>;

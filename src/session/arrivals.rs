@@ -75,6 +75,22 @@ impl Arrivals {
         }
     }
 
+    /// As an earlier process has left them after the switchover to `version`: `table` says which pages
+    /// must still come.
+    pub(super) fn resumed(
+        memory: Arc<GuestMemory>,
+        table: Arc<PageTable>,
+        counters: Arc<Counters>,
+        version: Version,
+    ) -> Self {
+        let missing = table.incomplete().len();
+        counters.remaining_pages.store(missing, Ordering::Relaxed);
+        let arrivals = Arrivals::new(memory, table, counters);
+        arrivals.remaining.store(missing, Ordering::Release);
+        *arrivals.switchover.write().expect("no holder panics") = Some(version);
+        arrivals
+    }
+
     /// Who maps pages for the guest. Set once, before the first message.
     pub(super) fn serve_with(&self, faults: Arc<FaultServer>) {
         assert!(self.faults.set(faults).is_ok(), "set once");

@@ -1,11 +1,12 @@
 //! The host that the guest goes to.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use serde::{Deserialize, Serialize};
 use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
@@ -29,12 +30,16 @@ use crate::report::{
     Counters, FaultFigures, FaultLatency, LinkState, MigrationResult, Output, Report, Role,
     TRACE_LIMIT, TraceFile, TraceRecord,
 };
-use crate::transport::{Lane, Link, LinkError, Listener, SessionKey};
+use crate::transport::{Lane, Link, LinkError, Listener, SavedReceiver, SessionKey};
 use crate::wire::DecodeScratch;
 use crate::wire::message::{
     DestinationStage, FaultRequest, Flight, Lacking, MAX_REJECTED_PAGES, MAX_REQUEST_PAGES,
     MessageError, PackedSet, Strategy, ToDestination, ToSource, Wanted, decode, encode,
 };
+
+mod resumed;
+
+pub use resumed::resume_receive;
 
 /// What the operator asked for.
 #[derive(Clone, Debug)]
@@ -89,7 +94,13 @@ pub async fn receive(
     match accepted {
         Ok(link) => {
             output.link(LinkState::Up);
-            let session = Session::new(guest, link, options, (journal, trace), output);
+            let keep = Keep {
+                session: SavedReceiver::of(listener, &link),
+                strategy: Strategy::Hybrid,
+                paused: options.paused,
+                final_version: None,
+            };
+            let session = Session::new(guest, link, options, (journal, trace, keep), output);
             Ok(session.run(signals, listener).await)
         }
         Err(failure) => {
@@ -124,6 +135,42 @@ struct Prepared {
     faults: Arc<FaultServer>,
 }
 
+/// The table of page states, where another process finds it when this one is killed.
+fn make_table(path: &Path, pages: u64) -> Result<PageTable, MemoryError> {
+    PageTable::create(path, pages).or_else(|error| {
+        tracing::warn!(%error, "no other process could take over");
+        PageTable::anonymous(pages)
+    })
+}
+
+/// Serves the guest's faults from here on; pages that must come are put into `asked`.
+fn serve(
+    arrivals: Arrivals,
+    userfault: Arc<Userfault>,
+    table: Arc<PageTable>,
+    options: FaultOptions,
+    asked: mpsc::UnboundedSender<Asked>,
+) -> Result<Prepared, Failure> {
+    let ask = move |page: PageIndex, thread: u32| {
+        let _ = asked.send((Wanted { page, thread }, false));
+    };
+    let faults = FaultServer::start(userfault.clone(), table, options, ask)?;
+    let (arrivals, faults) = (Arc::new(arrivals), Arc::new(faults));
+    arrivals.serve_with(faults.clone());
+    Ok(Prepared { arrivals, userfault, faults })
+}
+
+/// What the destination keeps for a process that has to take over.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+struct Keep {
+    session: SavedReceiver,
+    strategy: Strategy,
+    /// The guest is to be left stopped.
+    paused: bool,
+    /// From the switchover on.
+    final_version: Option<Version>,
+}
+
 struct Session {
     guest: Shared<dyn DestinationGuest>,
     pages_total: u64,
@@ -146,6 +193,7 @@ struct Session {
     mapper: Option<Mapper>,
     device_state: Arc<Mutex<Option<Vec<u8>>>>,
     journal: Arc<Mutex<Journal>>,
+    keep: Keep,
     trace: Arc<Mutex<Option<TraceFile>>>,
     happened: mpsc::UnboundedSender<Happened>,
     happenings: mpsc::UnboundedReceiver<Happened>,
@@ -165,9 +213,10 @@ impl Session {
         guest: Shared<dyn DestinationGuest>,
         link: Link,
         options: ReceiveOptions,
-        (journal, trace): (Journal, Option<TraceFile>),
+        (journal, trace, keep): (Journal, Option<TraceFile>, Keep),
         output: Arc<Output>,
     ) -> Self {
+        journal.keep(&keep);
         let pages_total = guest.with(|guest| guest.memory().pages());
         // Events come from a handful of tasks that each wait for their answer: the queue is short.
         let (happened, happenings) = mpsc::unbounded_channel();
@@ -191,6 +240,7 @@ impl Session {
             device_state: Arc::default(),
             journal: Arc::new(Mutex::new(journal)),
             trace: Arc::new(Mutex::new(trace)),
+            keep,
             happened,
             happenings,
             tasks: JoinSet::new(),
@@ -503,6 +553,7 @@ impl Session {
         let (guest, counters) = (self.guest.clone(), self.counters.clone());
         let (prepared, asked) = (self.prepared.clone(), self.asked.clone());
         let watched = self.options.page_table.clone();
+        let pages_path = self.journal.lock().expect("no holder panics").pages_path();
         let touches_kept = if self.options.trace.is_some() { TRACE_LIMIT } else { 0 };
         let fault_options = FaultOptions { touches_kept, ..FaultOptions::default() };
         self.spawn_step(async move {
@@ -516,17 +567,10 @@ impl Session {
                 }
                 let memory = guest.with(|guest| guest.memory());
                 let userfault = Arc::new(guest.with(|guest| guest.userfault())?);
-                let table = Arc::new(PageTable::anonymous(memory.pages())?);
+                let table = Arc::new(make_table(&pages_path, memory.pages())?);
                 let _ = watched.set(table.clone());
-                let ask = move |page: PageIndex, thread: u32| {
-                    let _ = asked.send((Wanted { page, thread }, false));
-                };
-                let service =
-                    FaultServer::start(userfault.clone(), table.clone(), fault_options, ask)?;
-                let faults = Arc::new(service);
-                let arrivals = Arc::new(Arrivals::new(memory, table.clone(), counters));
-                arrivals.serve_with(faults.clone());
-                let ready = Prepared { arrivals, userfault, faults };
+                let arrivals = Arrivals::new(memory, table.clone(), counters);
+                let ready = serve(arrivals, userfault, table, fault_options, asked.clone())?;
                 *prepared.lock().expect("no holder panics") = Some(ready);
                 Ok(DestinationEvent::Prepared)
             })
@@ -577,6 +621,10 @@ impl Session {
             (self.device_state_bytes.clone(), self.remaining_at_freeze.clone());
         let (pages, timeline) = (self.pages_total, self.timeline.clone());
         let (ledger, asked) = (self.ledger.clone(), self.asked.clone());
+        let journal = self.journal.clone();
+        let (strategy, paused) = (self.strategy, self.options.paused);
+        self.keep = Keep { strategy, paused, final_version: Some(offered), ..self.keep.clone() };
+        let keep = self.keep.clone();
         let (trace, steps) = (self.trace.clone(), self.happened.clone());
         self.tasks.spawn(async move {
             let bytes = match on_link.link.recv(Lane::State).await {
@@ -606,6 +654,7 @@ impl Session {
                 for page in ledger.lock().expect("no holder panics").close() {
                     let _ = asked.send(again(page));
                 }
+                journal.lock().expect("no holder panics").keep(&keep);
                 timeline.part("offer.switch_over", begin.elapsed());
                 if missing == 0 {
                     let _ = happened.send(Happened::Event(DestinationEvent::PagesComplete));
@@ -680,10 +729,13 @@ impl Session {
                 self.journal.lock().expect("no holder panics").remove();
             }
             _ => {
-                self.output.note(&format!("the journal of this side is {}", path.display()));
+                self.output.note(&format!(
+                    "what is known of this side is in {}; `farfault status` says what to type",
+                    path.display()
+                ));
                 // The guest stays as it is: loaded, or running with some threads that wait. Its
                 // memory stays registered, so that they do not go on with wrong bytes.
-                if let Err(error) = self.guest.call(|guest| guest.release()).await {
+                if let Err(error) = self.guest.call(|guest| guest.leave()).await {
                     tracing::warn!("letting go of the guest: {error}");
                 }
             }

@@ -44,6 +44,8 @@ pub enum Act {
     LeaveStopped,
     /// It runs.
     LetRun,
+    /// It is to be taken over by `farfault receive --resume`, which lets it run: its page faults must be served.
+    TakeOver,
     /// Its copy is ended, if farfault has started its monitor.
     End,
 }
@@ -94,12 +96,12 @@ fn judge_destination(records: &Records, choice: Choice) -> Result<Permit, Failur
             "the guest was refused here: the source may run it",
             "choose --run-source on both hosts",
         )),
-        Choice::RunDestination if committed => Ok(Permit { record: None, act: Act::LetRun }),
+        Choice::RunDestination if committed => Ok(Permit { record: None, act: Act::TakeOver }),
         Choice::RunDestination if !has(Entry::Loaded) => Err(Failure::new(
             "the guest's device state was never loaded here: there is nothing to run",
             "choose --run-source on both hosts, here first",
         )),
-        Choice::RunDestination => Ok(Permit { record: Some(Entry::Committed), act: Act::LetRun }),
+        Choice::RunDestination => Ok(Permit { record: Some(Entry::Committed), act: Act::TakeOver }),
         Choice::RunSource if committed => Err(Failure::new(
             "the decision has arrived here: the guest runs here, or has run",
             "choose --run-destination; what to do about lost pages is in docs/failures.md",
@@ -125,6 +127,7 @@ pub fn advise(found: &Found) -> Advice {
     let has = |entry| found.records.has(entry);
     let id = found.name();
     let resolve = |choice: Choice| format!("farfault resolve {id} {}", choice.option());
+    let resume = |side: &str| format!("farfault {side} --resume {}", found.about.migration);
     let both = format!("farfault resolve {id} --show; ask the other host before you choose");
     let tidy = format!("nothing; then remove {}", found.directory.display());
     let (situation, next) = match found.about.side {
@@ -136,23 +139,25 @@ pub fn advise(found: &Found) -> Advice {
             ("complete: the guest runs at the destination with all its pages", tidy)
         }
         Side::Source if has(Entry::Running) => (
-            "lost pages: the guest runs at the destination, and some of its memory is only here",
-            "keep this QEMU and its memory; see `Lost pages` in docs/failures.md".to_owned(),
+            "interrupted: the guest runs at the destination, and some of its memory is only here",
+            resume("send"),
         ),
         Side::Source if has(Entry::Void) || !has(Entry::Decided) => {
             ("not decided: the guest belongs here", resolve(Choice::RunSource))
         }
-        Side::Source => ("in doubt: decided, and no word came from the destination", both),
+        Side::Source => (
+            "in doubt: decided, and no word came from the destination",
+            format!("{}, which asks the destination; or {both}", resume("send")),
+        ),
         Side::Destination if has(Entry::Refused) => {
             ("refused: the guest never ran here and never will", resolve(Choice::RunSource))
         }
         Side::Destination if has(Entry::Complete) => {
             ("complete: the guest runs here with all its pages", tidy)
         }
-        Side::Destination if has(Entry::Committed) => (
-            "lost pages: the guest runs here and lacks pages",
-            "see `Lost pages` in docs/failures.md".to_owned(),
-        ),
+        Side::Destination if has(Entry::Committed) => {
+            ("interrupted: the guest runs here and may lack pages", resume("receive"))
+        }
         Side::Destination if has(Entry::Loaded) => {
             ("in doubt: the guest could run here, and the decision did not come", both)
         }
@@ -176,13 +181,20 @@ pub fn resolve(found: &Found, choice: Choice) -> Result<&'static str, Failure> {
     let place = &found.about.guest;
     let in_doubt = found.records.has(Entry::Decided) && !found.records.has(Entry::Void);
     match permit.act {
-        Act::LeaveStopped => Ok("the guest stays stopped here; it is to run at the destination"),
+        Act::LeaveStopped => {
+            Ok("the guest stays stopped here, for `farfault send --resume`; it is to run at \
+                                 the destination")
+        }
         Act::LetRun => {
             qemu::let_run(place)?;
             if found.about.side == Side::Source && !in_doubt {
                 journal.remove();
             }
             Ok("the guest runs here, unless its owner had paused it")
+        }
+        Act::TakeOver => {
+            Ok("the guest is to run here: let `farfault receive --resume` take it over now, \
+                             and `farfault send --resume` on the source")
         }
         Act::End if place.started_here || !place.process.is_some_and(|qemu| qemu.lives()) => {
             qemu::end(place)?;
@@ -209,7 +221,8 @@ mod tests {
         type Row = (Side, &'static [Entry], Option<Permit>, Option<Permit>);
         let permit = |record, act| Some(Permit { record, act });
         let (s, d) = (Side::Source, Side::Destination);
-        let (run, end, leave) = (Act::LetRun, Act::End, Act::LeaveStopped);
+        let (run, over) = (Act::LetRun, Act::TakeOver);
+        let (end, leave) = (Act::End, Act::LeaveStopped);
         let table: &[Row] = &[
             (s, &[], permit(Some(Entry::RunSource), run), None),
             (s, &[Started], permit(Some(Entry::RunSource), run), None),
@@ -232,10 +245,10 @@ mod tests {
             (s, &[Started, Decided, Running, Entry::RunDestination], None, permit(None, leave)),
             (d, &[], permit(Some(Refused), end), None),
             (d, &[Started], permit(Some(Refused), end), None),
-            (d, &[Started, Loaded], permit(Some(Refused), end), permit(Some(Committed), run)),
-            (d, &[Started, Loaded, Committed], None, permit(None, run)),
-            (d, &[Started, Committed], None, permit(None, run)),
-            (d, &[Started, Committed, Complete], None, permit(None, run)),
+            (d, &[Started, Loaded], permit(Some(Refused), end), permit(Some(Committed), over)),
+            (d, &[Started, Loaded, Committed], None, permit(None, over)),
+            (d, &[Started, Committed], None, permit(None, over)),
+            (d, &[Started, Committed, Complete], None, permit(None, over)),
             (d, &[Started, Refused], permit(None, end), None),
             (d, &[Started, Loaded, Refused], permit(None, end), None),
         ];
@@ -270,7 +283,8 @@ mod tests {
         ];
         for (source, destination) in both {
             let runs = |side, entries, choice| {
-                judge(side, &Records::of(entries), choice).is_ok_and(|p| p.act == Act::LetRun)
+                judge(side, &Records::of(entries), choice)
+                    .is_ok_and(|permit| [Act::LetRun, Act::TakeOver].contains(&permit.act))
             };
             let source_runs = runs(Side::Source, source, RunSource);
             let destination_runs = runs(Side::Destination, destination, RunDestination);

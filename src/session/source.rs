@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
@@ -26,12 +27,16 @@ use crate::memory::TrackerKind;
 use crate::page::Version;
 use crate::report::{Counters, LinkState, MigrationResult, Output, Report, Role, TraceFile};
 use crate::transport::{
-    Lane, Link, LinkError, SessionKey, Ticket, TransportOptions, connect, reconnect,
+    Lane, Link, LinkError, SavedSender, SessionKey, Ticket, TransportOptions, connect, reconnect,
 };
 use crate::wire::message::{
-    DestinationStage, Flight, Lacking, MessageError, PROTOCOL, PackedBytes, PackedSet,
+    DestinationStage, Flight, Lacking, MessageError, PROTOCOL, PackedBytes, PackedSet, Strategy,
     ToDestination, ToSource, decode, encode,
 };
+
+mod resumed;
+
+pub use resumed::resume_send;
 
 /// A round gets so long to notice that the link is closed.
 const ROUND_GRACE: Duration = Duration::from_secs(10);
@@ -95,6 +100,11 @@ pub async fn send(
     let journal = Journal::create(&options.state_dir, &about)?;
     signals.listen_at(&journal, &output);
     output.link(LinkState::Up);
+    let keep = Keep {
+        session: SavedSender::of(ticket, &link),
+        strategy: options.engine.strategy,
+        final_version: None,
+    };
     let destination = Destination {
         ticket: ticket.clone(),
         key: link.session_key(),
@@ -103,7 +113,7 @@ pub async fn send(
             ..transport.clone()
         },
     };
-    let session = Session::new(guest, link, destination, options, (journal, trace), output);
+    let session = Session::new(guest, link, destination, options, (journal, trace, keep), output);
     Ok(session.run(signals).await)
 }
 
@@ -150,6 +160,15 @@ enum Happened {
     Frozen(Box<RoundSender>, Result<Box<(FrozenPages, Vec<u8>)>, Failure>),
 }
 
+/// What the source keeps for a process that has to take over.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+struct Keep {
+    session: SavedSender,
+    strategy: Strategy,
+    /// From the freeze on.
+    final_version: Option<Version>,
+}
+
 struct Session {
     guest: Shared<dyn SourceGuest>,
     pages_total: u64,
@@ -167,6 +186,7 @@ struct Session {
     frozen: Option<Arc<FrozenPages>>,
     flight: Option<Bytes>,
     journal: Arc<Mutex<Journal>>,
+    keep: Keep,
     trace: Option<TraceFile>,
     happened: mpsc::UnboundedSender<Happened>,
     happenings: mpsc::UnboundedReceiver<Happened>,
@@ -186,9 +206,10 @@ impl Session {
         link: Link,
         destination: Destination,
         options: SendOptions,
-        (journal, trace): (Journal, Option<TraceFile>),
+        (journal, trace, keep): (Journal, Option<TraceFile>, Keep),
         output: Arc<Output>,
     ) -> Self {
+        journal.keep(&keep);
         let counters = Arc::new(Counters::default());
         let memory = guest.memory();
         let pages_total = memory.pages();
@@ -215,6 +236,7 @@ impl Session {
             frozen: None,
             flight: None,
             journal: Arc::new(Mutex::new(journal)),
+            keep,
             trace,
             happened,
             happenings,
@@ -561,6 +583,8 @@ impl Session {
             zero: PackedSet::pack(frozen.zero()),
             device_state: PackedBytes::pack(device_state),
         });
+        self.keep.final_version = Some(frozen.version());
+        self.journal.lock().expect("no holder panics").keep(&self.keep);
         self.device_state_bytes = flight.len() as u64;
         self.remaining_at_freeze = frozen.need().len();
         self.flight = Some(flight.into());
@@ -729,7 +753,10 @@ impl Session {
             SourceOutcome::Migrated | SourceOutcome::Stayed(_) => {
                 self.journal.lock().expect("no holder panics").remove();
             }
-            _ => self.output.note(&format!("the journal of this side is {}", path.display())),
+            _ => self.output.note(&format!(
+                "what is known of this side is in {}; `farfault status` says what to type",
+                path.display()
+            )),
         }
         if let Some(trace) = self.trace.take() {
             super::finish_trace(trace, &self.output);

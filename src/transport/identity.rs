@@ -23,24 +23,42 @@ fn sha256(bytes: &[u8]) -> [u8; 32] {
     digest::digest(&digest::SHA256, bytes).as_ref().try_into().expect("SHA-256 has 32 bytes")
 }
 
-/// The receiver's TLS side with a fresh self-signed certificate, and its fingerprint.
-pub(super) fn receiver() -> Result<(QuicServerConfig, [u8; 32]), String> {
-    let made = rcgen::generate_simple_self_signed([SERVER_NAME.to_owned()])
-        .map_err(|error| error.to_string())?;
-    let certificate = made.cert.der().clone();
-    let fingerprint = sha256(&certificate);
-    let key = PrivatePkcs8KeyDer::from(made.signing_key.serialize_der());
-    let mut config = rustls::ServerConfig::builder_with_provider(provider())
-        .with_protocol_versions(&[&rustls::version::TLS13])
-        .map_err(|error| error.to_string())?
-        .with_no_client_auth()
-        .with_single_cert(vec![certificate], key.into())
-        .map_err(|error| error.to_string())?;
-    config.alpn_protocols = vec![ALPN.to_vec()];
-    // Nothing is resumed by TLS: a new connection proves the secret anew.
-    config.send_tls13_tickets = 0;
-    let config = QuicServerConfig::try_from(config).map_err(|error| error.to_string())?;
-    Ok((config, fingerprint))
+/// A receiver's certificate and its private key.
+pub(super) struct Identity {
+    /// DER.
+    pub(super) certificate: Vec<u8>,
+    /// PKCS #8, DER.
+    pub(super) key: Vec<u8>,
+}
+
+impl Identity {
+    /// A fresh, self-signed one.
+    pub(super) fn fresh() -> Result<Self, String> {
+        let made = rcgen::generate_simple_self_signed([SERVER_NAME.to_owned()])
+            .map_err(|error| error.to_string())?;
+        let certificate = made.cert.der().to_vec();
+        Ok(Identity { certificate, key: made.signing_key.serialize_der() })
+    }
+
+    /// By which senders know it.
+    pub(super) fn fingerprint(&self) -> [u8; 32] {
+        sha256(&self.certificate)
+    }
+
+    /// The receiver's TLS side.
+    pub(super) fn config(&self) -> Result<QuicServerConfig, String> {
+        let key = PrivatePkcs8KeyDer::from(self.key.clone());
+        let mut config = rustls::ServerConfig::builder_with_provider(provider())
+            .with_protocol_versions(&[&rustls::version::TLS13])
+            .map_err(|error| error.to_string())?
+            .with_no_client_auth()
+            .with_single_cert(vec![CertificateDer::from(self.certificate.clone())], key.into())
+            .map_err(|error| error.to_string())?;
+        config.alpn_protocols = vec![ALPN.to_vec()];
+        // Nothing is resumed by TLS: a new connection proves the secret anew.
+        config.send_tls13_tickets = 0;
+        QuicServerConfig::try_from(config).map_err(|error| error.to_string())
+    }
 }
 
 /// The sender's TLS side, which accepts the certificate of that fingerprint alone. The flag is set when

@@ -11,12 +11,14 @@ use tokio::sync::mpsc;
 
 use super::congestion::Gauges;
 use super::error::{ListenError, close_code, code};
+use super::identity::Identity;
 use super::lanes::MAX_STREAMS;
 use super::link::{Established, Link};
 use super::proof::{self, Claim, HELLO_BYTES, Hello, SessionKey, Welcome};
 use super::quic::{self, Peer};
+use super::saved::{SavedError, SavedReceiver};
 use super::ticket::{MAX_ADDRESSES, MigrationId, Secret, Ticket};
-use super::{TransportOptions, addresses, identity, socket};
+use super::{TransportOptions, addresses, socket};
 
 /// A stranger must have proved its ticket within this time.
 const STRANGER_PATIENCE: Duration = Duration::from_secs(5);
@@ -53,33 +55,67 @@ impl Listener {
         advertised: Vec<SocketAddr>,
         options: &TransportOptions,
     ) -> Result<(Listener, Ticket), ListenError> {
-        let (crypto, certificate_sha256) =
-            identity::receiver().map_err(ListenError::Certificate)?;
-        let crypto = Arc::new(crypto);
+        let identity = Identity::fresh().map_err(ListenError::Certificate)?;
+        let certificate_sha256 = identity.fingerprint();
+        let (secret, migration) = (Secret::random(), MigrationId::random());
+        let trust = Trust::default();
+        let listener = Self::open(address, identity, secret.clone(), migration, trust, options)?;
+        let addresses = ticket_addresses(listener.desk.bound, advertised)?;
+        Ok((listener, Ticket { addresses, certificate_sha256, secret, migration }))
+    }
+
+    /// Listens again, as the receiver that `saved` was: for [`Self::accept_resumed`].
+    ///
+    /// # Errors
+    /// As [`Self::bind`].
+    pub fn reopen(
+        saved: &SavedReceiver,
+        options: &TransportOptions,
+    ) -> Result<Listener, ListenError> {
+        let damaged = |error: SavedError| ListenError::Certificate(error.to_string());
+        let (identity, migration) = saved.identity().map_err(damaged)?;
+        let session = Some(saved.session().map_err(damaged)?);
+        let trust = Trust { ticket_used: true, session };
+        // The ticket was used: no secret opens it any more.
+        Self::open(saved.listen, identity, Secret::random(), migration, trust, options)
+    }
+
+    fn open(
+        address: SocketAddr,
+        identity: Identity,
+        secret: Secret,
+        migration: MigrationId,
+        trust: Trust,
+        options: &TransportOptions,
+    ) -> Result<Listener, ListenError> {
+        let crypto = Arc::new(identity.config().map_err(ListenError::Certificate)?);
         let bind_error = |source| ListenError::Bind { address, source };
         let config = server_config(&crypto, options, address, Arc::default());
         let endpoint = socket::endpoint(address, Some(config), options).map_err(bind_error)?;
         let bound = endpoint.local_addr().map_err(bind_error)?;
-        let addresses = ticket_addresses(bound, advertised)?;
-        let secret = Secret::random();
-        let migration = MigrationId::random();
         let (fresh_sender, fresh) = mpsc::channel(LINK_QUEUE);
         let (resumed_sender, resumed) = mpsc::channel(LINK_QUEUE);
         let desk = Arc::new(Desk {
             endpoint,
             crypto,
+            identity,
+            bound,
             options: options.clone(),
-            secret: secret.clone(),
+            secret,
             migration,
-            trust: Mutex::default(),
+            trust: Mutex::new(trust),
             strangers: Mutex::default(),
             fresh: fresh_sender,
             resumed: resumed_sender,
         });
         let strangers = tokio::spawn(receive_strangers(desk.clone()));
         let (fresh, resumed) = (tokio::sync::Mutex::new(fresh), tokio::sync::Mutex::new(resumed));
-        let listener = Listener { desk, strangers, fresh, resumed };
-        Ok((listener, Ticket { addresses, certificate_sha256, secret, migration }))
+        Ok(Listener { desk, strangers, fresh, resumed })
+    }
+
+    /// What must be kept to listen again.
+    pub(super) fn identity(&self) -> (&Identity, SocketAddr, MigrationId) {
+        (&self.desk.identity, self.desk.bound, self.desk.migration)
     }
 
     /// Waits for the sender, without end when `timeout` is `None`.
@@ -172,6 +208,8 @@ fn server_config(
 struct Desk {
     endpoint: Endpoint,
     crypto: Arc<QuicServerConfig>,
+    identity: Identity,
+    bound: SocketAddr,
     options: TransportOptions,
     secret: Secret,
     migration: MigrationId,

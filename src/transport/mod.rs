@@ -27,6 +27,7 @@ mod options;
 mod proof;
 mod push;
 mod quic;
+mod saved;
 mod socket;
 #[cfg(test)]
 mod tests;
@@ -39,4 +40,5 @@ pub use link::{Link, LinkStats};
 pub use listener::Listener;
 pub use options::TransportOptions;
 pub use proof::SessionKey;
+pub use saved::{SavedError, SavedReceiver, SavedSender};
 pub use ticket::{MigrationId, Secret, Ticket, TicketError};

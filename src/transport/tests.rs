@@ -163,6 +163,45 @@ mod authentication {
         assert!(matches!(error, ConnectError::WrongTicket), "{error}");
     }
 
+    #[tokio::test]
+    async fn a_sender_and_a_receiver_find_each_other_again_by_what_they_kept() {
+        let (listener, ticket) = listen(&options());
+        let (sender, receiver) = meet(&listener, &ticket, &options()).await;
+        // As read from disk by two other processes.
+        let kept = serde_json::to_string(&SavedReceiver::of(&listener, &receiver)).unwrap();
+        let kept_by_sender = serde_json::to_string(&SavedSender::of(&ticket, &sender)).unwrap();
+        drop((sender, receiver, listener));
+        let saved: SavedReceiver = serde_json::from_str(&kept).unwrap();
+        let saved_sender: SavedSender = serde_json::from_str(&kept_by_sender).unwrap();
+        let (ticket_again, session) = saved_sender.open().unwrap();
+        let mut tries = 0;
+        // The socket of the first one is closed a little later.
+        let opened = loop {
+            match Listener::reopen(&saved, &options()) {
+                Err(ListenError::Bind { .. }) if tries < 500 => tries += 1,
+                other => break other.unwrap(),
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        };
+        let receiver_session = saved.session().unwrap();
+        let options = options();
+        let (sender, receiver) = tokio::join!(
+            reconnect(&ticket_again, &session, &options),
+            opened.accept_resumed(&receiver_session, Some(Duration::from_secs(3)))
+        );
+        let (sender, receiver) = (sender.unwrap(), receiver.unwrap());
+        sender.send(Lane::FaultRequest, message(3, 1)).await.unwrap();
+        assert_eq!(receiver.recv(Lane::FaultRequest).await.unwrap(), message(3, 1));
+        // The ticket itself is as used as before, and secrets are not shown.
+        connect(&ticket, &options).await.unwrap_err();
+        assert!(
+            !format!("{saved:?}{saved_sender:?}").contains(&kept[kept.len() - 20..kept.len() - 2])
+        );
+        let damaged = kept.replace("\"session\":\"", "\"session\":\"a");
+        let damaged: SavedReceiver = serde_json::from_str(&damaged).unwrap();
+        assert!(Listener::reopen(&damaged, &options).is_err());
+    }
+
     /// A QUIC connection to the right receiver that has proved nothing.
     async fn raw_connection(ticket: &Ticket) -> quinn::Connection {
         let endpoint = socket::endpoint(loopback(), None, &options()).unwrap();

@@ -196,6 +196,14 @@ impl DestinationGuest for QemuDestination {
         Ok(())
     }
 
+    /// A QEMU that we started keeps its private QMP socket.
+    fn leave(&mut self) -> Result<(), GuestError> {
+        if let Some(child) = &mut self.child {
+            child.leave();
+        }
+        Ok(())
+    }
+
     /// A QEMU that somebody else started goes on waiting. Its RAM stays registered until the
     /// [`Userfault`] is released.
     fn discard(&mut self) -> Result<(), GuestError> {

@@ -127,7 +127,7 @@ fn size_option(bytes: u64) -> String {
 }
 
 /// The shared mapping that holds all of `size` bytes at `address`.
-fn mapping_at<'a>(
+pub(super) fn mapping_at<'a>(
     mappings: &'a [Mapping],
     id: &str,
     address: u64,

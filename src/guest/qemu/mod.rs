@@ -9,7 +9,8 @@
 //! * `qmp` and `commands` speak with the monitor, `text` reads what only its version for people tells.
 //! * `process` finds the process behind the socket, `discover` its RAM, `guards` what forbids a move,
 //!   `shape` what both sides must agree on.
-//! * `rescue` finds a QEMU again that an earlier farfault has left, and lets its guest run or ends it.
+//! * `rescue` finds a QEMU again that an earlier farfault has left, and lets its guest run or ends it;
+//!   [`LeftQemu`] goes on with moving it.
 //! * `device_state` runs QEMU's own migration over a pair of sockets, with `settings` that it puts
 //!   back. No path in the file system is involved, so it works whatever user or sandbox QEMU runs in.
 
@@ -20,6 +21,7 @@ mod discover;
 #[doc(hidden)]
 pub mod fuzz;
 mod guards;
+mod left;
 mod process;
 mod qmp;
 mod rescue;
@@ -33,6 +35,7 @@ mod text;
 mod uffd;
 
 pub use destination::QemuDestination;
+pub use left::{LeftQemu, let_run_when_it_answers};
 pub use qmp::QmpError;
 pub use rescue::{end, is_running, let_run};
 pub use source::QemuSource;

@@ -17,6 +17,8 @@ use crate::guest::{GuestError, Whereabouts};
 
 /// How long a killed QEMU may take to end: its memory has to be given back.
 const KILL_TIMEOUT: Duration = Duration::from_secs(20);
+/// How long QEMU may take to end after `quit`: it flushes disk images.
+const QUIT_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long a cancelled migration may take to end.
 const CANCEL_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -56,6 +58,21 @@ pub fn let_run(place: &Whereabouts) -> Result<(), GuestError> {
     Ok(())
 }
 
+/// Puts the migration settings back, as far as QEMU listens: a guest that has moved does not hang on it.
+pub(super) fn restore_settings(place: &Whereabouts) {
+    match connect(place) {
+        Ok(mut qmp) => put_back(place, &mut qmp),
+        Err(error) => tracing::warn!("QEMU's migration settings are not put back: {error}"),
+    }
+}
+
+/// Asks the QEMU of a guest that has moved away to end.
+pub(super) fn quit(place: &Whereabouts) -> Result<(), GuestError> {
+    let mut qmp = connect(place)?;
+    qmp.tell(&qapi::qmp::quit {})?;
+    if qmp.wait_closed(QUIT_TIMEOUT)? { Ok(()) } else { Err(failure("QEMU does not end")) }
+}
+
 /// Ends a QEMU that farfault had started, and removes the RAM files that it had made and the directory
 /// of its socket. Works while its threads wait for pages. Harmless when it has ended.
 ///
@@ -78,7 +95,7 @@ pub fn end(place: &Whereabouts) -> Result<(), GuestError> {
 }
 
 /// The directory that farfault had made for the QMP socket of a QEMU that it started.
-fn remove_private_socket(place: &Whereabouts) {
+pub(super) fn remove_private_socket(place: &Whereabouts) {
     let directory = place.qmp.as_deref().and_then(Path::parent).filter(|_| place.started_here);
     if let Some(directory) = directory {
         let _ = std::fs::remove_file(directory.join(SOCKET_NAME));

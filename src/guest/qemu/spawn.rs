@@ -126,6 +126,14 @@ impl Spawned {
         self.directory = None;
     }
 
+    /// Lets QEMU live on, with its QMP socket for whoever comes after us.
+    pub(super) fn leave(&mut self) {
+        self.ours = false;
+        if let Some(directory) = self.directory.take() {
+            let _ = directory.keep();
+        }
+    }
+
     /// Ends QEMU and removes the RAM files that it has made. Works while its threads wait for pages.
     pub(super) fn end(&mut self) -> Result<(), GuestError> {
         self.ours = false;

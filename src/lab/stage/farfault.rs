@@ -196,6 +196,11 @@ impl Running {
         self.wait(timeout)
     }
 
+    /// False once it has ended.
+    pub fn is_running(&mut self) -> Result<bool> {
+        Ok(self.process.ended()?.is_none())
+    }
+
     /// Kills it without warning.
     pub fn kill(&mut self) -> Result<()> {
         self.process.kill()

@@ -137,7 +137,7 @@ impl Adopted {
         avoid_threads: &[u32],
         features: FeatureFlags,
     ) -> Result<Uffd, MemoryError> {
-        if let Some(earlier) = self.earlier_userfaultfd(features)? {
+        if let Some(earlier) = self.kept_userfaultfd(features)? {
             return Ok(earlier);
         }
         let by_device = pass_fd.map(|pass| self.userfaultfd_from_device(pass, avoid_threads));
@@ -188,8 +188,9 @@ impl Adopted {
         self.call(avoid, Call { name: "ioctl", number: libc::SYS_ioctl, arguments })
     }
 
-    /// A userfaultfd that is open in the process and has exactly these features.
-    fn earlier_userfaultfd(&self, features: FeatureFlags) -> Result<Option<Uffd>, MemoryError> {
+    /// The userfaultfd that an earlier farfault has left open in the process, agreed on exactly these
+    /// features.
+    pub fn kept_userfaultfd(&self, features: FeatureFlags) -> Result<Option<Uffd>, MemoryError> {
         let is_userfaultfd = |path: &PathBuf| {
             std::fs::read_link(path).is_ok_and(|to| to == Path::new("anon_inode:[userfaultfd]"))
         };

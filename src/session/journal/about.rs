@@ -6,6 +6,7 @@ use std::io::{self, Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::unix_ms;
@@ -76,29 +77,29 @@ impl About {
     pub fn name(&self) -> String {
         format!("{}.{}", self.migration, self.side)
     }
+}
 
-    /// In place of what is there: whole, or not at all.
-    pub(super) fn write(&self, path: &Path) -> io::Result<()> {
-        let new = path.with_extension("new");
-        let mut options = OpenOptions::new();
-        let mut file = options.write(true).create(true).truncate(true).mode(0o600).open(&new)?;
-        file.write_all(&serde_json::to_vec_pretty(self).expect("plain data"))?;
+/// Writes a file that only its owner can read, in place of what is there: whole, or not at all.
+pub(super) fn write_json(path: &Path, value: &impl Serialize, sync: bool) -> io::Result<()> {
+    let new = path.with_extension("new");
+    let mut options = OpenOptions::new();
+    let mut file = options.write(true).create(true).truncate(true).mode(0o600).open(&new)?;
+    file.write_all(&serde_json::to_vec_pretty(value).expect("plain data"))?;
+    if sync {
         file.sync_all()?;
-        fs::rename(&new, path)
     }
+    fs::rename(&new, path)
+}
 
-    pub(super) fn read(path: &Path) -> Result<Self, Failure> {
-        let failed = |why: String| {
-            Failure::new(
-                format!("{} cannot be read: {why}", path.display()),
-                "look into its directory; remove it when the case is settled",
-            )
-        };
-        let mut text = String::new();
-        let file = fs::File::open(path).map_err(|error| failed(error.to_string()))?;
-        file.take(LIMIT_BYTES)
-            .read_to_string(&mut text)
-            .map_err(|error| failed(error.to_string()))?;
-        serde_json::from_str(&text).map_err(|error| failed(error.to_string()))
-    }
+pub(super) fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T, Failure> {
+    let failed = |why: String| {
+        Failure::new(
+            format!("{} cannot be read: {why}", path.display()),
+            "look into its directory; remove it when the case is settled",
+        )
+    };
+    let mut text = String::new();
+    let file = fs::File::open(path).map_err(|error| failed(error.to_string()))?;
+    file.take(LIMIT_BYTES).read_to_string(&mut text).map_err(|error| failed(error.to_string()))?;
+    serde_json::from_str(&text).map_err(|error| failed(error.to_string()))
 }

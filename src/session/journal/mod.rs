@@ -4,6 +4,7 @@
 //! <state-dir>/56d9415255b0337c.source/    mode 0700, all files 0600
 //!     about       who works on it, and on which guest: one JSON object
 //!     journal     what was decided: a JSON object a line, on disk before the migration goes on
+//!     takeover    what another process needs to go on with it, and it alone: it holds secrets
 //!     control     a socket, while a farfault works on it (`session::control`)
 //! ```
 //!
@@ -22,8 +23,10 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use nix::fcntl::{Flock, FlockArg};
 use serde::Serialize;
+use serde::de::DeserializeOwned;
 
 use crate::engine::Failure;
+use crate::memory::adopt::ProcessIdentity;
 
 pub use about::{About, Side};
 pub use records::{Entry, Record, Records};
@@ -32,6 +35,10 @@ pub use records::{Entry, Record, Records};
 const JOURNAL: &str = "journal";
 /// The file that says whose it is.
 const ABOUT: &str = "about";
+/// The file for a process that takes over.
+const TAKEOVER: &str = "takeover";
+/// Where the destination's page table is: in memory, since each page that comes is noted there.
+const PAGES_DIRECTORY: &str = "/dev/shm";
 /// Most migrations that a state directory is searched for.
 const MAX_MIGRATIONS: usize = 10_000;
 
@@ -75,6 +82,14 @@ impl Found {
     /// True while the farfault that works on it lives.
     pub fn is_owned(&self) -> bool {
         self.about.owner.lives()
+    }
+
+    /// What was kept by [`Journal::keep`].
+    ///
+    /// # Errors
+    /// When nothing was, or it cannot be read.
+    pub fn kept<T: DeserializeOwned>(&self) -> Result<T, Failure> {
+        about::read_json(&self.directory.join(TAKEOVER))
     }
 
     /// `MIGRATION.SIDE`, which names it on this host.
@@ -142,7 +157,7 @@ pub fn find(state_dir: &Path, id: &str, side: Option<Side>) -> Result<Found, Fai
 }
 
 fn open_found(directory: &Path) -> Result<Found, Failure> {
-    let about = About::read(&directory.join(ABOUT))?;
+    let about = about::read_json(&directory.join(ABOUT))?;
     let records = Records::read(&directory.join(JOURNAL))?;
     Ok(Found { directory: directory.to_owned(), about, records })
 }
@@ -162,7 +177,7 @@ impl Journal {
                 .create_new(true)
                 .mode(0o600)
                 .open(directory.join(JOURNAL))?;
-            about.write(&directory.join(ABOUT))?;
+            about::write_json(&directory.join(ABOUT), about, true)?;
             // The names must be on disk too.
             File::open(&directory)?.sync_all()?;
             File::open(state_dir)?.sync_all()?;
@@ -222,6 +237,32 @@ impl Journal {
         })
     }
 
+    /// From here on this process is the owner.
+    ///
+    /// # Errors
+    /// When that cannot be written.
+    pub fn own(&self, about: &About) -> Result<(), Failure> {
+        let about = About { owner: ProcessIdentity::own()?, ..about.clone() };
+        let path = self.directory.join(ABOUT);
+        about::write_json(&path, &about, true).map_err(|error| {
+            Failure::plain(format!("{} cannot be written: {error}", path.display()))
+        })
+    }
+
+    /// Keeps what another process needs to take over, in the place of what was kept before. It outlives
+    /// this process, not the host.
+    pub fn keep<T: Serialize>(&self, value: &T) {
+        let path = self.directory.join(TAKEOVER);
+        if let Err(error) = about::write_json(&path, value, false) {
+            tracing::warn!("{}: {error}: no process could take over", path.display());
+        }
+    }
+
+    /// Where the destination's page table is kept.
+    pub fn pages_path(&self) -> PathBuf {
+        pages_path(&self.directory)
+    }
+
     /// Where it is.
     pub fn path(&self) -> PathBuf {
         self.directory.join(JOURNAL)
@@ -234,10 +275,21 @@ impl Journal {
 
     /// The migration has ended and nothing is in doubt.
     pub fn remove(&self) {
+        match fs::remove_file(self.pages_path()) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                tracing::warn!("{} stays behind: {error}", self.pages_path().display());
+            }
+            _ => {}
+        }
         if let Err(error) = fs::remove_dir_all(&self.directory) {
             tracing::warn!("the journal {} stays behind: {error}", self.directory.display());
         }
     }
+}
+
+fn pages_path(directory: &Path) -> PathBuf {
+    let name = directory.file_name().unwrap_or_default().to_string_lossy();
+    Path::new(PAGES_DIRECTORY).join(format!("farfault-{name}.pages"))
 }
 
 fn unix_ms() -> u64 {

@@ -1,0 +1,192 @@
+//! A QEMU that a killed farfault was moving, taken over by another one.
+//!
+//! Nothing here asks QEMU's monitor before it must: the main thread, which answers it, may be waiting for a page
+//! that only we can bring. What is needed before was written down by the predecessor.
+
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use super::{discover, failure, refusal, rescue};
+use crate::guest::{DestinationGuest, GuestError, Shape, SourceGuest, Whereabouts};
+use crate::memory::adopt::Adopted;
+use crate::memory::{
+    Access, DirtyTracker, FAULT_FEATURES, GuestMemory, MemoryLayout, RegionBacking, TrackerKind,
+    Userfault,
+};
+
+/// How long a monitor may take until it answers.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(600);
+
+/// A QEMU, as its earlier farfault has left it.
+pub struct LeftQemu {
+    place: Whereabouts,
+    process: Adopted,
+    memory: Arc<GuestMemory>,
+    shape: Shape,
+}
+
+impl LeftQemu {
+    /// Finds the QEMU of `place` again, and maps its memory.
+    ///
+    /// # Errors
+    /// When it has ended, or its memory is not where it was.
+    pub fn find(place: &Whereabouts, access: Access) -> Result<Self, GuestError> {
+        let Some(known) = place.process else {
+            return Err(refusal(
+                format!(
+                    "a guest of {} lives in the farfault process that moves it, and has ended with it",
+                    place.monitor
+                ),
+                "only QEMU guests can be taken over by another process",
+            ));
+        };
+        let process = Adopted::attach(known.pid)?;
+        if process.identity() != known {
+            return Err(failure(format!("the guest's QEMU (process {}) has ended", known.pid)));
+        }
+        let mappings = process.shared_mappings()?;
+        let mut backings = Vec::new();
+        for (region, address) in &place.ram {
+            let mapping =
+                discover::mapping_at(&mappings, &region.name, *address, region.size_bytes)?;
+            let file = process.open_backing(mapping, access)?;
+            let file_offset_bytes = mapping.file_offset_bytes + (address - mapping.address);
+            backings.push(RegionBacking { layout: region.clone(), file, file_offset_bytes });
+        }
+        let layout = MemoryLayout::new(place.ram.iter().map(|(r, _)| r.clone()).collect());
+        let memory = Arc::new(GuestMemory::map(backings, access)?);
+        // The two sides' shapes were compared when the migration began.
+        let monitor = place.monitor.clone();
+        let shape = Shape { monitor, memory: layout, properties: Default::default() };
+        Ok(LeftQemu { place: place.clone(), process, memory, shape })
+    }
+}
+
+/// Lets the guest run. A monitor that does not answer yet is asked again: it may be waiting for pages, which
+/// come when the other side is connected again.
+///
+/// # Errors
+/// The last one, when QEMU has ended or has not answered for ten minutes.
+pub fn let_run_when_it_answers(place: &Whereabouts) -> Result<(), GuestError> {
+    let deadline = Instant::now() + ANSWER_TIMEOUT;
+    loop {
+        match rescue::let_run(place) {
+            Err(error)
+                if place.process.is_some_and(|qemu| qemu.lives()) && Instant::now() < deadline =>
+            {
+                tracing::debug!(%error, "the guest's monitor is asked again");
+                thread::sleep(Duration::from_millis(200));
+            }
+            other => return other,
+        }
+    }
+}
+
+impl DestinationGuest for LeftQemu {
+    fn shape(&self) -> &Shape {
+        &self.shape
+    }
+
+    fn memory(&self) -> Arc<GuestMemory> {
+        Arc::clone(&self.memory)
+    }
+
+    fn whereabouts(&self) -> Whereabouts {
+        self.place.clone()
+    }
+
+    /// The one that QEMU has kept open: what waits at it goes on waiting until we serve it. Its memory
+    /// stays registered and as it is.
+    fn userfault(&mut self) -> Result<Userfault, GuestError> {
+        let kept = self.process.kept_userfaultfd(FAULT_FEATURES)?.ok_or_else(|| {
+            failure(format!("QEMU (process {}) has no userfaultfd of farfault", self.process.pid()))
+        })?;
+        let addresses: Vec<u64> = self.place.ram.iter().map(|(_, address)| *address).collect();
+        Ok(Userfault::register(kept, &self.shape.memory, &addresses)?)
+    }
+
+    fn load_device_state(&mut self, _state: &[u8]) -> Result<(), GuestError> {
+        Err(failure("a device state is not loaded into a QEMU that was taken over"))
+    }
+
+    fn run(&mut self) -> Result<(), GuestError> {
+        rescue::let_run(&self.place)
+    }
+
+    fn release(&mut self) -> Result<(), GuestError> {
+        rescue::restore_settings(&self.place);
+        rescue::remove_private_socket(&self.place);
+        Ok(())
+    }
+
+    fn leave(&mut self) -> Result<(), GuestError> {
+        Ok(())
+    }
+
+    fn discard(&mut self) -> Result<(), GuestError> {
+        rescue::end(&self.place)
+    }
+}
+
+impl SourceGuest for LeftQemu {
+    fn shape(&self) -> &Shape {
+        &self.shape
+    }
+
+    fn memory(&self) -> Arc<GuestMemory> {
+        Arc::clone(&self.memory)
+    }
+
+    fn whereabouts(&self) -> Whereabouts {
+        self.place.clone()
+    }
+
+    fn runs(&self) -> bool {
+        self.place.runs
+    }
+
+    fn track(&mut self, _kind: TrackerKind) -> Result<Box<dyn DirtyTracker>, GuestError> {
+        Err(failure("the writes of a guest that was taken over are not followed"))
+    }
+
+    fn pause(&mut self) -> Result<(), GuestError> {
+        Err(failure("a guest that was taken over is stopped already"))
+    }
+
+    fn save_device_state(&mut self) -> Result<Vec<u8>, GuestError> {
+        Err(failure("the device state of a guest that was taken over is gone"))
+    }
+
+    fn resume(&mut self) -> Result<(), GuestError> {
+        rescue::let_run(&self.place)
+    }
+
+    fn release(&mut self, quit: bool) -> Result<(), GuestError> {
+        if quit {
+            return rescue::quit(&self.place);
+        }
+        rescue::restore_settings(&self.place);
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::adopt::ProcessIdentity;
+
+    #[test]
+    fn what_cannot_be_taken_over_is_told() {
+        let told = |place: &Whereabouts| match LeftQemu::find(place, Access::ReadOnly) {
+            Err(error) => error.message,
+            Ok(_) => panic!("found"),
+        };
+        let inside = Whereabouts { monitor: "kvm".to_owned(), ..Whereabouts::default() };
+        assert!(told(&inside).contains("guest of kvm"));
+        let me = ProcessIdentity::own().unwrap();
+        let other = ProcessIdentity { start_ticks: me.start_ticks + 1, ..me };
+        let ended = Whereabouts { process: Some(other), ..Whereabouts::default() };
+        assert!(told(&ended).contains("has ended"));
+    }
+}
