@@ -8,11 +8,13 @@
 //! | [`lines`] | fingerprints of sent pages, for which there is no room in that store |
 //! | [`pack`] | compression of whole pages or deltas, up to 64 pages together |
 //! | [`ladder`] | which codec for which link |
+//! | [`blob`] | device state against that of a rehearsal |
 //! | [`xbzrle`] | QEMU's delta, for comparison |
 //!
 //! How coded pages are framed, checked and bounded on the wire is the business of [`crate::wire`].
 
 pub mod bases;
+pub mod blob;
 pub mod delta;
 mod id;
 pub mod ladder;

@@ -19,6 +19,7 @@ use crate::wire::message::{
     DestinationStage, Lacking, PROTOCOL, PackedSet, RunWhen, SourceStage, Strategy, ToDestination,
     ToSource,
 };
+use crate::wire::state::PackedState;
 
 /// A line of the destination's journal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -130,6 +131,8 @@ pub enum DestinationAction {
         /// Which.
         of: PagesOf,
     },
+    /// Keep the device state of a rehearsal, and say so.
+    KeepRehearsal(PackedState),
     /// Tell when the flight has come.
     AwaitFlight(Version),
     /// Give the guest its device state.
@@ -408,6 +411,9 @@ impl DestinationMachine {
             (ToDestination::RoundEnd { round, messages }, State::Receiving) => {
                 self.act(DestinationAction::AwaitRound { round, messages });
             }
+            (ToDestination::Rehearsal(state), State::Receiving) => {
+                self.act(DestinationAction::KeepRehearsal(state));
+            }
             (ToDestination::Offer { final_version, run_when }, State::Receiving) => {
                 self.state = State::Offered;
                 self.run_when = run_when;
@@ -676,5 +682,6 @@ fn message_name(message: &ToDestination) -> &'static str {
         ToDestination::Abort { .. } => "Abort",
         ToDestination::Bye { .. } => "Bye",
         ToDestination::Resync { .. } => "Resync",
+        ToDestination::Rehearsal(_) => "Rehearsal",
     }
 }

@@ -72,6 +72,16 @@ const SMALL_REMAINDER: Duration = Duration::from_millis(15);
 /// A round that leaves more than this share of the remainder before it does not converge.
 const SHRINK: f64 = 0.75;
 
+/// On a link that takes more than this, a device state that QEMU saves in milliseconds also crosses in
+/// milliseconds.
+const REHEARSAL_BYTES_PER_S: u64 = 50_000_000;
+
+/// Whether to stop the guest for a moment in pre-copy and send its device state, so that at the
+/// switchover only what has changed in it crosses.
+pub fn rehearsal_pays(state_is_small: bool, link_bytes_per_s: u64) -> bool {
+    !state_is_small && link_bytes_per_s <= REHEARSAL_BYTES_PER_S
+}
+
 impl SwitchoverPolicy {
     /// What comes after round number `rounds` (from 1 on).
     ///
@@ -183,6 +193,13 @@ mod tests {
             panic!("must give up");
         };
         assert!(failure.hint.unwrap().contains("hybrid"));
+    }
+
+    #[test]
+    fn a_rehearsal_pays_where_a_device_state_takes_long_to_cross() {
+        assert!(rehearsal_pays(false, 12_500_000));
+        assert!(!rehearsal_pays(true, 12_500_000));
+        assert!(!rehearsal_pays(false, 1_250_000_000));
     }
 
     #[test]

@@ -425,6 +425,8 @@ impl SourceMachine {
             (ToSource::Ready, State::Deciding | State::Committed) => self.ready = true,
             (ToSource::Running, State::Committed) => self.running(),
             (ToSource::Done, State::Postcopy) => self.done(),
+            // For the session, and nothing waits for it.
+            (ToSource::Rehearsed { .. }, _) => {}
             (ToSource::Refused { reason, hint }, _) => self.handle_refused(reason, hint),
             (message, state) => {
                 let failure =

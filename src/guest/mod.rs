@@ -192,6 +192,11 @@ pub trait SourceGuest: Send {
     /// for more than once, and should then differ in few bytes.
     fn save_device_state(&mut self) -> Result<Vec<u8>, GuestError>;
 
+    /// True when [`Self::save_device_state`] gives some kilobytes only: it is then not worth a rehearsal.
+    fn has_small_state(&self) -> bool {
+        false
+    }
+
     /// Lets the guest run on here: after a rehearsal, or because the migration failed before the
     /// decision. Must work after [`Self::save_device_state`]. Harmless when running.
     fn resume(&mut self) -> Result<(), GuestError>;

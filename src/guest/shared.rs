@@ -56,6 +56,10 @@ impl SourceGuest for SharedGuest {
         self.lock().save_device_state()
     }
 
+    fn has_small_state(&self) -> bool {
+        self.lock().has_small_state()
+    }
+
     fn resume(&mut self) -> Result<(), GuestError> {
         self.lock().resume()
     }

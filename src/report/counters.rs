@@ -21,6 +21,8 @@ pub struct Counters {
     pub bundled_pages: AtomicU64,
     /// Pages that came a second time and were dropped (destination).
     pub duplicate_pages: AtomicU64,
+    /// The most memory that this process was seen to take for itself.
+    pub peak_rss_bytes: AtomicU64,
 }
 
 impl Counters {
@@ -31,6 +33,12 @@ impl Counters {
         for (codec, pages, bytes) in counts.used() {
             codecs.add(codec, pages, bytes);
         }
+    }
+
+    /// Looks how much memory this process takes for itself now.
+    pub fn note_own_memory(&self) {
+        let now = super::memory::own_memory_bytes().unwrap_or(0);
+        self.peak_rss_bytes.fetch_max(now, Ordering::Relaxed);
     }
 
     /// Pages and bytes by codec so far.

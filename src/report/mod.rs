@@ -2,6 +2,7 @@
 
 mod counters;
 mod live;
+mod memory;
 mod metrics;
 mod output;
 mod phases;

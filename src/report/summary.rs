@@ -91,8 +91,11 @@ pub struct Report {
     pub precopy_rounds: u16,
     /// Pages that the destination still lacked when the guest was stopped.
     pub remaining_pages_at_freeze: u64,
-    /// Device state, as it crossed.
+    /// Device state, as it crossed at the switchover.
     pub device_state_bytes: u64,
+    /// How long the guest stood still in pre-copy for a rehearsal: its device state was taken and sent, so
+    /// that at the switchover only the difference had to cross. Only the source knows; `null` without one.
+    pub rehearsal_ms: Option<f64>,
     /// Faults that asked the source.
     pub remote_faults: u64,
     /// Faults on pages that were already here.
@@ -109,6 +112,9 @@ pub struct Report {
     pub round_trip_ms: f64,
     /// Outages of the link that were mended.
     pub reconnects: u32,
+    /// The most memory that farfault itself was seen to take on this side, looked at four times a
+    /// second: heap, stacks and program, but not the guest's RAM, which it maps.
+    pub peak_rss_bytes: u64,
     /// How writes were followed: only the source knows.
     pub tracker: Option<Cow<'static, str>>,
     /// The time of each phase, and of the parts of the switchover, by name and in the order of time.
@@ -170,6 +176,9 @@ impl fmt::Display for Report {
         row("pre-copy rounds", self.precopy_rounds.to_string())?;
         row("pages after freeze", self.remaining_pages_at_freeze.to_string())?;
         row("device state", format_bytes(self.device_state_bytes))?;
+        if let Some(rehearsal_ms) = self.rehearsal_ms {
+            row("rehearsal", format!("{rehearsal_ms:.1} ms"))?;
+        }
         row("remote faults", self.remote_faults.to_string())?;
         if self.role == Role::Destination || self.local_faults > 0 {
             row("local faults", self.local_faults.to_string())?;
@@ -196,6 +205,7 @@ impl fmt::Display for Report {
         if self.reconnects > 0 {
             row("reconnects", self.reconnects.to_string())?;
         }
+        row("memory of farfault", format_bytes(self.peak_rss_bytes))?;
         row("round trip", format!("{:.1} ms", self.round_trip_ms))?;
         let parts: Vec<String> =
             self.phases_ms.iter().map(|(name, ms)| format!("{name} {ms:.1}")).collect();

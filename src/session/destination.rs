@@ -36,6 +36,7 @@ use crate::wire::message::{
     DestinationStage, FaultRequest, Flight, Lacking, MAX_REJECTED_PAGES, MAX_REQUEST_PAGES,
     MessageError, PackedSet, Strategy, ToDestination, ToSource, Wanted, decode, encode,
 };
+use crate::wire::state::{PackedState, RehearsedState};
 
 mod resumed;
 
@@ -192,6 +193,8 @@ struct Session {
     asking: Arc<tokio::sync::Mutex<mpsc::UnboundedReceiver<Asked>>>,
     mapper: Option<Mapper>,
     device_state: Arc<Mutex<Option<Vec<u8>>>>,
+    /// That of a rehearsal, kept for the flight.
+    rehearsed: Arc<Mutex<Option<RehearsedState>>>,
     journal: Arc<Mutex<Journal>>,
     keep: Keep,
     trace: Arc<Mutex<Option<TraceFile>>>,
@@ -238,6 +241,7 @@ impl Session {
             ledger: Arc::default(),
             mapper: None,
             device_state: Arc::default(),
+            rehearsed: Arc::default(),
             journal: Arc::new(Mutex::new(journal)),
             trace: Arc::new(Mutex::new(trace)),
             keep,
@@ -452,6 +456,7 @@ impl Session {
                 }
             }
             DestinationAction::CollectPages { outage, of } => self.collect_pages(outage, of),
+            DestinationAction::KeepRehearsal(state) => self.keep_rehearsal(state).await,
             DestinationAction::AwaitFlight(version) => self.await_flight(version),
             DestinationAction::LoadDeviceState => {
                 let (guest, state) = (self.guest.clone(), self.device_state.clone());
@@ -613,6 +618,19 @@ impl Session {
         });
     }
 
+    /// Before anything else is taken in, so that the answer stands before that to the round.
+    async fn keep_rehearsal(&mut self, state: PackedState) {
+        let kept = blocking(move || Ok(RehearsedState::new(state.unpack(None)?))).await;
+        match kept {
+            Ok(state) => {
+                let answer = ToSource::Rehearsed { check: state.check() };
+                *self.rehearsed.lock().expect("no holder panics") = Some(state);
+                self.send(answer).await;
+            }
+            Err(failure) => self.fail(failure),
+        }
+    }
+
     fn await_flight(&mut self, offered: Version) {
         let Some(on_link) = self.links.on_link() else { return };
         let prepared = self.prepared.clone();
@@ -626,6 +644,7 @@ impl Session {
         self.keep = Keep { strategy, paused, final_version: Some(offered), ..self.keep.clone() };
         let keep = self.keep.clone();
         let (trace, steps) = (self.trace.clone(), self.happened.clone());
+        let rehearsed = self.rehearsed.clone();
         self.tasks.spawn(async move {
             let bytes = match on_link.link.recv(Lane::State).await {
                 Ok(bytes) => bytes,
@@ -642,8 +661,11 @@ impl Session {
                     return Err(Failure::plain("the flight is not the one that was offered"));
                 }
                 let (need, zero) = (flight.need.unpack(pages)?, flight.zero.unpack(pages)?);
-                *device_state.lock().expect("no holder panics") = Some(flight.device_state()?);
-                *state_bytes.lock().expect("no holder panics") = bytes.len() as u64;
+                let rehearsed = rehearsed.lock().expect("no holder panics");
+                let state = flight.device_state.unpack(rehearsed.as_ref())?;
+                *device_state.lock().expect("no holder panics") = Some(state);
+                *state_bytes.lock().expect("no holder panics") =
+                    flight.device_state.coded_bytes() as u64;
                 *remaining.lock().expect("no holder panics") = need.len();
                 let prepared = prepared.lock().expect("no holder panics");
                 let arrivals = &prepared.as_ref().expect("prepared before the offer").arrivals;
@@ -741,6 +763,7 @@ impl Session {
             }
         }
         self.finish_trace();
+        self.counters.note_own_memory();
         let codecs = self.counters.codecs();
         let prepared = self.prepared.lock().expect("no holder panics");
         let faults = prepared.as_ref().map(|prepared| prepared.faults.stats());
@@ -769,6 +792,7 @@ impl Session {
             precopy_rounds: self.rounds,
             remaining_pages_at_freeze: *self.remaining_at_freeze.lock().expect("no panics"),
             device_state_bytes: *self.device_state_bytes.lock().expect("no holder panics"),
+            rehearsal_ms: None,
             remote_faults: faults.as_ref().map_or(0, |faults| faults.remote_faults),
             local_faults: faults.as_ref().map_or(0, |faults| faults.local_faults),
             duplicate_pages: self.counters.duplicate_pages.load(Ordering::Relaxed),
@@ -779,6 +803,7 @@ impl Session {
             push: None,
             round_trip_ms: stats.min_rtt_us as f64 / 1e3,
             reconnects: self.links.reconnects(),
+            peak_rss_bytes: self.counters.peak_rss_bytes.load(Ordering::Relaxed),
             tracker: None,
             phases_ms: self.timeline.parts_ms(),
         }

@@ -7,6 +7,7 @@
 //!   copies and encodes them, `answers` is the source's end of the fault lane; `arrivals` are the
 //!   destination's.
 //! * `links`: a migration outlives its link; this is what both sides do when one is lost.
+//! * `rehearsal` takes the device state once in pre-copy, so that little of it crosses at the switchover.
 //! * [`journal`] is what a side must not forget, [`control`] how others ask it and tell it to end,
 //!   [`resolve`] what a person may decide by what it says.
 
@@ -37,6 +38,7 @@ mod frozen;
 pub mod journal;
 mod links;
 mod reader;
+mod rehearsal;
 pub mod resolve;
 mod rounds;
 pub mod source;
@@ -180,6 +182,7 @@ impl ProgressMeter {
     fn read(&mut self, timeline: &Timeline, counters: &Counters, links: &Links) -> Progress {
         use std::sync::atomic::Ordering::Relaxed;
         let stats = links.stats();
+        counters.note_own_memory();
         let wire_bytes = stats.sent_bytes + stats.received_bytes;
         let seconds = self.last.0.elapsed().as_secs_f64().max(1e-3);
         let rate = wire_bytes.saturating_sub(self.last.1) as f64 / seconds;

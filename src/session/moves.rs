@@ -22,6 +22,7 @@ use crate::session::source::{SendOptions, send};
 use crate::transport::{Listener, Ticket, TransportOptions};
 use crate::wire::message::{HandoverForm, Strategy};
 
+mod bulky;
 mod outages;
 
 /// How a guest is moved.

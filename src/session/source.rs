@@ -16,6 +16,7 @@ use super::frozen::FrozenPages;
 use super::journal::{About, Journal, Side};
 use super::links::{Backoff, Links, OnLink, until, until_quiet};
 use super::reader::{PageReader, Purpose};
+use super::rehearsal::{Rehearsal, Rehearsed, rehearse};
 use super::rounds::{RoundSender, ms};
 use super::{PROGRESS_INTERVAL, ProgressMeter, Shared, StopSignals, Timeline, blocking};
 use crate::codec::ladder::CodecChoice;
@@ -30,9 +31,10 @@ use crate::transport::{
     Lane, Link, LinkError, SavedSender, SessionKey, Ticket, TransportOptions, connect, reconnect,
 };
 use crate::wire::message::{
-    DestinationStage, Flight, Lacking, MessageError, PROTOCOL, PackedBytes, PackedSet, Strategy,
-    ToDestination, ToSource, decode, encode,
+    DestinationStage, Flight, Lacking, MessageError, PROTOCOL, PackedSet, Strategy, ToDestination,
+    ToSource, decode, encode,
 };
+use crate::wire::state::PackedState;
 
 mod resumed;
 
@@ -153,6 +155,8 @@ enum Happened {
     Quiet(u32),
     /// Another link.
     Reconnected(Link),
+    /// The guest's device state was taken in the middle of pre-copy, on the link of this number.
+    Rehearsed(u32, Rehearsed),
     /// A round's sender comes back from its thread.
     /// `None`: the link broke before the round was sent.
     Round(Box<RoundSender>, Result<Option<crate::engine::policy::RoundSummary>, Failure>),
@@ -194,6 +198,7 @@ struct Session {
     /// When the order to stop the guest was given, and when it ran again.
     stopped_at: Arc<Mutex<Option<Instant>>>,
     downtime: Option<Duration>,
+    rehearsal: Rehearsal,
     device_state_bytes: u64,
     remaining_at_freeze: u64,
     tracker: Option<&'static str>,
@@ -243,6 +248,7 @@ impl Session {
             tasks: JoinSet::new(),
             stopped_at: Arc::default(),
             downtime: None,
+            rehearsal: Rehearsal::default(),
             device_state_bytes: 0,
             remaining_at_freeze: 0,
             tracker: None,
@@ -318,6 +324,9 @@ impl Session {
                 match message {
                     Ok(message) => {
                         self.note_running(&message);
+                        if let ToSource::Rehearsed { check } = &message {
+                            self.rehearsal.acknowledged(*check);
+                        }
                         self.handle(SourceEvent::Message(message)).await;
                     }
                     Err(error) => self.handle(SourceEvent::Failed(error.into())).await,
@@ -336,6 +345,13 @@ impl Session {
                 self.search = None;
                 self.links.offer(link);
                 self.take_next_link().await;
+            }
+            Happened::Rehearsed(number, rehearsed) => {
+                // On another link the two sides have to find each other first.
+                let message = self.rehearsal.note(rehearsed);
+                if let Some(message) = message.filter(|_| self.links.is_current(number)) {
+                    self.act(SourceAction::Send(message)).await;
+                }
             }
             Happened::Round(sender, result) => {
                 self.tracker = sender.tracker_name();
@@ -519,6 +535,8 @@ impl Session {
         let (guest, kind) = (self.guest.clone(), self.options.tracker);
         let (happened, link) = (self.happened.clone(), on_link.link.clone());
         let (messages, queue) = mpsc::channel(4);
+        let (rehearsed, measured) = (happened.clone(), link.clone());
+        let number = on_link.number;
         self.tasks.spawn(async move {
             let forward = tokio::spawn(forward(link, queue, |link, message| async move {
                 link.push(message).await
@@ -529,7 +547,14 @@ impl Session {
                         let tracker = guest.with(|guest| guest.track(kind))?;
                         sender.track(tracker)?;
                     }
-                    sender.send_round(version, &messages)
+                    let summary = sender.send_round(version, &messages)?;
+                    if version == Version(1) && summary.is_some() {
+                        let rate = measured.stats().delivery_rate_bytes_per_s;
+                        if let Some(state) = rehearse(&guest, rate)? {
+                            let _ = rehearsed.send(Happened::Rehearsed(number, state));
+                        }
+                    }
+                    Ok(summary)
                 })();
                 drop(messages);
                 (sender, result)
@@ -577,15 +602,16 @@ impl Session {
 
     fn pack_flight(&mut self, frozen: FrozenPages, device_state: &[u8]) {
         let packing = Instant::now();
+        let device_state = PackedState::pack(device_state, self.rehearsal.base());
+        self.device_state_bytes = device_state.coded_bytes() as u64;
         let flight = encode(&Flight {
             final_version: frozen.version(),
             need: PackedSet::pack(frozen.need()),
             zero: PackedSet::pack(frozen.zero()),
-            device_state: PackedBytes::pack(device_state),
+            device_state,
         });
         self.keep.final_version = Some(frozen.version());
         self.journal.lock().expect("no holder panics").keep(&self.keep);
-        self.device_state_bytes = flight.len() as u64;
         self.remaining_at_freeze = frozen.need().len();
         self.flight = Some(flight.into());
         self.frozen = Some(Arc::new(frozen));
@@ -761,6 +787,7 @@ impl Session {
         if let Some(trace) = self.trace.take() {
             super::finish_trace(trace, &self.output);
         }
+        self.counters.note_own_memory();
         let codecs = self.counters.codecs();
         Report {
             role: Role::Source,
@@ -787,6 +814,7 @@ impl Session {
             precopy_rounds: self.machine.rounds(),
             remaining_pages_at_freeze: self.remaining_at_freeze,
             device_state_bytes: self.device_state_bytes,
+            rehearsal_ms: self.rehearsal.pause().map(ms),
             remote_faults: self.counters.remote_faults.load(Ordering::Relaxed),
             local_faults: 0,
             duplicate_pages: 0,
@@ -795,6 +823,7 @@ impl Session {
             push: self.frozen.as_ref().map(|frozen| frozen.figures(self.options.pusher)),
             round_trip_ms: stats.min_rtt_us as f64 / 1e3,
             reconnects: self.links.reconnects(),
+            peak_rss_bytes: self.counters.peak_rss_bytes.load(Ordering::Relaxed),
             tracker: self.tracker.map(Into::into),
             phases_ms: self.timeline.parts_ms(),
         }

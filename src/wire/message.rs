@@ -6,7 +6,8 @@
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use crate::guest::{DEVICE_STATE_LIMIT_BYTES, Shape};
+use super::state::PackedState;
+use crate::guest::Shape;
 use crate::page::{PageIndex, PageSet, Version};
 
 /// Version of everything in this module. Both sides must speak the same.
@@ -99,6 +100,9 @@ pub enum ToDestination {
         /// Where the source stands.
         at: SourceStage,
     },
+    /// The device state of a rehearsal, during pre-copy: to be kept as the base of that of the
+    /// [`Flight`].
+    Rehearsal(PackedState),
 }
 
 /// Where the source stands when a new link has come.
@@ -145,6 +149,11 @@ pub enum ToSource {
         at: DestinationStage,
         /// How long ago the guest began to run here, if it did.
         running_us: Option<u64>,
+    },
+    /// The device state of a rehearsal is kept.
+    Rehearsed {
+        /// Its [`super::state::RehearsedState::check`].
+        check: u64,
     },
 }
 
@@ -221,7 +230,7 @@ pub struct Flight {
     /// Pages that are zero now and that the destination must treat so.
     pub zero: PackedSet,
     /// The monitor's device state.
-    pub device_state: PackedBytes,
+    pub device_state: PackedState,
 }
 
 /// Bytes as they travel: compressed with lz4.
@@ -279,13 +288,6 @@ impl PackedSet {
     }
 }
 
-impl Flight {
-    /// The device state, decompressed.
-    pub fn device_state(&self) -> Result<Vec<u8>, MessageError> {
-        self.device_state.unpack(DEVICE_STATE_LIMIT_BYTES as u64)
-    }
-}
-
 /// Bytes that are not the message they should be.
 #[derive(Debug, thiserror::Error)]
 pub enum MessageError {
@@ -332,12 +334,12 @@ mod tests {
             final_version: Version(3),
             need: PackedSet::pack(&need),
             zero: PackedSet::pack(&PageSet::full(1000)),
-            device_state: PackedBytes::pack(&[7; 5000]),
+            device_state: PackedState::pack(&[7; 5000], None),
         };
         let back: Flight = decode(&encode(&flight)).unwrap();
         assert_eq!(back.need.unpack(1000).unwrap(), need);
         assert_eq!(back.zero.unpack(1000).unwrap().len(), 1000);
-        assert_eq!(back.device_state().unwrap(), vec![7; 5000]);
+        assert_eq!(back.device_state.unpack(None).unwrap(), vec![7; 5000]);
         assert!(back.need.unpack(999).is_err(), "a set of another guest");
     }
 
@@ -356,7 +358,7 @@ mod tests {
             let _ = decode::<ToSource>(&bytes);
             let _ = decode::<FaultRequest>(&bytes);
             if let Ok(flight) = decode::<Flight>(&bytes) {
-                let _ = (flight.need.unpack(64), flight.device_state.unpack(1 << 16));
+                let _ = (flight.need.unpack(64), flight.device_state.unpack(None));
             }
         }
     }

@@ -10,6 +10,7 @@
 //! | [`encode`] | pages in, the fewest fitting frames out |
 //! | [`decode`] | the pages of a frame |
 //! | [`message`] | what is said beside pages: handover, fault requests, the flight |
+//! | [`state`] | device state, and its difference to a rehearsal |
 //! | [`limits`] | bounds |
 
 pub mod decode;
@@ -21,6 +22,7 @@ pub mod fuzz;
 pub mod limits;
 pub mod message;
 mod page_list;
+pub mod state;
 #[cfg(test)]
 mod tests;
 mod varint;

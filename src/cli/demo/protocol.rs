@@ -125,6 +125,8 @@ mod tests {
             precopy_rounds: 2,
             remaining_pages_at_freeze: 4,
             device_state_bytes: 5,
+            rehearsal_ms: None,
+            peak_rss_bytes: 0,
             remote_faults: 6,
             local_faults: 7,
             duplicate_pages: 8,

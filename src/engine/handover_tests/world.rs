@@ -190,6 +190,7 @@ impl World {
                 let event = DestinationEvent::PagesCollected { outage, pages };
                 self.destination_answers.push_back(event);
             }
+            DestinationAction::KeepRehearsal(_) => unreachable!("the source here has none"),
             DestinationAction::AwaitFlight(_) => self.flight_awaited = true,
             DestinationAction::LoadDeviceState => {
                 self.destination_answers.push_back(DestinationEvent::Loaded);

@@ -180,6 +180,10 @@ impl SourceGuest for KvmGuest {
         VmState::save(&self.vm, self.workload, reports, vcpus)?.encode()
     }
 
+    fn has_small_state(&self) -> bool {
+        true
+    }
+
     fn resume(&mut self) -> Result<(), GuestError> {
         self.start()
     }

@@ -100,6 +100,10 @@ impl SourceGuest for ThreadsGuest {
             .map_err(|error| GuestError::new(format!("encode the device state: {error}")))
     }
 
+    fn has_small_state(&self) -> bool {
+        true
+    }
+
     fn resume(&mut self) -> Result<(), GuestError> {
         self.crew.start()
     }

@@ -5,7 +5,8 @@ use crate::codec::pack::{Compression, Compressor};
 use crate::codec::test_pages::page_of;
 use crate::memory::RegionLayout;
 use crate::page::{PageIndex, PageRange, PageSet, Version};
-use crate::wire::message::{PROTOCOL, PackedBytes, RunWhen, Strategy, Wanted};
+use crate::wire::message::{PROTOCOL, RunWhen, Strategy, Wanted};
+use crate::wire::state::PackedState;
 use crate::wire::{
     Base, CodecChoice, CopyToSend, DeltaCodec, FrameEncoder, LinesToSend, PageCodec, PageToSend,
 };
@@ -106,6 +107,7 @@ fn messages() -> Vec<Vec<u8>> {
         ToDestination::Commit,
         ToDestination::Abort { reason: "cancelled by the operator".to_owned() },
         ToDestination::Bye { downtime_us: Some(31_100) },
+        ToDestination::Rehearsal(PackedState::pack(&[7; 3000], None)),
     ];
     let to_source = [
         ToSource::Prepared,
@@ -114,6 +116,7 @@ fn messages() -> Vec<Vec<u8>> {
         ToSource::Running,
         ToSource::Refused { reason: "no".to_owned(), hint: Some("do".to_owned()) },
         ToSource::Done,
+        ToSource::Rehearsed { check: 7 },
     ];
     let wanted = |page, thread| Wanted { page: PageIndex(page), thread };
     let request = FaultRequest { pages: vec![wanted(300, 0), wanted(2, 70_000)], whole: true };
@@ -123,7 +126,7 @@ fn messages() -> Vec<Vec<u8>> {
         final_version,
         need: PackedSet::pack(&need),
         zero: PackedSet::pack(&PageSet::empty(1000)),
-        device_state: PackedBytes::pack(&[7; 3000]),
+        device_state: PackedState::pack(&[7; 3000], None),
     };
     let mut seeds: Vec<Vec<u8>> = to_destination.iter().map(encode).collect();
     seeds.extend(to_source.iter().map(encode));

@@ -7,6 +7,7 @@ use super::*;
 use crate::guest::{DestinationGuest, SourceGuest};
 use crate::memory::{GuestMemory, TrackerKind};
 use crate::page::{PAGE_SIZE_BYTES, PageBytes, PageIndex, PageRange, PageSet};
+use crate::wire::state::{PackedState, RehearsedState};
 
 fn status(qmp: &mut Qmp) -> String {
     qmp.execute(&QueryStatus {}).expect("QEMU answers").status
@@ -41,6 +42,25 @@ fn a_rehearsal_leaves_the_guest_running_and_the_settings_as_they_were() {
     let mut qmp = qemu.qmp();
     assert_eq!(status(&mut qmp), "running");
     assert_eq!(settings(&mut qmp), before);
+}
+
+#[test]
+fn of_a_rehearsed_device_state_little_has_changed_at_the_switchover() {
+    if skip() {
+        return;
+    }
+    let devices = "-netdev user,id=net -device virtio-net-pci,netdev=net -device virtio-rng-pci \
+                   -device virtio-balloon-pci";
+    let qemu = TestQemu::machine("q35", devices);
+    let mut source = qemu.source().expect("a running guest can be moved");
+    source.pause().expect("it stops");
+    let rehearsed = source.save_device_state().expect("it hands over its state");
+    source.resume().expect("it runs on");
+    source.pause().expect("it stops again");
+    let state = source.save_device_state().expect("it hands over its state");
+    let difference = PackedState::pack(&state, Some(&RehearsedState::new(rehearsed)));
+    assert!(state.len() > 256 << 10, "{} bytes", state.len());
+    assert!(difference.coded_bytes() <= 32 << 10, "{difference:?}");
 }
 
 #[test]

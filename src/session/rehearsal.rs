@@ -1,0 +1,135 @@
+//! The rehearsal of the handover: in pre-copy the guest is stopped for some milliseconds, its device
+//! state is taken and sent, and the guest runs on. Most of that state never changes, so at the switchover
+//! only the difference has to cross.
+
+use std::time::{Duration, Instant};
+
+use super::Shared;
+use crate::engine::Failure;
+use crate::engine::policy::rehearsal_pays;
+use crate::guest::SourceGuest;
+use crate::wire::message::ToDestination;
+use crate::wire::state::{PackedState, RehearsedState};
+
+/// A state that takes more than this does not fit a control message; it crosses at the switchover, on the
+/// state lane.
+const LARGEST_BYTES: usize = 12 << 20;
+
+/// How often the guest is asked to run on: it ran a moment ago, so nothing should keep it from that.
+const RESUME_ATTEMPTS: usize = 3;
+
+/// What a rehearsal has given.
+pub(super) struct Rehearsed {
+    state: Vec<u8>,
+    pause: Duration,
+}
+
+/// Stops the guest, takes its device state and lets it run on, where that pays on a link that takes
+/// `link_bytes_per_s`.
+///
+/// # Errors
+/// When the guest does not run on. That its state cannot be taken is left to the freeze to tell.
+pub(super) fn rehearse(
+    guest: &Shared<dyn SourceGuest>,
+    link_bytes_per_s: u64,
+) -> Result<Option<Rehearsed>, Failure> {
+    let pays = guest.with(|guest| {
+        // A guest that its owner has paused may not be let run afterwards.
+        guest.runs() && rehearsal_pays(guest.has_small_state(), link_bytes_per_s)
+    });
+    if !pays {
+        return Ok(None);
+    }
+    let begin = Instant::now();
+    let state = guest.with(|guest| guest.pause().and_then(|()| guest.save_device_state()));
+    let mut resumed = guest.with(|guest| guest.resume());
+    for _ in 1..RESUME_ATTEMPTS {
+        if resumed.is_err() {
+            resumed = guest.with(|guest| guest.resume());
+        }
+    }
+    let pause = begin.elapsed();
+    resumed.map_err(|error| {
+        Failure::new(
+            format!("the guest does not run on after the rehearsal of the handover: {error}"),
+            "the guest is stopped here: look at the monitor and continue it by hand",
+        )
+    })?;
+    match state {
+        Ok(state) => Ok(Some(Rehearsed { state, pause })),
+        Err(error) => {
+            tracing::warn!("no rehearsal of the handover: {error}");
+            Ok(None)
+        }
+    }
+}
+
+/// What the source remembers of a rehearsal.
+#[derive(Default)]
+pub(super) struct Rehearsal {
+    state: Option<RehearsedState>,
+    is_kept: bool,
+    pause: Option<Duration>,
+}
+
+impl Rehearsal {
+    /// Takes note of a rehearsal; gives what to tell the destination.
+    pub(super) fn note(&mut self, rehearsed: Rehearsed) -> Option<ToDestination> {
+        self.pause = Some(rehearsed.pause);
+        let packed = PackedState::pack(&rehearsed.state, None);
+        if packed.coded_bytes() > LARGEST_BYTES {
+            return None;
+        }
+        self.state = Some(RehearsedState::new(rehearsed.state));
+        Some(ToDestination::Rehearsal(packed))
+    }
+
+    /// The destination has said what it keeps.
+    pub(super) fn acknowledged(&mut self, check: u64) {
+        self.is_kept = self.state.as_ref().is_some_and(|state| state.check() == check);
+    }
+
+    /// The state that the destination is known to keep.
+    pub(super) fn base(&self) -> Option<&RehearsedState> {
+        self.state.as_ref().filter(|_| self.is_kept)
+    }
+
+    /// How long the guest stood still for it.
+    pub(super) fn pause(&self) -> Option<Duration> {
+        self.pause
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_state_is_a_base_only_when_the_destination_has_said_that_it_keeps_it() {
+        let mut rehearsal = Rehearsal::default();
+        let rehearsed = Rehearsed { state: vec![7; 1000], pause: Duration::from_millis(3) };
+        let Some(ToDestination::Rehearsal(packed)) = rehearsal.note(rehearsed) else {
+            panic!("a small state is sent");
+        };
+        let there = RehearsedState::new(packed.unpack(None).unwrap());
+        assert_eq!(rehearsal.base(), None, "not told yet");
+        rehearsal.acknowledged(there.check() ^ 1);
+        assert_eq!(rehearsal.base(), None, "told of another");
+        rehearsal.acknowledged(there.check());
+        assert_eq!(rehearsal.base(), Some(&there));
+        assert_eq!(rehearsal.pause(), Some(Duration::from_millis(3)));
+    }
+
+    #[test]
+    fn a_state_that_no_control_message_takes_crosses_at_the_switchover() {
+        let mut noise = vec![0; LARGEST_BYTES + (1 << 20)];
+        let mut state = 1u64;
+        for word in noise.as_chunks_mut::<8>().0 {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(99);
+            *word = (state ^ state >> 29).wrapping_mul(0xbf58_476d_1ce4_e5b9).to_le_bytes();
+        }
+        let mut rehearsal = Rehearsal::default();
+        assert_eq!(rehearsal.note(Rehearsed { state: noise, pause: Duration::ZERO }), None);
+        assert_eq!(rehearsal.base(), None);
+    }
+}
