@@ -13,7 +13,7 @@ use crate::lab::stage::timeline::Throughput;
 /// A run.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Record {
-    /// Two runs with the same key are repetitions of each other's conditions; see [`key`].
+    /// Two runs with the same key are repetitions of each other's conditions.
     pub key: String,
     /// Counted from 1.
     pub repetition: u32,
