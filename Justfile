@@ -49,6 +49,15 @@ fuzz target *arguments:
     mkdir -p fuzz/corpus/{{target}}
     cargo +nightly fuzz run {{target}} fuzz/corpus/{{target}} fuzz/seeds/{{target}} -- {{arguments}}
 
+# Simulated migrations with failures at any moment, from a seed on (docs/testing.md)
+simulate schedules="1000000" seed="0":
+    FARFAULT_SIMULATE={{schedules}} FARFAULT_SEED={{seed}} \
+        cargo test --release --lib session::simulation::no_schedule -- --nocapture
+
+# Every order of a handover with two accidents: minutes
+explore:
+    cargo test --release --lib session::simulation::exhaustive -- --nocapture --include-ignored
+
 # Documentation, as HTML
 doc:
     RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --open

@@ -57,7 +57,7 @@
 //!
 //! # Rules of the house
 //!
-//! * The guest never runs at two places: `engine/handover_tests.rs` looks after every step of random
+//! * The guest never runs at two places: `engine/handover_tests.rs` and `session/simulation` look after every step of random
 //!   schedules of failures.
 //! * Whatever the network says is bounded before it is used ([`wire::limits`], [`transport::Lane`]).
 //! * A page that was not checked is not shown to the guest; a copy that may be torn is sent only because the

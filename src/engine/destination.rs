@@ -62,6 +62,8 @@ pub enum DestinationEvent {
     Journaled(DestinationRecord),
     /// The same, when it could not be written.
     JournalFailed(DestinationRecord, Failure),
+    /// The same, when it may be on disk all the same.
+    JournalUnknown(DestinationRecord, Failure),
     /// Answers [`DestinationAction::RunGuest`].
     Running,
     /// Answers [`DestinationAction::ReleaseGuest`] and [`DestinationAction::DiscardGuest`].
@@ -73,6 +75,8 @@ pub enum DestinationEvent {
         /// As asked for.
         pages: PagesHere,
     },
+    /// The same, when it failed.
+    LetGoFailed,
     /// A step here has failed.
     Failed(Failure),
     /// The link is broken. Nothing that was said on it and not heard will be heard any more.
@@ -182,11 +186,13 @@ enum State {
 }
 
 /// The destination's half of the handover; see the module.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct DestinationMachine {
     state: State,
     strategy: Strategy,
     run_when: RunWhen,
+    /// Its end was told, and not all of it is applied.
+    awaited_round: Option<Version>,
     committed: bool,
     complete: bool,
     ready_said: bool,
@@ -201,6 +207,8 @@ pub struct DestinationMachine {
     complete_noted: bool,
     /// The source has said its last word, Bye or Abort: it waits for nothing more.
     source_done: bool,
+    /// That the guest runs here is on disk, or may be.
+    commit_begun: bool,
     /// The refusal is on disk.
     refused: bool,
     /// The source was told of it.
@@ -223,6 +231,7 @@ impl DestinationMachine {
             state: State::Waiting,
             strategy: Strategy::Hybrid,
             run_when: RunWhen::Loaded,
+            awaited_round: None,
             committed: false,
             complete: false,
             ready_said: false,
@@ -233,6 +242,7 @@ impl DestinationMachine {
             released: false,
             complete_noted: false,
             source_done: false,
+            commit_begun: false,
             refused: false,
             refusal_told: false,
             failure: None,
@@ -306,7 +316,9 @@ impl DestinationMachine {
                 }
             }
             DestinationEvent::RoundApplied { round, rejected } => {
-                if self.state == State::Receiving {
+                // Not when the link was lost meanwhile: the source was told of the round's pages then.
+                if self.state == State::Receiving && self.awaited_round == Some(round) {
+                    self.awaited_round = None;
                     self.say(ToSource::RoundAck { round, rejected });
                 }
             }
@@ -335,14 +347,15 @@ impl DestinationMachine {
                 }
             }
             DestinationEvent::Journaled(record) => self.handle_journaled(record),
-            DestinationEvent::JournalFailed(record, failure) => match record {
-                // A refusal holds without its record too: the guest is about to be discarded. And a
-                // guest that runs here with all its pages does not wait for a record of that.
-                DestinationRecord::Refused
-                | DestinationRecord::Complete
-                | DestinationRecord::Loaded => self.handle_journaled(record),
-                DestinationRecord::Started | DestinationRecord::Committed => self.fail(failure),
-            },
+            DestinationEvent::JournalFailed(record, failure) => {
+                if record == DestinationRecord::Committed {
+                    self.commit_begun = false;
+                }
+                self.journal_failed(record, failure);
+            }
+            DestinationEvent::JournalUnknown(record, failure) => {
+                self.journal_failed(record, failure);
+            }
             DestinationEvent::Running => {
                 if self.state == State::Starting {
                     self.state = State::Postcopy;
@@ -352,7 +365,8 @@ impl DestinationMachine {
                     }
                 }
             }
-            DestinationEvent::Released => {
+            // A guest that runs here runs on, and one that never ran here never will.
+            DestinationEvent::Released | DestinationEvent::LetGoFailed => {
                 self.released = true;
                 self.end_when_due();
             }
@@ -409,6 +423,7 @@ impl DestinationMachine {
                 }
             }
             (ToDestination::RoundEnd { round, messages }, State::Receiving) => {
+                self.awaited_round = Some(round);
                 self.act(DestinationAction::AwaitRound { round, messages });
             }
             (ToDestination::Rehearsal(state), State::Receiving) => {
@@ -423,6 +438,8 @@ impl DestinationMachine {
                 self.committed = true;
                 self.run_when_due();
             }
+            // Said again on a new link, where the flight was lost and this was not.
+            (ToDestination::Commit, _) if self.committed => {}
             // A source that has said Commit does not take it back; one that tries is not believed.
             (ToDestination::Abort { reason }, _) if !self.committed => {
                 self.source_done = true;
@@ -451,6 +468,7 @@ impl DestinationMachine {
         }
         if self.committed {
             self.state = State::Committing;
+            self.commit_begun = true;
             self.act(DestinationAction::Journal(DestinationRecord::Committed));
         } else if !self.ready_said {
             self.ready_said = true;
@@ -483,6 +501,29 @@ impl DestinationMachine {
                 }
             }
             _ => {}
+        }
+    }
+
+    fn journal_failed(&mut self, record: DestinationRecord, failure: Failure) {
+        match record {
+            // The disk may say that the guest runs here, and cannot be made to say otherwise: whoever
+            // reads it next would believe it, so the source must not be told.
+            DestinationRecord::Refused if self.commit_begun => {
+                if self.state == State::Discarding {
+                    let reason = format!("the guest did not run here: {failure}");
+                    let hint = "end the guest's monitor here, remove the journal, and let the \
+                                guest run on at the source";
+                    self.end(DestinationOutcome::InDoubt(Failure::new(reason, hint)));
+                }
+            }
+            // A refusal holds without its record too: the guest is about to be discarded. And a
+            // guest that runs here with all its pages does not wait for a record of that.
+            DestinationRecord::Refused
+            | DestinationRecord::Complete
+            | DestinationRecord::Loaded => {
+                self.handle_journaled(record);
+            }
+            DestinationRecord::Started | DestinationRecord::Committed => self.fail(failure),
         }
     }
 
@@ -595,6 +636,7 @@ impl DestinationMachine {
             _ => return,
         };
         self.asked = false;
+        self.awaited_round = None;
         self.link = Reach::Up;
         self.act(DestinationAction::Send(ToSource::Resync { at, running_us: None }));
         self.end_when_due();
@@ -607,10 +649,13 @@ impl DestinationMachine {
     fn fail(&mut self, failure: Failure) {
         match self.state {
             State::Ended => {}
-            // The refusal could not be written or the monitor not ended: nothing ran all the same.
-            State::Discarding => self.end(DestinationOutcome::Refused(failure)),
-            // Only our own exit has failed: the guest is complete and runs.
-            State::Completing => self.end(DestinationOutcome::Migrated),
+            // It is over already; the source must still be told, and the guest ended.
+            State::Discarding => {}
+            // The guest is complete and runs: nothing more is needed of the source.
+            State::Completing => {
+                self.source_done = true;
+                self.release();
+            }
             State::Starting => {
                 let reason = format!("the guest is loaded but did not start: {failure}");
                 let hint = "continue it here by hand; the source will not run it any more";

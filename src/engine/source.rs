@@ -98,6 +98,8 @@ pub enum SourceEvent {
     JournalFailed(SourceRecord, Failure),
     /// Answers [`SourceAction::ResumeGuest`].
     Resumed,
+    /// The same, when it failed.
+    ResumeFailed(Failure),
     /// Answers [`SourceAction::ReleaseGuest`].
     Released,
     /// A step here has failed.
@@ -190,7 +192,7 @@ enum State {
 }
 
 /// The source's half of the handover; see the module.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct SourceMachine {
     config: SourceConfig,
     state: State,
@@ -332,6 +334,8 @@ impl SourceMachine {
                 SourceRecord::Running | SourceRecord::Complete => {
                     self.handle_journaled(now, record);
                 }
+                // That the journal could not be written does not keep the guest from running on.
+                SourceRecord::Void if self.state == State::Voiding => self.resume(),
                 SourceRecord::Started | SourceRecord::Decided | SourceRecord::Void => {
                     self.fail(failure, true);
                 }
@@ -341,6 +345,16 @@ impl SourceMachine {
                     let failure = self.failure.take();
                     let failure = failure.unwrap_or_else(|| Failure::plain("cancelled"));
                     self.end(SourceOutcome::Stayed(failure));
+                }
+            }
+            SourceEvent::ResumeFailed(failure) => {
+                if self.state == State::Resuming {
+                    let first =
+                        self.failure.take().map_or(String::new(), |f| format!(" (after: {f})"));
+                    let reason =
+                        format!("the guest could not be let run on here: {failure}{first}");
+                    let hint = "look at the monitor and continue the guest by hand";
+                    self.end(SourceOutcome::Stayed(Failure::new(reason, hint)));
                 }
             }
             SourceEvent::Released => {
@@ -636,14 +650,8 @@ impl SourceMachine {
     fn fail(&mut self, failure: Failure, tell: bool) {
         match self.state {
             State::Ended => {}
-            // The link is of no use any more; a step that failed is the resume itself.
-            State::Resuming if !tell => {}
-            State::Resuming => {
-                let first = self.failure.take().map_or(String::new(), |f| format!(" (after: {f})"));
-                let reason = format!("the guest could not be let run on here: {failure}{first}");
-                let hint = "look at the monitor and continue the guest by hand";
-                self.end(SourceOutcome::Stayed(Failure::new(reason, hint)));
-            }
+            // It is over already, and what else fails must not keep the guest from running on.
+            State::Voiding | State::Thawing | State::Resuming => {}
             // The destination has not been told, so it cannot run the guest.
             State::Deciding => {
                 if tell {
@@ -651,9 +659,6 @@ impl SourceMachine {
                 }
                 self.void(failure);
             }
-            // That the journal could not be written does not keep the guest from running on.
-            State::Voiding if tell => self.resume(),
-            State::Voiding => {}
             State::Committed => {
                 let hint = "the guest is stopped here and may run at the destination: look there \
                             first; only if it neither runs nor will run there, let it run on here";
@@ -662,7 +667,6 @@ impl SourceMachine {
             State::Postcopy => self.end(SourceOutcome::LostPages(failure)),
             // Every page is there and the guest runs there: what failed here is only our own exit.
             State::Completing => self.end(SourceOutcome::Migrated),
-            State::Thawing => {}
             State::Freezing(..) => {
                 if tell {
                     self.abort(&failure);

@@ -296,14 +296,7 @@ impl Arrivals {
         zero: &PageSet,
     ) -> Result<u64, ApplyError> {
         let mut switchover = self.switchover.write().expect("no holder panics");
-        // Pages sent after the freeze may have overtaken the flight; they are here as any other.
-        let mut missing = need.clone();
-        for page in need.iter() {
-            let state = self.table.state(page);
-            if state.stage == Stage::Stale && state.version == version {
-                missing.remove(page);
-            }
-        }
+        let missing = self.table.missing_of(need, version);
         for run in zero.runs() {
             self.apply_zero_run(run, version, false)?;
         }

@@ -472,18 +472,25 @@ impl Session {
             DestinationAction::Journal(record) => {
                 let journal = self.journal.clone();
                 self.spawn_step(async move {
-                    let write = move || journal.lock().expect("no holder panics").record(&record);
-                    Ok(match blocking(write).await {
-                        Ok(()) => DestinationEvent::Journaled(record),
-                        Err(failure) => DestinationEvent::JournalFailed(record, failure),
-                    })
+                    let write = move || {
+                        let mut journal = journal.lock().expect("no holder panics");
+                        Ok(match journal.record(&record) {
+                            Ok(()) => DestinationEvent::Journaled(record),
+                            Err(failure) if journal.is_sound() => {
+                                DestinationEvent::JournalFailed(record, failure)
+                            }
+                            Err(failure) => DestinationEvent::JournalUnknown(record, failure),
+                        })
+                    };
+                    let unknown = |failure| DestinationEvent::JournalUnknown(record, failure);
+                    Ok(blocking(write).await.unwrap_or_else(unknown))
                 });
             }
             DestinationAction::RunGuest => self.run_guest(),
             DestinationAction::ReleaseGuest => {
                 let (guest, prepared) = (self.guest.clone(), self.prepared.clone());
                 let mapper = self.mapper.take();
-                self.spawn_step(async move {
+                self.spawn_farewell(async move {
                     blocking(move || {
                         drop(mapper);
                         if let Some(prepared) = &*prepared.lock().expect("no holder panics") {
@@ -492,13 +499,12 @@ impl Session {
                         Ok(())
                     })
                     .await?;
-                    guest.call(|guest| guest.release()).await?;
-                    Ok(DestinationEvent::Released)
+                    guest.call(|guest| guest.release()).await
                 });
             }
             DestinationAction::DiscardGuest => {
                 let (guest, prepared) = (self.guest.clone(), self.prepared.clone());
-                self.spawn_step(async move {
+                self.spawn_farewell(async move {
                     // A monitor that waits for a page while it loads would neither return nor end. It
                     // goes on with wrong content, which does no harm: it never runs.
                     blocking(move || {
@@ -508,12 +514,24 @@ impl Session {
                         Ok(())
                     })
                     .await?;
-                    guest.call(|guest| guest.discard()).await?;
-                    Ok(DestinationEvent::Released)
+                    guest.call(|guest| guest.discard()).await
                 });
             }
             DestinationAction::End(outcome) => self.outcome = Some(outcome),
         }
+    }
+
+    /// A step that lets go of the guest, whose failure changes nothing.
+    fn spawn_farewell(&mut self, step: impl Future<Output = Result<(), Failure>> + Send + 'static) {
+        self.spawn_step(async move {
+            Ok(match step.await {
+                Ok(()) => DestinationEvent::Released,
+                Err(failure) => {
+                    tracing::warn!("letting go of the guest: {failure}");
+                    DestinationEvent::LetGoFailed
+                }
+            })
+        });
     }
 
     fn spawn_step(
@@ -593,7 +611,7 @@ impl Session {
                 let table = prepared.as_ref().expect("prepared before pages").arrivals.table();
                 let pages = match of {
                     PagesOf::Round(round) => {
-                        if !ledger.lock().expect("no holder panics").end(round) {
+                        if !ledger.lock().expect("no holder panics").end(round, outage) {
                             return Err(Failure::plain("the source names a round out of turn"));
                         }
                         PagesHere::Held(PackedSet::pack(&table.stale_at(round)))

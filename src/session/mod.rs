@@ -270,6 +270,8 @@ struct RoundLedger {
     rejected: Vec<PageIndex>,
     awaited: Option<u64>,
     closed: bool,
+    /// The last in which a round was ended.
+    outage: u32,
 }
 
 /// What follows from a message.
@@ -313,14 +315,17 @@ impl RoundLedger {
         self.done()
     }
 
-    /// The round ends without its last messages, which were lost with the link. An acknowledgement that
-    /// was lost may make the source name a round that is over: that is as well. False when it is
-    /// neither of the two.
-    fn end(&mut self, round: Version) -> bool {
+    /// The round ends without its last messages, which were lost with the link, in this outage. An
+    /// acknowledgement that was lost may make the source name a round that is over: that is as well. False
+    /// when it is neither of the two. What is done late, for an outage before the last, changes nothing.
+    fn end(&mut self, round: Version, outage: u32) -> bool {
+        if outage < self.outage {
+            return true;
+        }
         if self.closed || (round != self.acknowledged && round != self.current()) {
             return false;
         }
-        *self = RoundLedger { acknowledged: round, ..RoundLedger::default() };
+        *self = RoundLedger { acknowledged: round, outage, ..RoundLedger::default() };
         true
     }
 
@@ -337,7 +342,8 @@ impl RoundLedger {
         }
         let round = self.current();
         let rejected = std::mem::take(&mut self.rejected);
-        *self = RoundLedger { acknowledged: round, ..RoundLedger::default() };
+        let outage = self.outage;
+        *self = RoundLedger { acknowledged: round, outage, ..RoundLedger::default() };
         Noted::RoundDone(round, rejected)
     }
 }
@@ -365,13 +371,15 @@ mod tests {
     fn a_round_that_is_cut_short_counts_as_over() {
         let mut ledger = RoundLedger::default();
         ledger.note(Version(1), vec![PageIndex(3)]);
-        assert!(!ledger.end(Version(2)), "a round that has not begun");
-        assert!(ledger.end(Version(1)));
-        assert!(ledger.end(Version(1)), "asked again after another outage");
-        let empty = ledger.expect(Version(2), 0);
-        assert_eq!(empty, Noted::RoundDone(Version(2), vec![]), "nothing is left of the first");
+        assert!(!ledger.end(Version(2), 1), "a round that has not begun");
+        assert!(ledger.end(Version(1), 1));
+        assert!(ledger.end(Version(1), 2), "asked again after another outage");
+        ledger.note(Version(2), vec![]);
+        assert!(ledger.end(Version(1), 1), "a late answer to the first outage");
+        let second = ledger.expect(Version(2), 1);
+        assert_eq!(second, Noted::RoundDone(Version(2), vec![]), "nothing is left of the first");
         ledger.close();
-        assert!(!ledger.end(Version(2)), "pre-copy is over");
+        assert!(!ledger.end(Version(2), 3), "pre-copy is over");
     }
 
     #[test]
@@ -387,3 +395,5 @@ mod tests {
 
 #[cfg(test)]
 mod moves;
+#[cfg(test)]
+mod simulation;

@@ -102,7 +102,8 @@ fn judge_destination(records: &Records, choice: Choice) -> Result<Permit, Failur
             "choose --run-source on both hosts, here first",
         )),
         Choice::RunDestination => Ok(Permit { record: Some(Entry::Committed), act: Act::TakeOver }),
-        Choice::RunSource if committed => Err(Failure::new(
+        // A refusal that follows the decision was made before the guest ran.
+        Choice::RunSource if committed && !has(Entry::Refused) => Err(Failure::new(
             "the decision has arrived here: the guest runs here, or has run",
             "choose --run-destination; what to do about lost pages is in docs/failures.md",
         )),
@@ -251,6 +252,7 @@ mod tests {
             (d, &[Started, Committed, Complete], None, permit(None, over)),
             (d, &[Started, Refused], permit(None, end), None),
             (d, &[Started, Loaded, Refused], permit(None, end), None),
+            (d, &[Started, Committed, Refused], permit(None, end), None),
         ];
         for (side, entries, source, destination) in table {
             for (choice, expected) in [(RunSource, source), (RunDestination, destination)] {

@@ -501,7 +501,8 @@ impl Session {
             SourceAction::ResumeGuest => {
                 let guest = self.guest.clone();
                 self.spawn_step(async move {
-                    guest.call(|guest| guest.resume()).await.map(|()| SourceEvent::Resumed)
+                    let resumed = guest.call(|guest| guest.resume()).await;
+                    Ok(resumed.map_or_else(SourceEvent::ResumeFailed, |()| SourceEvent::Resumed))
                 });
             }
             SourceAction::ReleaseGuest => {

@@ -274,6 +274,9 @@ impl World {
                 if fails && !matches!(event, SourceEvent::Resumed) {
                     event = match event {
                         SourceEvent::Frozen => SourceEvent::FreezeFailed(failure()),
+                        SourceEvent::Journaled(record) => {
+                            SourceEvent::JournalFailed(record, failure())
+                        }
                         _ => SourceEvent::Failed(failure()),
                     };
                 }
@@ -285,7 +288,13 @@ impl World {
                     self.destination_journal.push(*record);
                 }
                 if fails {
-                    event = DestinationEvent::Failed(failure());
+                    event = match event {
+                        DestinationEvent::Journaled(record) => {
+                            DestinationEvent::JournalUnknown(record, failure())
+                        }
+                        DestinationEvent::Released => DestinationEvent::LetGoFailed,
+                        _ => DestinationEvent::Failed(failure()),
+                    };
                 }
                 self.tell_destination(event);
             }

@@ -209,6 +209,19 @@ impl PageTable {
         self.collect(|state| !state.is_complete())
     }
 
+    /// Those of `need` whose content at `version`, the last one, is not here yet: some may have overtaken
+    /// the word that they are needed, and that word may come twice.
+    pub fn missing_of(&self, need: &PageSet, version: Version) -> PageSet {
+        let mut missing = need.clone();
+        for page in need.iter() {
+            let state = self.state(page);
+            if state.is_complete() || (state.stage == Stage::Stale && state.version == version) {
+                missing.remove(page);
+            }
+        }
+        missing
+    }
+
     /// The pages that hold `version` and may still be replaced by a later one.
     pub fn stale_at(&self, version: Version) -> PageSet {
         self.collect(|state| state.stage == Stage::Stale && state.version == version)

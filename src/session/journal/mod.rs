@@ -47,6 +47,7 @@ const MAX_MIGRATIONS: usize = 10_000;
 pub struct Journal {
     file: Flock<File>,
     directory: PathBuf,
+    sound: bool,
 }
 
 #[derive(Serialize)]
@@ -189,7 +190,7 @@ impl Journal {
                 "name a directory that can be written with --state-dir",
             )
         })?;
-        Ok(Journal { file, directory })
+        Ok(Journal { file, directory, sound: true })
     }
 
     /// Takes over the journal of a farfault that has ended, to add to it.
@@ -223,18 +224,38 @@ impl Journal {
         file.set_len(records.len_bytes).map_err(|error| {
             Failure::plain(format!("the journal {} failed: {error}", path.display()))
         })?;
-        Ok(Journal { file, directory: found.directory.clone() })
+        Ok(Journal { file, directory: found.directory.clone(), sound: true })
     }
 
     /// Appends a record; it is on disk when this returns.
+    ///
+    /// # Errors
+    /// What cannot be written whole is taken back. Where even that fails, nothing is known of the record
+    /// ([`Self::is_sound`]), and none is written after it.
     pub fn record<R: Serialize>(&mut self, record: &R) -> Result<(), Failure> {
+        let path = self.path();
+        let failed =
+            |error| Failure::plain(format!("the journal {} failed: {error}", path.display()));
+        if !self.sound {
+            return Err(failed(io::Error::other("an earlier record could not be taken back")));
+        }
+        let before = self.file.metadata().map_err(failed)?.len();
         let unix_ms = unix_ms();
         let mut line = serde_json::to_vec(&Line { unix_ms, record }).expect("plain data");
         line.push(b'\n');
         let written = self.file.write_all(&line).and_then(|()| self.file.sync_data());
-        written.map_err(|error| {
-            Failure::plain(format!("the journal {} failed: {error}", self.path().display()))
-        })
+        if let Err(error) = written {
+            let failure = failed(error);
+            let taken_back = self.file.set_len(before).and_then(|()| self.file.sync_data());
+            self.sound = taken_back.is_ok();
+            return Err(failure);
+        }
+        Ok(())
+    }
+
+    /// False when a record could be neither written nor taken back.
+    pub fn is_sound(&self) -> bool {
+        self.sound
     }
 
     /// From here on this process is the owner.

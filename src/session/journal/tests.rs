@@ -136,3 +136,31 @@ fn a_damaged_journal_is_no_evidence() {
     assert!(Records::parse(&format!("{whole}gibberish\n{whole}")).unwrap_err().contains("line 2"));
     assert!(Records::parse("{\"unix_ms\":1,\"record\":\"flown\"}\n").is_err());
 }
+
+#[test]
+fn a_record_that_cannot_be_written_is_taken_back_or_ends_the_journal() {
+    use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+    use nix::sys::memfd::{MFdFlags, memfd_create};
+
+    let file = File::from(memfd_create(c"journal", MFdFlags::MFD_ALLOW_SEALING).unwrap());
+    let copy = file.try_clone().unwrap();
+    let length = || copy.metadata().unwrap().len();
+    let file = Flock::lock(file, FlockArg::LockExclusiveNonblock).unwrap();
+    let mut journal = Journal { file, directory: PathBuf::from("full"), sound: true };
+    journal.record(&SourceRecord::Started).unwrap();
+    let before = length();
+    fcntl(&copy, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_GROW)).unwrap();
+    let failure = journal.record(&SourceRecord::Decided).unwrap_err();
+    assert!(failure.reason.contains("full"), "{failure}");
+    assert_eq!((length(), journal.is_sound()), (before, true));
+
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("readable");
+    fs::write(&path, "").unwrap();
+    let file = Flock::lock(File::open(&path).unwrap(), FlockArg::LockExclusiveNonblock).unwrap();
+    let mut journal = Journal { file, directory: dir.path().to_owned(), sound: true };
+    journal.record(&SourceRecord::Started).unwrap_err();
+    assert!(!journal.is_sound());
+    let failure = journal.record(&SourceRecord::Started).unwrap_err();
+    assert!(failure.reason.contains("taken back"), "{failure}");
+}

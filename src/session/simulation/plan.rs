@@ -1,0 +1,70 @@
+//! What may happen in a schedule: drawn from its seed.
+
+use std::time::Duration;
+
+use crate::engine::policy::SwitchoverPolicy;
+use crate::engine::pusher::PusherKind;
+use crate::engine::source::{SourceConfig, SourceTimeouts};
+use crate::wire::message::{HandoverForm, Strategy};
+
+#[derive(Clone, Debug)]
+pub(super) struct Plan {
+    pub(super) strategy: Strategy,
+    pub(super) handover: HandoverForm,
+    pub(super) pusher: PusherKind,
+    pub(super) pages: usize,
+    pub(super) operations: u32,
+    pub(super) rounds_before_fit: u16,
+    /// How many of each may yet happen.
+    pub(super) cuts: u8,
+    pub(super) crashes: u8,
+    pub(super) failed_steps: u8,
+    pub(super) cancels: u8,
+    pub(super) late_answers: u8,
+    pub(super) damages: u8,
+    /// Whether a side may give up waiting for another link.
+    pub(super) patience_ends: bool,
+}
+
+impl Plan {
+    pub(super) fn draw(rng: &mut fastrand::Rng) -> Self {
+        let strategies = [Strategy::Hybrid, Strategy::Precopy, Strategy::Postcopy];
+        let some = |rng: &mut fastrand::Rng, most: u8| match rng.bool() {
+            true => 0,
+            false => rng.u8(0..=most),
+        };
+        Plan {
+            strategy: strategies[rng.usize(0..3)],
+            handover: if rng.bool() { HandoverForm::OneFlight } else { HandoverForm::Strict },
+            pusher: PusherKind::ALL[rng.usize(0..PusherKind::ALL.len())],
+            pages: rng.usize(2..8),
+            operations: rng.u32(0..40),
+            rounds_before_fit: rng.u16(0..3),
+            cuts: some(rng, 4),
+            crashes: u8::from(rng.u8(0..4) == 0) + u8::from(rng.u8(0..16) == 0),
+            failed_steps: u8::from(rng.u8(0..3) == 0) * rng.u8(1..3),
+            cancels: u8::from(rng.u8(0..6) == 0),
+            late_answers: u8::from(rng.u8(0..8) == 0),
+            damages: some(rng, 2),
+            patience_ends: rng.u8(0..3) == 0,
+        }
+    }
+
+    /// Nothing goes wrong but the link.
+    pub(super) fn is_only_about_links(&self) -> bool {
+        let wrongs = self.crashes + self.failed_steps + self.cancels + self.late_answers;
+        wrongs == 0 && !self.patience_ends
+    }
+
+    pub(super) fn source_config(&self) -> SourceConfig {
+        SourceConfig {
+            strategy: self.strategy,
+            handover: self.handover,
+            policy: SwitchoverPolicy {
+                downtime_budget: Duration::from_millis(300),
+                max_rounds: Some(6),
+            },
+            timeouts: SourceTimeouts::default(),
+        }
+    }
+}
