@@ -11,6 +11,11 @@ test *arguments:
 lab-test name: release
     cargo nextest run --package farfault-integration --no-capture {{name}}
 
+# Migrations of real guests with random accidents after the switchover (root; half a minute each)
+accidents runs="20" seed="1": release
+    FARFAULT_ACCIDENT_RUNS={{runs}} FARFAULT_ACCIDENT_SEED={{seed}} \
+        cargo test --package farfault-integration --test accidents -- --nocapture
+
 # Unit and property tests only: seconds, no root
 unit:
     cargo test --workspace --lib --bins

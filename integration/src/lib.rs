@@ -1,9 +1,10 @@
 //! Tests of whole migrations. The laboratory in which they happen is farfault's own
 //! ([`farfault::lab::stage`](::farfault::lab::stage)); here is what only tests need: [`lab`] sets it up with the programs of this workspace,
-//! [`ram`] compares the memory of both sides, [`leftovers`] finds what was not cleaned up.
+//! [`ram`] compares the memory of both sides, [`leftovers`] finds what was not cleaned up, [`recovery`] starts again what was killed.
 
 pub mod lab;
 pub mod leftovers;
 pub mod ram;
+pub mod recovery;
 
 pub use ::farfault::lab::stage::{farfault, guest_log, native, process, qemu, qmp, timeline, wan};

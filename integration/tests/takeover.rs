@@ -8,6 +8,7 @@ use farfault_integration::lab::Lab;
 use farfault_integration::leftovers::Inventory;
 use farfault_integration::process::wait_for;
 use farfault_integration::qemu::{Guest, GuestSpec, Machine};
+use farfault_integration::recovery::{migration_id, see_through};
 
 const LIMIT: Duration = Duration::from_secs(60);
 const WORK: &str = "ff.ws=64M ff.pattern=sparse ff.rate=1000 ff.verify=50000";
@@ -52,41 +53,11 @@ impl Move {
         Ok(Some(moving))
     }
 
-    /// Starts another process for each side whose own has ended, until both have come to the end: a
-    /// side that has lost the other one may give up before that is there again.
+    /// Starts what was killed again, until the migration is over.
     fn take_over(&mut self) -> Result<()> {
-        let id = self.name("source").or_else(|_| self.name("destination"))?;
-        let id = id.split('.').next().unwrap_or_default().to_owned();
-        let sides =
-            [("send", self.lab.a(), &mut self.send), ("receive", self.lab.b(), &mut self.receive)];
-        let mut sides = sides.map(|(command, netns, running)| (command, netns, running, false));
-        let ended = wait_for("both sides to come to the end", LIMIT, || {
-            for (command, netns, running, done) in &mut sides {
-                if *done {
-                    continue;
-                }
-                let Some(process) = running.as_mut() else {
-                    let resume = Running::start(&self.lab, netns, &[], command, &["--resume", &id]);
-                    **running = Some(resume?);
-                    continue;
-                };
-                if !process.is_running()?
-                    && let Some(process) = running.take()
-                {
-                    let ended = process.wait(LIMIT)?;
-                    *done = ended.report().is_ok();
-                    if !*done {
-                        eprintln!("{command}: {}", ended.failure()?);
-                    }
-                }
-            }
-            Ok(sides.iter().all(|(_, _, _, done)| *done).then_some(()))
-        });
-        ended.with_context(|| {
-            let status = command(&self.lab, &["status"]).map(|output| output.stdout);
-            let status = String::from_utf8_lossy(&status.unwrap_or_default()).into_owned();
-            format!("{status}{}", self.destination.diagnosis())
-        })
+        let id = migration_id(&self.lab)?;
+        see_through(&self.lab, &id, &mut self.send, &mut self.receive, LIMIT)
+            .with_context(|| self.destination.diagnosis())
     }
 
     /// It runs there alone, with all its memory as it was.
