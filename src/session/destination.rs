@@ -136,8 +136,12 @@ struct Prepared {
     faults: Arc<FaultServer>,
 }
 
-/// The table of page states, where another process finds it when this one is killed.
-fn make_table(path: &Path, pages: u64) -> Result<PageTable, MemoryError> {
+/// The table of page states, where another process finds it when this one is killed, unless the guest
+/// ends with this process.
+fn make_table(path: &Path, pages: u64, outlives: bool) -> Result<PageTable, MemoryError> {
+    if !outlives {
+        return PageTable::anonymous(pages);
+    }
     PageTable::create(path, pages).or_else(|error| {
         tracing::warn!(%error, "no other process could take over");
         PageTable::anonymous(pages)
@@ -590,7 +594,8 @@ impl Session {
                 }
                 let memory = guest.with(|guest| guest.memory());
                 let userfault = Arc::new(guest.with(|guest| guest.userfault())?);
-                let table = Arc::new(make_table(&pages_path, memory.pages())?);
+                let outlives = guest.with(|guest| guest.whereabouts().process.is_some());
+                let table = Arc::new(make_table(&pages_path, memory.pages(), outlives)?);
                 let _ = watched.set(table.clone());
                 let arrivals = Arrivals::new(memory, table.clone(), counters);
                 let ready = serve(arrivals, userfault, table, fault_options, asked.clone())?;
