@@ -392,7 +392,8 @@ impl SourceMachine {
             (ToSource::Resync { at, .. }, Reach::Resyncing) => self.resync(now, at),
             (message, Reach::Up) => self.handle_linked(message),
             (message, Reach::Resyncing) => {
-                let text = format!("the destination said {message:?} instead of where it stands");
+                let kind = message_name(&message);
+                let text = format!("the destination said {kind} instead of where it stands");
                 self.fail(Failure::plain(text), true);
             }
             // From a link that is no more.
@@ -443,9 +444,11 @@ impl SourceMachine {
             (ToSource::Rehearsed { .. }, _) => {}
             (ToSource::Refused { reason, hint }, _) => self.handle_refused(reason, hint),
             (message, state) => {
-                let failure =
-                    Failure::plain(format!("the destination said {message:?} while {state:?}"));
-                self.fail(failure, true);
+                let kind = message_name(&message);
+                self.fail(
+                    Failure::plain(format!("the destination said {kind} while {state:?}")),
+                    true,
+                );
             }
         }
     }
@@ -565,9 +568,11 @@ impl SourceMachine {
             }
             (State::Postcopy, At::Done) => self.done(),
             (state, at) => {
-                let failure =
-                    Failure::plain(format!("the destination says it is {at:?} while {state:?}"));
-                self.fail(failure, true);
+                let stage = stage_name(&at);
+                self.fail(
+                    Failure::plain(format!("the destination is {stage} while {state:?}")),
+                    true,
+                );
             }
         }
     }
@@ -727,5 +732,31 @@ impl SourceMachine {
 
     fn act(&mut self, action: SourceAction) {
         self.actions.push_back(action);
+    }
+}
+
+/// Not the message itself, which may be long and is the other side's choice.
+fn message_name(message: &ToSource) -> &'static str {
+    match message {
+        ToSource::Prepared => "Prepared",
+        ToSource::RoundAck { .. } => "RoundAck",
+        ToSource::Rehearsed { .. } => "Rehearsed",
+        ToSource::Ready => "Ready",
+        ToSource::Running => "Running",
+        ToSource::Refused { .. } => "Refused",
+        ToSource::Done => "Done",
+        ToSource::Resync { .. } => "Resync",
+    }
+}
+
+fn stage_name(stage: &DestinationStage) -> &'static str {
+    match stage {
+        DestinationStage::Waiting => "waiting",
+        DestinationStage::Preparing => "preparing",
+        DestinationStage::Receiving { .. } => "receiving",
+        DestinationStage::Loading { .. } => "loading",
+        DestinationStage::Running { .. } => "running",
+        DestinationStage::Done => "done",
+        DestinationStage::Refused { .. } => "refusing",
     }
 }

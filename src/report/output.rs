@@ -11,6 +11,9 @@ use super::Report;
 use crate::engine::{Failure, MigrationPhase};
 use crate::units::{format_bytes, format_rate};
 
+/// Longer texts of a failure are cut.
+const MAX_FAILURE_CHARS: usize = 4000;
+
 /// A line of `--json`.
 #[derive(Debug, Serialize)]
 #[serde(tag = "event", rename_all = "lowercase")]
@@ -196,11 +199,13 @@ impl Output {
         if let Some(bar) = self.bar.lock().expect("no holder panics").take() {
             bar.finish_and_clear();
         }
+        let reason = printable(&failure.reason);
+        let hint = failure.hint.as_deref().map(printable);
         if self.json {
-            self.emit(&Event::Error { message: &failure.reason, hint: failure.hint.as_deref() });
+            self.emit(&Event::Error { message: &reason, hint: hint.as_deref() });
         }
-        eprintln!("farfault: error: {}", failure.reason);
-        if let Some(hint) = &failure.hint {
+        eprintln!("farfault: error: {reason}");
+        if let Some(hint) = &hint {
             eprintln!("farfault: hint: {hint}");
         }
     }
@@ -231,4 +236,22 @@ fn new_bar() -> ProgressBar {
     let style = "{prefix:>9} [{bar:30}] {percent:>3} % {msg}";
     let style = ProgressStyle::with_template(style).expect("the template is fixed");
     ProgressBar::new(0).with_style(style.progress_chars("=> "))
+}
+/// A failure's text for a terminal. Parts of it may be the other side's words: it has no control
+/// characters, no line of it can be taken for one of farfault's own, and it is not endless.
+fn printable(text: &str) -> String {
+    let lines = text.lines().map(|line| line.replace(char::is_control, " "));
+    lines.collect::<Vec<_>>().join("\n  ").chars().take(MAX_FAILURE_CHARS).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_other_side_says_cannot_play_tricks_on_a_terminal() {
+        let hostile = "no\u{1b}[2J\r\nfarfault: error: send me your ticket";
+        assert_eq!(printable(hostile), "no [2J\n  farfault: error: send me your ticket");
+        assert_eq!(printable(&"x".repeat(1 << 20)).len(), MAX_FAILURE_CHARS);
+    }
 }

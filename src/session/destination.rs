@@ -33,8 +33,8 @@ use crate::report::{
 use crate::transport::{Lane, Link, LinkError, Listener, SavedReceiver, SessionKey};
 use crate::wire::DecodeScratch;
 use crate::wire::message::{
-    DestinationStage, FaultRequest, Flight, Lacking, MAX_REJECTED_PAGES, MAX_REQUEST_PAGES,
-    MessageError, PackedSet, Strategy, ToDestination, ToSource, Wanted, decode, encode,
+    DestinationStage, FaultRequest, Flight, Lacking, MAX_REQUEST_PAGES, MessageError, PackedSet,
+    Strategy, ToDestination, ToSource, Wanted, decode, encode,
 };
 use crate::wire::state::{PackedState, RehearsedState};
 
@@ -125,6 +125,9 @@ enum Happened {
     /// Nothing works on the lost link of this number any more.
     Quiet(u32),
 }
+
+/// A source that has proved who it is must say Hello within this time.
+const HELLO_WITHIN: Duration = Duration::from_secs(60);
 
 /// A fault lane's request as it leaves the fault reader, and whether the page must come whole.
 type Asked = (Wanted, bool);
@@ -287,7 +290,7 @@ impl Session {
                     self.handle(DestinationEvent::Cancelled).await;
                 }
                 _ = ticks.tick() => {
-                    if let Some(failure) = self.fault_failure() {
+                    if let Some(failure) = self.fault_failure().or_else(|| self.silence()) {
                         self.handle(DestinationEvent::Failed(failure)).await;
                     }
                     let progress = meter.read(&self.timeline, &self.counters, &self.links);
@@ -296,6 +299,13 @@ impl Session {
             }
         }
         self.finish().await
+    }
+
+    /// A source that says nothing would keep the receiver waiting for ever.
+    fn silence(&self) -> Option<Failure> {
+        let is_silent = self.machine.phase() == MigrationPhase::Connect && self.machine.is_linked();
+        (is_silent && self.timeline.elapsed() > HELLO_WITHIN)
+            .then(|| Failure::plain("the source has connected and does not begin"))
     }
 
     /// What keeps the fault reader from its work for good.
@@ -884,10 +894,6 @@ fn tell_round(
     match noted {
         Noted::Waiting => {}
         Noted::RoundDone(round, rejected) => {
-            if rejected.len() > MAX_REJECTED_PAGES {
-                let text = format!("{} pages of round {} were spoilt", rejected.len(), round.0);
-                return Err(Failure::plain(text));
-            }
             let event = DestinationEvent::RoundApplied { round, rejected };
             let _ = happened.send(Happened::Event(event));
         }
@@ -898,6 +904,11 @@ fn tell_round(
         }
         Noted::OutOfTurn => {
             return Err(Failure::plain("the source sent pages or ended a round out of turn"));
+        }
+        Noted::Spoilt(pages) => {
+            return Err(Failure::plain(format!(
+                "{pages} pages came spoilt, or without their base"
+            )));
         }
     }
     Ok(())

@@ -27,6 +27,7 @@ use crate::memory::MemoryError;
 use crate::page::{PageIndex, Version};
 use crate::report::{Counters, Output, PhaseTimes, Progress, TraceFile};
 use crate::transport::LinkError;
+use crate::wire::message::MAX_REJECTED_PAGES;
 
 use links::Links;
 
@@ -261,6 +262,10 @@ impl StopSignals {
     }
 }
 
+/// Most pages that are asked for again after pre-copy. A source that sends more of them spoilt is
+/// broken or hostile, and must not fill the queue of requests.
+const MAX_ASKED_AGAIN: usize = 1 << 20;
+
 /// Counts the messages of pre-copy rounds at the destination: a round is done when as many have been
 /// applied as the source says there are, in whatever order.
 #[derive(Debug, Default)]
@@ -270,6 +275,8 @@ struct RoundLedger {
     rejected: Vec<PageIndex>,
     awaited: Option<u64>,
     closed: bool,
+    /// Pages asked for again since pre-copy is over.
+    asked_again: usize,
     /// The last in which a round was ended.
     outage: u32,
 }
@@ -285,6 +292,8 @@ enum Noted {
     AskAgain(Vec<PageIndex>),
     /// A message of a round that is over or has not begun.
     OutOfTurn,
+    /// So many pages could not be applied that something must be broken, or hostile.
+    Spoilt(usize),
 }
 
 impl RoundLedger {
@@ -296,6 +305,10 @@ impl RoundLedger {
     /// A message was applied, except for its rejected pages.
     fn note(&mut self, version: Version, rejected: Vec<PageIndex>) -> Noted {
         if self.closed {
+            self.asked_again += rejected.len();
+            if self.asked_again > MAX_ASKED_AGAIN {
+                return Noted::Spoilt(self.asked_again);
+            }
             return Noted::AskAgain(rejected);
         }
         if version != self.current() {
@@ -303,6 +316,9 @@ impl RoundLedger {
         }
         self.applied += 1;
         self.rejected.extend(rejected);
+        if self.rejected.len() > MAX_REJECTED_PAGES {
+            return Noted::Spoilt(self.rejected.len());
+        }
         self.done()
     }
 
@@ -380,6 +396,19 @@ mod tests {
         assert_eq!(second, Noted::RoundDone(Version(2), vec![]), "nothing is left of the first");
         ledger.close();
         assert!(!ledger.end(Version(2), 3), "pre-copy is over");
+    }
+
+    #[test]
+    fn more_spoilt_pages_than_damage_explains_end_the_migration() {
+        let pages = |count| vec![PageIndex(1); count];
+        let mut ledger = RoundLedger::default();
+        assert_eq!(ledger.note(Version(1), pages(MAX_REJECTED_PAGES)), Noted::Waiting);
+        let count = MAX_REJECTED_PAGES + 1;
+        assert_eq!(ledger.note(Version(1), pages(1)), Noted::Spoilt(count));
+        ledger.close();
+        let most = ledger.note(Version(1), pages(MAX_ASKED_AGAIN));
+        assert_eq!(most, Noted::AskAgain(pages(MAX_ASKED_AGAIN)));
+        assert_eq!(ledger.note(Version(1), pages(1)), Noted::Spoilt(MAX_ASKED_AGAIN + 1));
     }
 
     #[test]

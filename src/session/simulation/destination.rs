@@ -157,6 +157,7 @@ impl Destination {
             Noted::OutOfTurn => {
                 panic!("pages or a round's end out of turn, between two honest sides")
             }
+            Noted::Spoilt(pages) => panic!("{pages} pages came spoilt, between two honest sides"),
         }
     }
 
