@@ -20,6 +20,7 @@ use crate::lab::relay::MAX_DATAGRAM_BYTES;
 use crate::memory::{PageTable, TrackerKind};
 use crate::report::{MemoryMap, Output, Role};
 use crate::session::destination::{ReceiveOptions, receive};
+use crate::session::journal::remove_state;
 use crate::session::source::{SendOptions, send};
 use crate::transport::{Listener, Ticket, TransportOptions};
 
@@ -44,7 +45,7 @@ pub(super) fn run() -> ExitCode {
         }
     };
     let (orders, queue) = mpsc::channel(4);
-    let directories = [Some(settings.state_dir.clone()), settings.ram_dir.clone()];
+    let (state_dir, ram_dir) = (settings.state_dir.clone(), settings.ram_dir.clone());
     thread::spawn(move || {
         for line in std::io::stdin().lock().lines().map_while(Result::ok) {
             match serde_json::from_str(&line) {
@@ -53,7 +54,8 @@ pub(super) fn run() -> ExitCode {
             }
         }
         // The demo is over, or was killed: nothing here is worth keeping.
-        for directory in directories.into_iter().flatten() {
+        remove_state(&state_dir);
+        if let Some(directory) = ram_dir {
             let _ = std::fs::remove_dir_all(directory);
         }
         std::process::exit(0);

@@ -308,6 +308,14 @@ impl Journal {
     }
 }
 
+/// Removes a state directory that was made for one run, and the page tables of its migrations.
+pub fn remove_state(state_dir: &Path) {
+    for entry in fs::read_dir(state_dir).into_iter().flatten().flatten() {
+        let _ = fs::remove_file(pages_path(&entry.path()));
+    }
+    let _ = fs::remove_dir_all(state_dir);
+}
+
 fn pages_path(directory: &Path) -> PathBuf {
     let name = directory.file_name().unwrap_or_default().to_string_lossy();
     Path::new(PAGES_DIRECTORY).join(format!("farfault-{name}.pages"))

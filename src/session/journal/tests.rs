@@ -164,3 +164,13 @@ fn a_record_that_cannot_be_written_is_taken_back_or_ends_the_journal() {
     let failure = journal.record(&SourceRecord::Started).unwrap_err();
     assert!(failure.reason.contains("taken back"), "{failure}");
 }
+
+#[test]
+fn a_state_directory_is_removed_with_the_page_tables_of_its_migrations() {
+    let directory = tempfile::tempdir().unwrap();
+    let side = directory.path().join(format!("remove-{}.destination", std::process::id()));
+    fs::create_dir(&side).unwrap();
+    fs::write(pages_path(&side), b"table").unwrap();
+    remove_state(directory.path());
+    assert!(!pages_path(&side).exists() && !directory.path().exists());
+}
