@@ -17,6 +17,7 @@ use crate::guest::workload::GuestPlan;
 use crate::lab::relay::Relay;
 use crate::lab::spec::LinkSpec;
 use crate::report::{MigrationResult, Report, Role, Step};
+use crate::session::journal::remove_state;
 use crate::transport::{Ticket, TicketError};
 
 /// How long the guest works before it is moved, and afterwards.
@@ -71,14 +72,14 @@ impl Outcome {
 /// Carries out a run. All that it starts has ended when this returns or is dropped.
 pub(super) async fn run(plan: &RunPlan, audience: &mut Audience) -> Result<Outcome, Failure> {
     let map_cells = audience.begin(plan.name, plan.title.clone(), &plan.link);
-    let dir = directory_in(&std::env::temp_dir())?;
+    let dir = StateDir(directory_in(&std::env::temp_dir())?);
     let ram_dir = plan.kind.ram_directory().map(directory_in).transpose()?;
     let (said, hears) = mpsc::channel(SAID_QUEUE);
     let settings = |role| SideSettings {
         role,
         kind: plan.kind.clone(),
         plan: plan.guest.clone(),
-        state_dir: dir.path().to_owned(),
+        state_dir: dir.0.path().to_owned(),
         ram_dir: ram_dir.as_ref().map(|dir| dir.path().to_owned()),
         map_cells,
     };
@@ -90,6 +91,15 @@ pub(super) async fn run(plan: &RunPlan, audience: &mut Audience) -> Result<Outco
     drop(stage.relay);
     tokio::join!(cast.source.end(), cast.destination.end());
     outcome
+}
+
+/// Goes with all that lies elsewhere of its migrations: the sides of an interrupted run cannot see to it.
+struct StateDir(TempDir);
+
+impl Drop for StateDir {
+    fn drop(&mut self) {
+        remove_state(self.0.path());
+    }
 }
 
 /// A directory of this run, which goes with it. Nobody else may enter: the guest's memory may be in it.
