@@ -6,7 +6,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 pub use farfault::lab::stage::place::{ADDRESS_A, ADDRESS_B};
-use farfault::lab::stage::place::{Image, Place, Tools};
+use farfault::lab::stage::place::{Image, Place, Tools, Turn};
 use farfault_wan::spec::QueueLimit;
 
 /// The losses of a lossy link are the same in every run of a test.
@@ -17,10 +17,19 @@ const SEED: u64 = 1;
 pub struct Lab(Place);
 
 impl Lab {
-    /// Sets up a laboratory with a queue of one bandwidth-delay product; waits while another one
-    /// is in use. `None`, with a loud word, where it cannot work: without root, or where programs
+    /// Sets up a laboratory with a queue of one bandwidth-delay product, for a test that does not mind if
+    /// the machine has other work too. `None`, with a loud word, where it cannot work: without root, or where programs
     /// are missing. With `FARFAULT_REQUIRE_LAB=1` that is an error.
     pub fn start(link: &str) -> Result<Option<Self>> {
+        Self::open(link, Turn::Shared)
+    }
+
+    /// The same for a test of times and rates: it has the machine for itself.
+    pub fn start_alone(link: &str) -> Result<Option<Self>> {
+        Self::open(link, Turn::Alone)
+    }
+
+    fn open(link: &str, turn: Turn) -> Result<Option<Self>> {
         if let Err(error) = Place::requirements() {
             if std::env::var_os("FARFAULT_REQUIRE_LAB").is_some_and(|v| v == "1") {
                 return Err(error);
@@ -33,7 +42,7 @@ impl Lab {
             wan: workspace_program("FARFAULT_WAN_BIN", "wan")?,
             image: guest_image()?,
         };
-        Ok(Some(Lab(Place::open(link.parse()?, QueueLimit::Bdp(1), SEED, tools)?)))
+        Ok(Some(Lab(Place::open(link.parse()?, QueueLimit::Bdp(1), SEED, tools, turn)?)))
     }
 }
 

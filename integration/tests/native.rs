@@ -12,7 +12,7 @@ use farfault_integration::timeline::Interruption;
 
 #[test]
 fn a_guest_moved_by_qemu_itself_is_seen_to_stop_and_go_on_unharmed() -> Result<()> {
-    let Some(lab) = Lab::start("1Gbit,10ms")? else { return Ok(()) };
+    let Some(lab) = Lab::start_alone("1Gbit,10ms")? else { return Ok(()) };
     let mut spec = GuestSpec::new(Machine::Pc, 256, "ff.ws=64M ff.pattern=sparse ff.rate=500");
     spec.ram = Ram::Private;
     let source = Guest::boot(&lab, "source", &spec)?;

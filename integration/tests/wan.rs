@@ -29,7 +29,7 @@ fn round_trip(near: &UdpSocket, far: &UdpSocket) -> Result<Duration> {
 
 #[test]
 fn packets_take_the_round_trip_time_and_cuts_and_changes_apply_at_once() -> Result<()> {
-    let Some(mut lab) = Lab::start("100Mbit,40ms")? else { return Ok(()) };
+    let Some(mut lab) = Lab::start_alone("100Mbit,40ms")? else { return Ok(()) };
     let (near, far) = (udp(lab.a(), ADDRESS_A)?, udp(lab.b(), ADDRESS_B)?);
     let mut times: Vec<Duration> =
         (0..20).map(|_| round_trip(&near, &far)).collect::<Result<_>>()?;
@@ -55,7 +55,7 @@ fn packets_take_the_round_trip_time_and_cuts_and_changes_apply_at_once() -> Resu
 #[test]
 fn tcp_gets_the_rate_of_the_link() -> Result<()> {
     const BYTES: usize = 25_000_000;
-    let Some(mut lab) = Lab::start("100Mbit,10ms")? else { return Ok(()) };
+    let Some(mut lab) = Lab::start_alone("100Mbit,10ms")? else { return Ok(()) };
     let listen = || Ok(TcpListener::bind((ADDRESS_B, 5000))?.into());
     let listener: TcpListener = lab.b().open_inside(listen)?.into();
     let receiver = std::thread::spawn(move || -> Result<usize> {

@@ -9,7 +9,7 @@ use serde_json::Value;
 
 use super::record::{Measured, Outcome};
 use super::scenario::{Cell, Scenario};
-use crate::lab::stage::place::{Place, Tools};
+use crate::lab::stage::place::{Place, Tools, Turn};
 use crate::lab::stage::process::{pause, wait_for};
 use crate::lab::stage::qemu::{Guest, GuestSpec, Machine, Ram};
 use crate::lab::stage::timeline::{Interruption, Throughput, missed_frames};
@@ -47,7 +47,7 @@ impl Seen {
 /// Carries out a run.
 pub(super) fn run(scenario: &Scenario, cell: &Cell, seed: u64, tools: &Tools) -> Result<Seen> {
     let (link, queue) = (cell.link.spec()?, cell.link.queue_limit()?);
-    let mut place = Place::open(link, queue, seed, tools.clone())?;
+    let mut place = Place::open(link, queue, seed, tools.clone(), Turn::Alone)?;
     let spec = guest_spec(cell)?;
     let mut source = Guest::prepare(&place, "source", &spec)?;
     source.start(place.a().name(), &[])?;

@@ -62,6 +62,15 @@ pub struct Tools {
     pub image: Image,
 }
 
+/// Who else may use this machine meanwhile.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Turn {
+    /// Nobody: what happens is timed.
+    Alone,
+    /// Others that do not mind either: only the outcome counts.
+    Shared,
+}
+
 /// Two hosts, as far as the network goes, and the link between them.
 #[derive(Debug)]
 pub struct Place {
@@ -72,18 +81,23 @@ pub struct Place {
     b: Netns,
     directory: tempfile::TempDir,
     tools: Tools,
-    /// Guests and links are timed: one laboratory at a time on a machine.
     _turn: Flock<File>,
 }
 
 impl Place {
-    /// Sets up a laboratory; waits while another one is in use. `seed` decides which packets are lost.
+    /// Sets up a laboratory; waits while the `turn` is not to be had. `seed` decides which packets are lost.
     ///
     /// # Errors
     /// Where it cannot work: without root, or where programs are missing.
-    pub fn open(link: LinkSpec, queue: QueueLimit, seed: u64, tools: Tools) -> Result<Self> {
+    pub fn open(
+        link: LinkSpec,
+        queue: QueueLimit,
+        seed: u64,
+        tools: Tools,
+        turn: Turn,
+    ) -> Result<Self> {
         Self::requirements()?;
-        let turn = take_turn()?;
+        let turn = take(turn)?;
         remove_remains_of_dead_labs();
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let name = format!("{PREFIX}{}-{}", std::process::id(), NEXT.fetch_add(1, Relaxed));
@@ -150,7 +164,11 @@ impl Place {
     }
 }
 
-fn take_turn() -> Result<Flock<File>> {
+fn take(turn: Turn) -> Result<Flock<File>> {
+    let how = match turn {
+        Turn::Alone => FlockArg::LockExclusiveNonblock,
+        Turn::Shared => FlockArg::LockSharedNonblock,
+    };
     let path = std::env::temp_dir().join("farfault-lab.lock");
     let mut file = File::options()
         .create(true)
@@ -159,7 +177,7 @@ fn take_turn() -> Result<Flock<File>> {
         .open(&path)
         .with_context(|| format!("open {}", path.display()))?;
     loop {
-        file = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+        file = match Flock::lock(file, how) {
             Ok(turn) => return Ok(turn),
             Err((file, Errno::EWOULDBLOCK)) => file,
             Err((_, errno)) => bail!("lock {}: {errno}", path.display()),
@@ -168,8 +186,7 @@ fn take_turn() -> Result<Flock<File>> {
     }
 }
 
-/// A laboratory whose process was killed has left its namespaces and files. Others wait for their
-/// turn meanwhile, so what is there is dead if its process is.
+/// A laboratory whose process was killed has left its namespaces and files.
 fn remove_remains_of_dead_labs() {
     let is_dead = |name: &str| {
         let pid = name.strip_prefix(PREFIX).and_then(|rest| rest.split('-').next());
