@@ -3,6 +3,7 @@
 
 use std::fs::File;
 use std::io;
+use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -13,8 +14,14 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::statfs::{HUGETLBFS_MAGIC, fstatfs};
 use nix::unistd::{Whence, lseek};
 
-use super::{MemoryError, MemoryLayout, RegionLayout};
+use super::{MemoryError, MemoryLayout, RegionLayout, sys};
 use crate::page::{PAGE_SIZE_BYTES, PageBytes, PageIndex, PageRange, PageSet};
+
+/// Pages among which holes are looked for at a time: 4 MiB.
+const STRETCH_PAGES: u64 = 1024;
+/// So many pages of a stretch are looked up one by one.
+const FEW_PAGES: u32 = 32;
+const LOOKING_FOR_HOLES: &str = "look for holes in its file";
 
 /// Whether an alias may be written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,8 +50,9 @@ pub struct RegionBacking {
 /// so no Rust reference to it is ever formed. Reads go word by word through relaxed atomics: that
 /// is a plain copy which the compiler may not assume to be free of races. Writes go through
 /// `pwrite(2)`: on a full tmpfs it gives `ENOSPC`, where a store through the mapping would kill the
-/// process with SIGBUS. It also is the faster way for a page that is new (5 us against 9 us, most of
-/// which is the fault of the alias; for one that is there it is 3 us against 0.6 us).
+/// process with SIGBUS. It also is the faster way for pages that are new: of 64 together one takes 4 us
+/// (alone 6 us), against 10 us, most of which is the fault of the alias. (For pages that are there it is 1.8 us
+/// against 0.9 us.)
 #[derive(Debug)]
 pub struct GuestMemory {
     layout: MemoryLayout,
@@ -126,24 +134,40 @@ impl GuestMemory {
         }
     }
 
-    /// Writes a page. On the destination the caller holds the page's claim in the
-    /// [`super::PageTable`], so that nobody else writes it and the guest cannot reach it.
+    /// Writes a page, as [`Self::write_pages`] does.
+    pub fn write_page(&self, page: PageIndex, bytes: &PageBytes) -> Result<(), MemoryError> {
+        self.write_pages(page, std::slice::from_ref(bytes))
+    }
+
+    /// Writes pages that follow each other, `first` and those behind it: a page of 64 together takes half
+    /// the time of one alone. On the destination the caller holds the pages' claims in the
+    /// [`super::PageTable`], so that nobody else writes them and the guest cannot reach them.
     ///
     /// # Errors
-    /// [`MemoryError::NoSpace`] when the page is new and the file system is full; nothing was
-    /// written then. [`MemoryError::ReadOnly`], [`MemoryError::Backing`].
+    /// [`MemoryError::NoSpace`] when a page is new and the file system is full,
+    /// [`MemoryError::ReadOnly`], [`MemoryError::Backing`]. Some of several pages may have been written then;
+    /// a single one was not.
     ///
     /// # Panics
-    /// When the page is beyond the guest.
-    pub fn write_page(&self, page: PageIndex, bytes: &PageBytes) -> Result<(), MemoryError> {
-        let (region, offset) = self.locate(page);
-        self.must_be_writable(region)?;
-        region.file.write_all_at(bytes, region.file_offset_bytes + offset).map_err(|source| {
-            match source.kind() {
-                io::ErrorKind::StorageFull => MemoryError::NoSpace { page },
-                _ => region.error("write to its file", source),
-            }
-        })
+    /// When a page is beyond the guest.
+    pub fn write_pages(&self, first: PageIndex, pages: &[PageBytes]) -> Result<(), MemoryError> {
+        let run = PageRange::new(first.0, first.0 + pages.len() as u64);
+        assert!(run.end.0 <= self.pages(), "{run:?} beyond {} pages", self.pages());
+        let mut rest = pages;
+        for (index, piece) in self.layout.split(run) {
+            let region = &self.regions[index];
+            self.must_be_writable(region)?;
+            let (now, behind) = rest.split_at(piece.len() as usize);
+            rest = behind;
+            let position = region.file_position(piece.start) as u64;
+            region.file.write_all_at(now.as_flattened(), position).map_err(
+                |source| match source.kind() {
+                    io::ErrorKind::StorageFull => MemoryError::NoSpace { page: piece.start },
+                    _ => region.error("write to its file", source),
+                },
+            )?;
+        }
+        Ok(())
     }
 
     /// Which pages of `range` are not holes. Allocates nothing.
@@ -160,6 +184,55 @@ impl GuestMemory {
         Ok(runs)
     }
 
+    /// The first page of `range` that is not a hole. A hole of many GiB takes no longer than a small one.
+    pub fn first_populated(&self, range: PageRange) -> Result<Option<PageIndex>, MemoryError> {
+        for (index, piece) in self.layout.split(range) {
+            let region = &self.regions[index];
+            if let Some(data) = region.next_data(region.file_position(piece.start))?
+                && region.page_at(data) < piece.end
+            {
+                return Ok(Some(region.page_at(data)));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Those of `pages` that are not holes. Takes a time that grows with their number, not with the
+    /// guest's.
+    pub fn populated_of(&self, pages: &PageSet) -> Result<PageSet, MemoryError> {
+        let mut found = PageSet::empty(self.pages());
+        let mut at = PageIndex(0);
+        while let Some(first) = pages.first_from(at) {
+            let start = first.0 / STRETCH_PAGES * STRETCH_PAGES;
+            let stretch = PageRange::new(start, (start + STRETCH_PAGES).min(self.pages()));
+            at = stretch.end;
+            let words = &pages.words()[(start / 64) as usize..at.0.div_ceil(64) as usize];
+            let members: u32 = words.iter().map(|word| word.count_ones()).sum();
+            if members > FEW_PAGES {
+                self.for_each_populated_run(stretch, |run| found.insert_range(run))?;
+                continue;
+            }
+            let mut next = first;
+            loop {
+                if self.is_populated(next)? {
+                    found.insert(next);
+                }
+                match pages.first_from(PageIndex(next.0 + 1)).filter(|page| *page < at) {
+                    Some(page) => next = page,
+                    None => break,
+                }
+            }
+        }
+        found.intersect_with(pages);
+        Ok(found)
+    }
+
+    fn is_populated(&self, page: PageIndex) -> Result<bool, MemoryError> {
+        let (region, _) = self.locate(page);
+        let at = region.file_position(page);
+        Ok(region.next_data(at)? == Some(at))
+    }
+
     /// Calls `visit` with the maximal runs of pages in `range` that are not holes, in ascending order
     /// within each region.
     pub(super) fn for_each_populated_run(
@@ -169,24 +242,25 @@ impl GuestMemory {
     ) -> Result<(), MemoryError> {
         for (index, piece) in self.layout.split(range) {
             let region = &self.regions[index];
-            let fail = |errno: Errno| region.error("look for holes in its file", errno.into());
-            let mut at = region.file_position(piece.start);
-            let end = region.file_position(piece.end);
-            while at < end {
-                let data = match lseek(&region.file, at, Whence::SeekData) {
-                    Err(Errno::ENXIO) => break,
-                    other => other.map_err(fail)?,
-                };
-                if data >= end {
+            // A run that goes on in the next stretch.
+            let mut open: Option<PageRange> = None;
+            let mut stretch = piece.start;
+            while stretch < piece.end {
+                let end = (stretch.0 + STRETCH_PAGES).min(piece.end.0);
+                region.populated_in(PageRange::new(stretch.0, end), |run| match &mut open {
+                    Some(before) if before.end == run.start => before.end = run.end,
+                    _ => open.replace(run).into_iter().for_each(&mut visit),
+                })?;
+                if end == piece.end.0 {
                     break;
                 }
-                let hole = lseek(&region.file, data, Whence::SeekHole).map_err(fail)?.min(end);
-                visit(PageRange {
-                    start: region.page_at(data),
-                    end: region.page_at(hole - 1 + PAGE_SIZE_BYTES as i64),
-                });
-                at = hole;
+                // From here on there may be nothing for many GiB.
+                stretch = match region.next_data(region.file_position(PageIndex(end)))? {
+                    Some(data) => region.page_at(data),
+                    None => break,
+                };
             }
+            open.into_iter().for_each(&mut visit);
         }
         Ok(())
     }
@@ -286,6 +360,49 @@ impl Region {
     fn page_at(&self, position: i64) -> PageIndex {
         let in_region = position as u64 - self.file_offset_bytes;
         PageIndex(self.pages.start.0 + in_region / PAGE_SIZE_BYTES as u64)
+    }
+
+    /// Where in the file there is content, from position `at` on.
+    fn next_data(&self, at: i64) -> Result<Option<i64>, MemoryError> {
+        match lseek(&self.file, at, Whence::SeekData) {
+            Ok(data) => Ok(Some(data)),
+            Err(Errno::ENXIO) => Ok(None),
+            Err(errno) => Err(self.error(LOOKING_FOR_HOLES, errno.into())),
+        }
+    }
+
+    /// Calls `visit` with the runs of pages in `stretch` that are not holes.
+    ///
+    /// The kernel looks for the next hole page by page, up to the end of the file when there is none: in
+    /// each of many stretches of a guest that is full that takes a time which grows with the square of its
+    /// size. So a stretch that is full is found to be so by the number of its pages in the page cache, and
+    /// the next hole is looked for only where one is near.
+    fn populated_in(
+        &self,
+        stretch: PageRange,
+        mut visit: impl FnMut(PageRange),
+    ) -> Result<(), MemoryError> {
+        let (mut at, end) = (self.file_position(stretch.start), self.file_position(stretch.end));
+        let cached = sys::cached_pages(self.file.as_fd(), at as u64, (end - at) as u64);
+        if cached == Ok(stretch.len()) {
+            visit(stretch);
+            return Ok(());
+        }
+        while let Some(data) = self.next_data(at)?.filter(|data| *data < end) {
+            let hole = match cached {
+                Ok(_) => lseek(&self.file, data, Whence::SeekHole)
+                    .map_err(|errno| self.error(LOOKING_FOR_HOLES, errno.into()))?
+                    .min(end),
+                // An older kernel does not tell: page by page then.
+                Err(_) => data - data % PAGE_SIZE_BYTES as i64 + PAGE_SIZE_BYTES as i64,
+            };
+            visit(PageRange {
+                start: self.page_at(data),
+                end: self.page_at(hole - 1 + PAGE_SIZE_BYTES as i64),
+            });
+            at = hole;
+        }
+        Ok(())
     }
 
     fn error(&self, action: &'static str, source: io::Error) -> MemoryError {

@@ -136,6 +136,38 @@ pub(crate) fn pagemap_scan(
     Ok((count as usize, arguments.walk_end))
 }
 
+/// The number of `cachestat(2)`, which the C library does not name yet.
+const SYS_CACHESTAT: libc::c_long = 451;
+
+/// `struct cachestat_range`.
+#[repr(C)]
+struct CachestatRange {
+    offset: u64,
+    length: u64,
+}
+
+/// `struct cachestat`.
+#[repr(C)]
+#[derive(Default)]
+struct Cachestat {
+    cached: u64,
+    dirty: u64,
+    writeback: u64,
+    evicted: u64,
+    recently_evicted: u64,
+}
+
+/// How many pages of `length` bytes of a file of shared memory, from `offset` on, are not holes: in the
+/// page cache, or swapped out (6.5).
+pub(crate) fn cached_pages(file: BorrowedFd<'_>, offset: u64, length: u64) -> Result<u64, Errno> {
+    let (range, mut found) = (CachestatRange { offset, length }, Cachestat::default());
+    // SAFETY: both structures have the layout that the kernel documents, and live during the call.
+    let done = unsafe {
+        libc::syscall(SYS_CACHESTAT, file.as_raw_fd(), &raw const range, &raw mut found, 0)
+    };
+    Errno::result(done).map(|_| found.cached + found.evicted)
+}
+
 /// A handle of process `pid`, which does not pass to another process of that number.
 pub(crate) fn pidfd_open(pid: u32) -> io::Result<OwnedFd> {
     // SAFETY: plain numbers in, a new descriptor of our own out.
