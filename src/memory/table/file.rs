@@ -16,7 +16,9 @@ use super::{MemoryError, PageState};
 /// The header takes a whole page, so that the words are aligned whatever they become.
 const HEADER_BYTES: usize = 4096;
 const MAGIC: [u8; 8] = *b"farfault";
-const FORMAT: u32 = 1;
+const FORMAT: u32 = 2;
+/// Where in the header it stands whether the switchover has come: 0 or 1.
+const SWITCHED_OVER_AT: usize = 24;
 /// 16 TiB of guest RAM: a limit on what a header can make us map.
 const MAX_PAGES: u64 = 1 << 32;
 
@@ -75,8 +77,10 @@ impl PageTable {
             return Err(wrong("its length does not fit the number of pages in it"));
         }
         let table = Self::map(&file, path, pages)?;
-        let known = |word: &AtomicU16| PageState::decode(word.load(Ordering::Relaxed)).is_some();
-        if table.words().iter().all(known) { Ok(table) } else { Err(wrong("damaged")) }
+        let known =
+            |word: &AtomicU16| PageState::decode(word.load(Ordering::Relaxed), false).is_some();
+        let is_sound = table.switched_over().load(Ordering::Relaxed) <= 1;
+        if is_sound && table.words().iter().all(known) { Ok(table) } else { Err(wrong("damaged")) }
     }
 
     /// Pages of the guest.
@@ -100,6 +104,13 @@ impl PageTable {
     fn map(file: &File, path: &Path, pages: u64) -> Result<Self, MemoryError> {
         let map = MmapOptions::new().len(file_bytes(pages) as usize).map_raw(file);
         Ok(PageTable { map: map.map_err(failed(path, "map it"))?, pages })
+    }
+
+    /// 1 from the switchover on.
+    pub(super) fn switched_over(&self) -> &AtomicU16 {
+        // SAFETY: within the header, which the mapping begins with, and aligned, since a mapping starts
+        // at a page; the mapping lives as long as `self`; everybody changes it only as an atomic.
+        unsafe { &*self.map.as_ptr().add(SWITCHED_OVER_AT).cast::<AtomicU16>() }
     }
 
     pub(super) fn words(&self) -> &[AtomicU16] {

@@ -6,11 +6,15 @@
 //! is finished. The orderings are Acquire on load and AcqRel on change: who sees a page as Current
 //! also sees everything done before it was finished (within this process; the page's bytes
 //! themselves are written by system calls).
+//!
+//! The switchover changes the meaning of all words that are neither needed nor missing at once, by a word
+//! of its own ([`PageTable::freeze`], and `word.rs`). Whoever reads a page's word has read that one before:
+//! so a page that is needed is never taken for a final one.
 
 mod file;
 mod word;
 
-use std::sync::atomic::{AtomicU16, Ordering};
+use std::sync::atomic::{AtomicU16, Ordering, fence};
 
 use super::MemoryError;
 use crate::page::{PageIndex, PageRange, PageSet, Version};
@@ -69,7 +73,8 @@ impl PageTable {
     /// # Panics
     /// Here and in all methods: when the page is beyond the guest.
     pub fn state(&self, page: PageIndex) -> PageState {
-        decode(self.word(page).load(Ordering::Acquire))
+        let switched_over = self.is_switched_over();
+        decode(self.word(page).load(Ordering::Acquire), switched_over)
     }
 
     /// Takes `page` for writing `version` into it.
@@ -99,6 +104,22 @@ impl PageTable {
         self.end_claim(page, |state| PageState { stage, zero, version, ..state }).waiting
     }
 
+    /// As claim and finish in one step, for a page of which the caller knows that it is a hole: it now
+    /// holds `version`, zeros. Tells whether a thread waits for it; `None` where `claim` would have been
+    /// refused.
+    pub fn settle_hole(&self, page: PageIndex, version: Version, last: bool) -> Option<bool> {
+        let stage = if last { Stage::Current } else { Stage::Stale };
+        let settled = self.change(page, |state| {
+            let older = match state.stage {
+                Stage::Absent => true,
+                Stage::Stale => state.version < version,
+                _ => false,
+            };
+            older.then_some(PageState { stage, zero: true, version, ..state })
+        });
+        settled.ok().map(|before| before.waiting)
+    }
+
     /// Gives up a claim before anything was written: the page is again what `claim` told.
     pub fn abandon(&self, page: PageIndex, previous: PageState) {
         self.end_claim(page, |state| PageState { waiting: state.waiting, ..previous });
@@ -123,24 +144,61 @@ impl PageTable {
     /// nothing was changed then.
     pub fn freeze(&self, need: &PageSet) -> Result<Vec<PageIndex>, MemoryError> {
         assert_eq!(need.pages(), self.pages(), "a page set of another guest");
-        let others = || self.all().pages().filter(|page| !need.contains(*page));
-        for page in others() {
-            let stage = self.state(page).stage;
-            if matches!(stage, Stage::Absent | Stage::Applying) {
-                return Err(MemoryError::UnknownContent { page, stage });
+        if let Some(page) = self.others(need, word::is_without_content).next() {
+            return Err(MemoryError::UnknownContent { page, stage: self.state(page).stage });
+        }
+        let was_switched_over = self.is_switched_over();
+        if !was_switched_over {
+            for page in need.iter() {
+                let superseded = |word| Some(word::supersede(word));
+                let word = self.word(page);
+                let _ = word.fetch_update(Ordering::AcqRel, Ordering::Acquire, superseded);
             }
         }
+        self.switched_over().store(1, Ordering::Release);
+        // Whoever marks a page from here on sees that; whoever marked one before is seen: see `want`.
+        fence(Ordering::SeqCst);
         let mut waiting = Vec::new();
-        for page in others() {
+        for page in self.others(need, word::is_to_be_seen_to) {
             let current = |state: PageState| {
                 (state.stage == Stage::Stale)
                     .then_some(PageState { stage: Stage::Current, ..state })
             };
-            if self.change(page, current).is_ok_and(|before| before.waiting) {
+            let awaited = match self.change(page, current) {
+                Ok(before) => before.waiting,
+                Err(state) => !was_switched_over && state.stage == Stage::Current && state.waiting,
+            };
+            if awaited {
                 waiting.push(page);
             }
         }
         Ok(waiting)
+    }
+
+    /// The pages that are not in `need` and whose word `matches`: 64 of them are looked at in a few
+    /// nanoseconds.
+    fn others<'a>(
+        &'a self,
+        need: &'a PageSet,
+        matches: impl Fn(u16) -> bool + Copy + 'a,
+    ) -> impl Iterator<Item = PageIndex> + 'a {
+        let chunks = self.words().chunks(64).zip(need.words()).enumerate();
+        chunks.flat_map(move |(index, (words, needed))| {
+            let mut found = 0u64;
+            if *needed != u64::MAX {
+                for (bit, word) in words.iter().enumerate() {
+                    found |= u64::from(matches(word.load(Ordering::Acquire))) << bit;
+                }
+            }
+            found &= !needed;
+            std::iter::from_fn(move || {
+                let bit = found.trailing_zeros();
+                (found != 0).then(|| {
+                    found &= found - 1;
+                    PageIndex(index as u64 * 64 + u64::from(bit))
+                })
+            })
+        })
     }
 
     /// A thread of the guest touched `page`.
@@ -149,7 +207,16 @@ impl PageTable {
             (!state.is_complete() && !state.waiting).then_some(PageState { waiting: true, ..state })
         });
         match marked {
-            Ok(_) => Want::Ask { first: true },
+            Ok(_) => {
+                // The switchover may have passed between the look at the page and the mark.
+                fence(Ordering::SeqCst);
+                let now = self.state(page);
+                if now.is_complete() {
+                    Want::Serve { zero: now.zero }
+                } else {
+                    Want::Ask { first: true }
+                }
+            }
             Err(state) if state.is_complete() => Want::Serve { zero: state.zero },
             Err(_) => Want::Ask { first: false },
         }
@@ -191,8 +258,9 @@ impl PageTable {
     /// the table.
     pub fn counts(&self) -> StageCounts {
         let mut counts = StageCounts::default();
+        let switched_over = self.is_switched_over();
         for word in self.words() {
-            let count = match decode(word.load(Ordering::Relaxed)).stage {
+            let count = match decode(word.load(Ordering::Relaxed), switched_over).stage {
                 Stage::Absent => &mut counts.absent,
                 Stage::Stale => &mut counts.stale,
                 Stage::Applying => &mut counts.applying,
@@ -274,10 +342,16 @@ impl PageTable {
         page: PageIndex,
         change: impl Fn(PageState) -> Option<PageState>,
     ) -> Result<PageState, PageState> {
+        let switched_over = self.is_switched_over();
         let changed = self.word(page).fetch_update(Ordering::AcqRel, Ordering::Acquire, |word| {
-            change(decode(word)).map(PageState::encode)
+            change(decode(word, switched_over)).map(|state| state.encode(word, switched_over))
         });
-        changed.map(decode).map_err(decode)
+        let before = |word| decode(word, switched_over);
+        changed.map(before).map_err(before)
+    }
+
+    fn is_switched_over(&self) -> bool {
+        self.switched_over().load(Ordering::Acquire) == 1
     }
 
     fn word(&self, page: PageIndex) -> &AtomicU16 {
@@ -287,8 +361,9 @@ impl PageTable {
 }
 
 /// Every word was checked when the table was opened, and only `encode` makes new ones.
-fn decode(word: u16) -> PageState {
-    PageState::decode(word).expect("a page table word that this program does not write")
+fn decode(word: u16, switched_over: bool) -> PageState {
+    PageState::decode(word, switched_over)
+        .expect("a page table word that this program does not write")
 }
 
 #[cfg(test)]

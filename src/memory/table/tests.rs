@@ -219,6 +219,86 @@ fn the_switchover_makes_stale_pages_current_unless_they_are_needed() {
     assert_eq!((previous.stage, previous.version), (Stage::Stale, Version(3)));
 }
 
+/// Threads touch pages while the switchover comes. Each page that is not needed must be served: by whoever
+/// touched it, or by whoever is told by the switchover that it is waited for.
+#[test]
+fn no_waiting_page_is_lost_in_the_switchover() {
+    const PAGES: u64 = 4096;
+    for round in 0..60 {
+        let table = PageTable::anonymous(PAGES).unwrap();
+        let mut need = PageSet::empty(PAGES);
+        for page in (0..PAGES).map(PageIndex) {
+            claimed(&table, page, 1);
+            table.finish(page, Version(1), false, false);
+            if page.0 % 3 == 0 {
+                need.insert(page);
+            }
+        }
+        let served: Vec<AtomicBool> = (0..PAGES).map(|_| AtomicBool::new(false)).collect();
+        let (table, need, served) = (&table, &need, &served);
+        std::thread::scope(|scope| {
+            scope.spawn(move || {
+                for page in (0..PAGES).map(|n| PageIndex((n + round * 61) % PAGES)) {
+                    if let Want::Serve { .. } = table.want(page) {
+                        assert!(!need.contains(page), "{page:?} is needed, and served");
+                        served[page.0 as usize].store(true, Ordering::Relaxed);
+                    }
+                }
+            });
+            scope.spawn(move || {
+                std::thread::sleep(std::time::Duration::from_micros(round * 2));
+                for page in table.freeze(need).unwrap() {
+                    assert!(!need.contains(page), "{page:?} is needed, and mapped");
+                    served[page.0 as usize].store(true, Ordering::Relaxed);
+                }
+            });
+        });
+        for page in (0..PAGES).map(PageIndex) {
+            let state = table.state(page);
+            if need.contains(page) {
+                assert_eq!((state.stage, state.waiting), (Stage::Stale, true));
+            } else {
+                assert_eq!(state.stage, Stage::Current);
+                assert!(served[page.0 as usize].load(Ordering::Relaxed), "{page:?} is lost");
+            }
+        }
+    }
+}
+
+#[test]
+fn the_switchover_outlives_the_process_too() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("table");
+    let mut need = PageSet::empty(3);
+    need.insert(PageIndex(2));
+    {
+        let table = PageTable::create(&path, 3).unwrap();
+        for page in (0..3).map(PageIndex) {
+            claimed(&table, page, 1);
+            table.finish(page, Version(1), false, false);
+        }
+        table.freeze(&need).unwrap();
+    }
+    let table = PageTable::open(&path).unwrap();
+    table.recover();
+    assert_eq!(table.incomplete(), need);
+    assert_eq!(table.state(PageIndex(2)).stage, Stage::Stale);
+}
+
+#[test]
+fn a_hole_is_settled_where_it_could_be_claimed() {
+    let table = PageTable::anonymous(3).unwrap();
+    assert_eq!(table.want(PAGE), Want::Ask { first: true });
+    assert_eq!(table.settle_hole(PAGE, Version(2), false), Some(true));
+    assert_eq!(table.settle_hole(PAGE, Version(2), true), None, "that version is there");
+    assert_eq!(table.settle_hole(PAGE, Version(3), true), Some(true));
+    assert_eq!(table.settle_hole(PAGE, Version(4), true), None, "nothing more was to come");
+    let state = table.state(PAGE);
+    assert_eq!((state.stage, state.zero, state.version), (Stage::Current, true, Version(3)));
+    claimed(&table, PageIndex(1), 1);
+    assert_eq!(table.settle_hole(PageIndex(1), Version(1), true), None, "another has claimed it");
+}
+
 #[test]
 fn a_table_survives_the_process_that_made_it() {
     let directory = tempfile::tempdir().unwrap();
@@ -248,7 +328,7 @@ fn a_file_that_is_no_table_is_refused() {
     assert!(refused());
     drop(PageTable::create(&directory.path().join("good"), 8).unwrap());
     let good = std::fs::read(directory.path().join("good")).unwrap();
-    for (at, byte) in [(0, b'F'), (8, 2), (16, 9), (20, 1), (4096, 7)] {
+    for (at, byte) in [(0, b'F'), (8, 1), (16, 9), (20, 1), (24, 2), (4096, 7)] {
         let mut bad = good.clone();
         bad[at] = byte;
         std::fs::write(&path, bad).unwrap();

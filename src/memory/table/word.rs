@@ -1,4 +1,8 @@
 //! One page's entry in the table: 16 bits.
+//!
+//! What was sent before the switchover is final unless it is needed again. So that the switchover need not
+//! touch each page, a page that is in place is *held*, which means Stale before the switchover, and Current
+//! from then on; what is needed again is *superseded*, which means Stale always.
 
 use crate::page::Version;
 
@@ -35,19 +39,47 @@ const ZERO: u16 = 1 << 3;
 const WAITING: u16 = 1 << 4;
 const VERSION_SHIFT: u32 = 5;
 
+const ABSENT: u16 = 0;
+const HELD: u16 = 1;
+const APPLYING: u16 = 2;
+const CURRENT: u16 = 3;
+const MAPPED: u16 = 4;
+const SUPERSEDED: u16 = 5;
+
+/// The word of a page that was held and is needed again; of any other the same word.
+pub(super) fn supersede(word: u16) -> u16 {
+    if word & STAGE_BITS == HELD { word & !STAGE_BITS | SUPERSEDED } else { word }
+}
+
+/// True when nothing whole is in place.
+pub(super) fn is_without_content(word: u16) -> bool {
+    word & (HELD | MAPPED) == 0
+}
+
+/// True when the switchover has to look at a page that is not needed: somebody waits for it, or an
+/// earlier switchover took it to be needed.
+pub(super) fn is_to_be_seen_to(word: u16) -> bool {
+    match word & STAGE_BITS {
+        HELD => word & WAITING != 0,
+        stage => stage == SUPERSEDED,
+    }
+}
+
 impl PageState {
     /// The state of every page in a fresh table, and the meaning of a word of zeros.
     pub const UNKNOWN: PageState =
         PageState { stage: Stage::Absent, zero: false, waiting: false, version: Version::NONE };
 
-    pub(super) fn encode(self) -> u16 {
+    /// The word that takes the place of `before`, after the switchover or before it.
+    pub(super) fn encode(self, before: u16, switched_over: bool) -> u16 {
         debug_assert!(self.version <= Version::MAX);
         let stage = match self.stage {
-            Stage::Absent => 0,
-            Stage::Stale => 1,
-            Stage::Applying => 2,
-            Stage::Current => 3,
-            Stage::Mapped => 4,
+            Stage::Absent => ABSENT,
+            Stage::Stale if switched_over || before & STAGE_BITS == SUPERSEDED => SUPERSEDED,
+            Stage::Stale => HELD,
+            Stage::Applying => APPLYING,
+            Stage::Current => CURRENT,
+            Stage::Mapped => MAPPED,
         };
         let flag = |set: bool, bit: u16| if set { bit } else { 0 };
         stage
@@ -57,13 +89,14 @@ impl PageState {
     }
 
     /// `None` for a word that [`Self::encode`] never gives.
-    pub(super) fn decode(word: u16) -> Option<Self> {
+    pub(super) fn decode(word: u16, switched_over: bool) -> Option<Self> {
         let stage = match word & STAGE_BITS {
-            0 => Stage::Absent,
-            1 => Stage::Stale,
-            2 => Stage::Applying,
-            3 => Stage::Current,
-            4 => Stage::Mapped,
+            ABSENT => Stage::Absent,
+            HELD if switched_over => Stage::Current,
+            HELD | SUPERSEDED => Stage::Stale,
+            APPLYING => Stage::Applying,
+            CURRENT => Stage::Current,
+            MAPPED => Stage::Mapped,
             _ => return None,
         };
         Some(PageState {
@@ -85,12 +118,31 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_word_is_refused_or_comes_back_as_it_was() {
+    fn every_word_is_refused_or_comes_back_with_the_same_meaning() {
         for word in 0..=u16::MAX {
-            match PageState::decode(word) {
-                Some(state) => assert_eq!(state.encode(), word),
-                None => assert!(word & STAGE_BITS > 4),
+            for switched_over in [false, true] {
+                match PageState::decode(word, switched_over) {
+                    Some(state) => {
+                        let again = state.encode(word, switched_over);
+                        assert_eq!(PageState::decode(again, switched_over), Some(state));
+                        assert!(switched_over || again == word);
+                    }
+                    None => assert!(word & STAGE_BITS > SUPERSEDED),
+                }
             }
+        }
+    }
+
+    #[test]
+    fn the_quick_looks_at_a_word_see_what_decoding_it_tells() {
+        for word in 0..=u16::MAX {
+            let Some(state) = PageState::decode(word, false) else { continue };
+            let without = matches!(state.stage, Stage::Absent | Stage::Applying);
+            assert_eq!(is_without_content(word), without);
+            let superseded = supersede(word);
+            assert_eq!(PageState::decode(superseded, false), Some(state));
+            let later = PageState::decode(superseded, true).unwrap();
+            assert_eq!(later.stage == Stage::Stale, state.stage == Stage::Stale);
         }
     }
 }
