@@ -46,6 +46,9 @@ impl From<ApplyError> for Failure {
     }
 }
 
+/// Pages whose content is taken away by one call: so many are claimed at a time.
+const PUNCHED_TOGETHER_PAGES: u64 = 512;
+
 /// Applies messages of pages; shared by the threads that do so.
 pub(super) struct Arrivals {
     memory: Arc<GuestMemory>,
@@ -203,74 +206,121 @@ impl Arrivals {
                 };
             }
         };
-        let mut arrived = Vec::new();
-        let mut claims = claims.into_iter().enumerate();
-        while let Some((position, claim)) = claims.next() {
-            let Some((page, previous)) = claim else { continue };
-            let written = match pages.get(position) {
-                DecodedPage::Bytes(bytes) => self.memory.write_page(page, bytes).map(|()| false),
-                DecodedPage::Unchanged => Ok(previous.zero),
-                DecodedPage::Zero => self.make_hole(page, previous).map(|()| true),
+        let mut arrived = Vec::with_capacity(claims.len());
+        let mut position = 0;
+        while position < claims.len() {
+            let Some((page, previous)) = claims[position] else {
+                position += 1;
+                continue;
+            };
+            let (count, zero) = match pages.get(position) {
+                DecodedPage::Bytes(_) => {
+                    let contents = pages.bytes_from(position);
+                    let count = neighbours(&claims[position..]).min(contents.len());
+                    if let Err(error) = self.memory.write_pages(page, &contents[..count]) {
+                        let (spoilt, untouched) = claims[position..].split_at(count);
+                        for (page, _) in spoilt.iter().flatten() {
+                            self.table.spoil(*page);
+                        }
+                        for (page, previous) in untouched.iter().flatten() {
+                            self.table.abandon(*page, *previous);
+                        }
+                        self.count_arrivals(arrived.len() as u64, last);
+                        return Err(error.into());
+                    }
+                    (count, false)
+                }
+                DecodedPage::Unchanged => (1, previous.zero),
                 DecodedPage::NoBase | DecodedPage::WrongBase => {
                     self.table.abandon(page, previous);
                     rejected.push(page);
+                    position += 1;
                     continue;
                 }
+                DecodedPage::Zero => unreachable!("frames of zero pages are applied by runs"),
             };
-            match written {
-                Ok(zero) => {
-                    self.table.finish(page, version, zero, last);
-                    self.count_arrival(last);
-                    arrived.push(page);
-                }
-                Err(error) => {
-                    self.table.spoil(page);
-                    for (page, previous) in claims.by_ref().filter_map(|(_, claim)| claim) {
-                        self.table.abandon(page, previous);
-                    }
-                    return Err(error.into());
-                }
+            for (page, _) in claims[position..][..count].iter().flatten() {
+                self.table.finish(*page, version, zero, last);
+                arrived.push(*page);
             }
+            position += count;
         }
+        self.count_arrivals(arrived.len() as u64, last);
         if last {
             self.map(&arrived)?;
         }
         Ok(())
     }
 
+    /// Makes `run` zero. Whether a page has content is asked of its file, not of the table: a page that an
+    /// earlier process was writing when it was killed counts as absent, and yet there is something.
     fn apply_zero_run(
         &self,
         run: PageRange,
         version: Version,
         last: bool,
     ) -> Result<(), MemoryError> {
-        for page in run.pages() {
-            match self.table.claim(page, version) {
-                Claim::Claimed { previous } => {
-                    if let Err(error) = self.make_hole(page, previous) {
-                        self.table.spoil(page);
-                        return Err(error);
-                    }
-                    let waited_for = self.table.finish(page, version, true, last);
-                    self.count_arrival(last);
-                    if last && waited_for {
-                        self.map(&[page])?;
-                    }
-                }
-                Claim::AlreadyThere | Claim::Busy => {
-                    self.counters.duplicate_pages.fetch_add(1, Ordering::Relaxed);
-                }
-            }
+        let mut at = run.start;
+        while at < run.end {
+            let rest = PageRange { start: at, end: run.end };
+            let content = self.memory.first_populated(rest)?.unwrap_or(run.end);
+            self.settle_holes(PageRange { start: at, end: content }, version, last)?;
+            at = PageIndex((content.0 + PUNCHED_TOGETHER_PAGES).min(run.end.0));
+            self.punch(PageRange { start: content, end: at }, version, last)?;
         }
         Ok(())
     }
 
-    fn make_hole(&self, page: PageIndex, previous: PageState) -> Result<(), MemoryError> {
-        // Nothing was ever written to an absent page, and a zero one is a hole already.
-        if previous.stage == Stage::Absent || previous.zero {
-            return Ok(());
+    /// The pages of `holes` are holes already: they only have to be known as zero.
+    fn settle_holes(
+        &self,
+        holes: PageRange,
+        version: Version,
+        last: bool,
+    ) -> Result<(), MemoryError> {
+        let (mut settled, mut waited_for) = (0, Vec::new());
+        for page in holes.pages() {
+            if let Some(waiting) = self.table.settle_hole(page, version, last) {
+                settled += 1;
+                if waiting {
+                    waited_for.push(page);
+                }
+            }
         }
-        self.memory.punch_hole(PageRange::new(page.0, page.0 + 1))
+        let duplicates = holes.len() - settled;
+        self.counters.duplicate_pages.fetch_add(duplicates, Ordering::Relaxed);
+        self.count_arrivals(settled, last);
+        if last { self.map(&waited_for) } else { Ok(()) }
+    }
+
+    /// Takes the content of the pages of `piece` away, of as many as can be claimed.
+    fn punch(&self, piece: PageRange, version: Version, last: bool) -> Result<(), MemoryError> {
+        let mut at = piece.start;
+        while at < piece.end {
+            let claim = |page: &PageIndex| {
+                matches!(self.table.claim(*page, version), Claim::Claimed { .. })
+            };
+            let rest = PageRange { start: at, end: piece.end };
+            let count = rest.pages().take_while(claim).count() as u64;
+            let claimed = PageRange::new(at.0, at.0 + count);
+            at = claimed.end;
+            if claimed.is_empty() {
+                self.counters.duplicate_pages.fetch_add(1, Ordering::Relaxed);
+                at.0 += 1;
+                continue;
+            }
+            if let Err(error) = self.memory.punch_hole(claimed) {
+                claimed.pages().for_each(|page| self.table.spoil(page));
+                return Err(error);
+            }
+            let finish = |page: &PageIndex| self.table.finish(*page, version, true, last);
+            let waited_for: Vec<PageIndex> = claimed.pages().filter(finish).collect();
+            self.count_arrivals(claimed.len(), last);
+            if last {
+                self.map(&waited_for)?;
+            }
+        }
+        Ok(())
     }
 
     fn map(&self, pages: &[PageIndex]) -> Result<(), MemoryError> {
@@ -280,9 +330,9 @@ impl Arrivals {
         }
     }
 
-    fn count_arrival(&self, last: bool) {
-        if last {
-            let left = self.remaining.fetch_sub(1, Ordering::AcqRel) - 1;
+    fn count_arrivals(&self, pages: u64, last: bool) {
+        if last && pages > 0 {
+            let left = self.remaining.fetch_sub(pages, Ordering::AcqRel) - pages;
             self.counters.remaining_pages.store(left, Ordering::Relaxed);
         }
     }
@@ -307,6 +357,15 @@ impl Arrivals {
         self.map(&waited_for)?;
         Ok(missing.len())
     }
+}
+
+/// How many of the first claims are of pages that follow each other.
+fn neighbours(claims: &[Option<(PageIndex, PageState)>]) -> usize {
+    let Some(Some((first, _))) = claims.first() else { return 0 };
+    let follows = |(distance, claim): (u64, &Option<(PageIndex, PageState)>)| {
+        claim.is_some_and(|(page, _)| page.0 == first.0 + distance)
+    };
+    (0..).zip(claims).take_while(|numbered| follows(*numbered)).count()
 }
 
 #[cfg(test)]

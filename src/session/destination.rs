@@ -569,7 +569,9 @@ impl Session {
         if self.lanes_of.replace(on_link.number) == Some(on_link.number) {
             return;
         }
-        for lane in [Lane::Push, Lane::FaultReply, Lane::Bundle] {
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let bulk = std::iter::repeat_n(Lane::Push, cores.min(MAX_BULK_APPLIERS));
+        for lane in bulk.chain([Lane::FaultReply, Lane::Bundle]) {
             let applier = Applier {
                 lane,
                 on_link: on_link.clone(),
@@ -843,7 +845,11 @@ impl Session {
     }
 }
 
-/// A thread that applies what comes on one lane.
+/// Threads that apply bulk, at most: one takes up what some Gbit/s bring.
+const MAX_BULK_APPLIERS: usize = 8;
+
+/// A thread that applies what comes on one lane. Messages of bulk come in any order, so several threads may
+/// work on them.
 struct Applier {
     lane: Lane,
     on_link: OnLink,

@@ -81,6 +81,20 @@ impl<'a> DecodedPages<'a> {
             },
         }
     }
+
+    /// The contents from `position` on, as far as they lie side by side: of pages that may be written in
+    /// one go where they follow each other in the guest too.
+    pub fn bytes_from(&self, position: usize) -> &'a [PageBytes] {
+        match self.0 {
+            Decoded::Zero | Decoded::Unchanged => &[],
+            Decoded::Whole(pages) => &pages[position..],
+            Decoded::Built(pages, outcomes) => {
+                let is_there = |outcome: &&Outcome| matches!(outcome, Outcome::Decoded);
+                let count = outcomes[position..].iter().take_while(is_there).count();
+                &pages[position..][..count]
+            }
+        }
+    }
 }
 
 impl<'a> Frame<'a> {

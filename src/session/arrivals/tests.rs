@@ -166,6 +166,43 @@ fn a_page_that_became_a_hole_is_zero_at_the_destination() {
     assert!(runs.is_empty(), "and takes no memory there");
 }
 
+#[test]
+fn what_a_killed_process_left_of_a_page_does_not_shine_through_its_zeros() {
+    let mut world = World::new();
+    world.source[9] = [9; PAGE_SIZE_BYTES];
+    world.send(1, &World::all());
+    let need = World::set_of(&[9]);
+    world.arrivals.switch_over(Version(2), &need, &World::set_of(&[])).unwrap();
+    world.table.claim(PageIndex(9), Version(2));
+    assert_eq!(world.table.recover(), 1, "killed while it wrote the page");
+    world.source[9].fill(0);
+    let message = world.message(2, &[9], true);
+    world.apply(&message).unwrap();
+    assert!(world.arrivals.is_complete());
+    assert_eq!(world.at_destination(9), world.source[9]);
+}
+
+#[test]
+fn zeros_come_over_holes_content_and_pages_of_others_alike() {
+    let mut world = World::new();
+    for page in [3, 4, 5, 30, 63] {
+        world.source[page] = [page as u8; PAGE_SIZE_BYTES];
+    }
+    world.send(1, &[3, 4, 5, 7, 30, 63]);
+    world.source.iter_mut().for_each(|page| page.fill(0));
+    // Another thread works on this one.
+    world.table.claim(PageIndex(4), Version(2));
+    let mut message = Vec::new();
+    world.encoder.encode_zero_runs(Version(2), &[PageRange::new(0, PAGES)], &mut message);
+    assert_eq!(world.apply(&message).unwrap().rejected, vec![]);
+    let holes = world.memory.populated(PageRange::new(0, PAGES)).unwrap();
+    assert_eq!(holes.iter().collect::<Vec<_>>(), [PageIndex(4)]);
+    for page in (0..PAGES).filter(|page| *page != 4) {
+        let state = world.table.state(PageIndex(page));
+        assert_eq!((state.stage, state.version, state.zero), (Stage::Stale, Version(2), true));
+    }
+}
+
 /// What a guest does to a page between two rounds.
 fn write_to(page: &mut PageBytes, kind: u8, seed: u8) {
     match kind {
