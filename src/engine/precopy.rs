@@ -140,12 +140,18 @@ impl PrecopyPlan {
         &self.sent
     }
 
+    /// The pages of which the destination does not hold the content, as far as was collected.
+    pub fn unsent(&self) -> PageSet {
+        let mut unsent = PageSet::full(self.sent.pages());
+        unsent.subtract(&self.sent);
+        unsent.union_with(&self.dirty);
+        unsent
+    }
+
     /// The guest is stopped and its last writes are collected: what the destination still needs.
-    /// `populated`: pages that are not holes now.
+    /// `populated`: of [`Self::unsent`] those that are not holes now.
     pub fn remainder(&self, populated: &PageSet) -> Remainder {
-        let mut need = PageSet::full(self.sent.pages());
-        need.subtract(&self.sent);
-        need.union_with(&self.dirty);
+        let mut need = self.unsent();
         let mut zero = need.clone();
         zero.subtract(populated);
         need.subtract(&zero);

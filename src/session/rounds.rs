@@ -168,7 +168,7 @@ impl RoundSender {
     pub(super) fn freeze(&mut self, version: Version) -> Result<FrozenPages, Failure> {
         let all = PageRange::new(0, self.memory.pages());
         self.collect(all)?;
-        let populated = self.memory.populated(all)?;
+        let populated = self.populated_of(&self.plan.unsent())?;
         let remainder = self.plan.remainder(&populated);
         let bases = std::mem::replace(&mut self.bases, BaseCache::new(0, self.memory.pages()));
         let (memory, counters) = (self.memory.clone(), self.counters.clone());
@@ -181,6 +181,16 @@ impl RoundSender {
             Some(tracker) => tracker.collect(range, self.plan.dirty_mut()),
             None => Ok(()),
         }
+    }
+
+    /// Those of `pages` that are not holes, as quickly as can be told: the guest stands still.
+    fn populated_of(&self, pages: &PageSet) -> Result<PageSet, MemoryError> {
+        let Some(witness) = &self.witness else { return self.memory.populated_of(pages) };
+        let mut populated = witness.known_populated(pages);
+        let mut others = pages.clone();
+        others.subtract(&populated);
+        populated.union_with(&self.memory.populated_of(&others)?);
+        Ok(populated)
     }
 
     fn tell_remaining(&self) {

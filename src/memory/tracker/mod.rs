@@ -51,6 +51,11 @@ pub trait ReadWitness: Send + Sync {
 
     /// These pages were holes, and are sent as zeros without having been read.
     fn saw_holes(&self, holes: PageRange);
+
+    /// Those of `pages` that were no holes at the last collection, as far as that is known here.
+    fn known_populated(&self, pages: &PageSet) -> PageSet {
+        PageSet::empty(pages.pages())
+    }
 }
 
 /// Which tracker to use.

@@ -131,6 +131,15 @@ impl ReadWitness for ReadPages {
         self.0[(page.0 / 64) as usize].fetch_or(1 << (page.0 % 64), Ordering::Relaxed);
     }
 
+    /// What was read, and was still in the alias's page table when that was last looked at.
+    fn known_populated(&self, pages: &PageSet) -> PageSet {
+        let words = self.0.iter().map(|word| word.load(Ordering::Relaxed));
+        let read = PageSet::from_words(words.collect(), pages.pages());
+        let mut known = read.expect("no page beyond the guest was read");
+        known.intersect_with(pages);
+        known
+    }
+
     fn saw_holes(&self, holes: PageRange) {
         // What is known to be zero cannot lose its content.
         for (word, _, mask) in self.words(holes) {
