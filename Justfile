@@ -33,7 +33,7 @@ release:
 demo *arguments:
     cargo run --release -- demo {{arguments}}
 
-# An experiment with farfault's strategies and QEMU's own methods (root): paper, wan, loss, smoke
+# An experiment with farfault's strategies and QEMU's own methods (root): paper, wan, loss, bytes, smoke
 lab scenario *arguments: release guest
     target/release/farfault lab run {{scenario}} {{arguments}}
 
@@ -44,6 +44,10 @@ wan link="100Mbit,40ms": release
 # The guest of the tests: target/guest/{vmlinuz,initrd}
 guest:
     ./tools/build-guest
+
+# The same with a redis server: target/guest/initrd-redis, for `work = "redis"` (needs redis-tools)
+redis-guest:
+    ./tools/build-guest-with redis
 
 # Benchmarks of the codecs
 bench *arguments:

@@ -108,6 +108,7 @@ fn guest_spec(cell: &Cell) -> Result<GuestSpec> {
         guest.verify
     );
     let mut spec = GuestSpec::new(Machine::Pc, guest.memory_bytes()? >> 20, &work);
+    spec.programs = guest.programs();
     if cell.method.qemu.is_some() {
         // Its default. Sharing is what farfault needs.
         spec.ram = Ram::Private;

@@ -10,6 +10,7 @@ use super::record::{Machine, Outcome, Record};
 use super::scenario::{GuestKind, GuestPart, LinkPart, Scenario};
 use super::store::Store;
 use super::table::{CellRuns, Spread, csv};
+use crate::lab::stage::qemu::Programs;
 
 /// Writes `report.md`, `results.csv` and the pictures into the store's directory.
 pub fn write_report(scenario: &Scenario, store: &Store) -> Result<()> {
@@ -213,7 +214,11 @@ fn describe_machine(machine: &Machine) -> String {
 fn describe_guest(guest: &GuestPart) -> String {
     let rate = match guest.rate {
         0 => "as fast as it can".to_owned(),
-        rate => format!("{rate} pages a second"),
+        rate => format!("{rate} operations a second"),
+    };
+    let (content, things) = match guest.programs() {
+        Programs::Redis => ("records", "keys"),
+        _ => (guest.fill.as_str(), "pages"),
     };
     let kind = match guest.kind {
         GuestKind::Qemu => "QEMU (TCG)",
@@ -222,9 +227,9 @@ fn describe_guest(guest: &GuestPart) -> String {
     };
     match &guest.working_set {
         Some(set) => format!(
-            "{kind}, {}, of which {set} are filled ({}) and worked on: `{}`, {rate}; {} pages a \
+            "{kind}, {}, of which {set} are filled ({content}) and worked on: `{}`, {rate}; {} {things} a \
              second are verified besides.",
-            guest.memory, guest.fill, guest.work, guest.verify
+            guest.memory, guest.work, guest.verify
         ),
         None => format!("{kind}, {}: `{}`, {rate}.", guest.memory, guest.work),
     }

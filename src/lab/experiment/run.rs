@@ -59,6 +59,12 @@ pub fn run(
     let program = std::env::current_exe().context("where is this program?")?;
     let needs_qemu = todo.iter().any(|cell| cell.guest.kind == GuestKind::Qemu);
     let tools = if needs_qemu { Some(find_tools(&program, &options.image)?) } else { None };
+    if let Some(tools) = &tools {
+        // Now, not hours later when it is its turn.
+        let in_qemu = todo.iter().filter(|cell| cell.guest.kind == GuestKind::Qemu);
+        let images = in_qemu.map(|cell| tools.image.initrd_with(cell.guest.programs()));
+        images.collect::<Result<Vec<_>>>()?;
+    }
     let machine = Machine::here();
     let begin = Instant::now();
     let mut tally = Tally { kept: kept.len(), ..Tally::default() };

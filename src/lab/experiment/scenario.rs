@@ -11,8 +11,11 @@ use crate::guest::workload::{Pattern, Workload};
 use crate::lab::link::SplitMix64;
 use crate::lab::spec::{LinkSpec, QueueLimit};
 use crate::lab::stage::native;
+use crate::lab::stage::qemu::Programs;
 use crate::units::{parse_bytes, parse_duration};
 
+/// The work that is not on the guest's own pages.
+const REDIS: &str = "redis";
 /// More cells than this are a slip of the pen.
 const MAX_CELLS: usize = 10_000;
 
@@ -91,14 +94,14 @@ pub struct GuestPart {
     /// QEMU only: memory that it fills and works on.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub working_set: Option<String>,
-    /// The pattern of its work.
+    /// The pattern of its work on pages; in QEMU also `redis`, a server and its client.
     pub work: String,
-    /// Operations a second, each on one page; 0 is as fast as it can.
+    /// Operations a second, each on one page or key; 0 is as fast as it can.
     pub rate: u64,
-    /// QEMU only: first content of the working set: text, random, zero.
+    /// QEMU only: first content of the working set: text, random, zero. redis has content of its own.
     #[serde(default = "text", skip_serializing_if = "String::is_empty")]
     pub fill: String,
-    /// QEMU only: pages that it verifies a second, besides its work.
+    /// QEMU only: pages or keys that it verifies a second, besides its work.
     #[serde(default = "verify")]
     pub verify: u64,
 }
@@ -293,13 +296,18 @@ impl GuestPart {
             working_set + (64 << 20) <= memory,
             "working_set: leave the guest's kernel 64 MiB of its memory"
         );
-        let patterns =
-            ["idle", "sparse", "counter", "half", "random", "hotcold", "readseq", "readrand"];
         ensure!(
-            patterns.contains(&self.work.as_str()),
+            self.work != REDIS || working_set / 2 * 3 + (64 << 20) <= memory,
+            "working_set: redis takes up to half as much again as its data, and the kernel 64 MiB"
+        );
+        let works = [
+            "idle", "sparse", "counter", "half", "random", "hotcold", "readseq", "readrand", REDIS,
+        ];
+        ensure!(
+            works.contains(&self.work.as_str()),
             "work {:?}: one of {}",
             self.work,
-            patterns.join(", ")
+            works.join(", ")
         );
         ensure!(
             ["text", "random", "zero"].contains(&self.fill.as_str()),
@@ -312,6 +320,11 @@ impl GuestPart {
     /// All memory, in bytes.
     pub fn memory_bytes(&self) -> Result<u64> {
         Ok(parse_bytes(&self.memory)?)
+    }
+
+    /// What a guest in QEMU needs for its work.
+    pub fn programs(&self) -> Programs {
+        if self.work == REDIS { Programs::Redis } else { Programs::TestGuest }
     }
 
     /// What the test guest fills, in bytes.

@@ -11,6 +11,7 @@ use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 
 use super::process::pause;
+use super::qemu::Programs;
 use super::wan::Wan;
 use crate::lab::netns::Netns;
 use crate::lab::spec::{LinkSpec, QueueLimit};
@@ -48,6 +49,26 @@ impl Image {
             );
         }
         Ok(image)
+    }
+
+    /// The initramfs with these programs in it.
+    ///
+    /// # Errors
+    /// When it was not made.
+    pub fn initrd_with(&self, programs: Programs) -> Result<PathBuf> {
+        let part = match programs {
+            Programs::TestGuest => return Ok(self.initrd.clone()),
+            Programs::Redis => "redis",
+            Programs::Python => "python",
+        };
+        let initrd = self.initrd.with_file_name(format!("initrd-{part}"));
+        ensure!(
+            initrd.exists(),
+            "there is no {}: for guests that run {part}, run tools/build-guest-with {part} in farfault's \
+             source tree",
+            initrd.display()
+        );
+        Ok(initrd)
     }
 }
 

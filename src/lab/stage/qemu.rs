@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 
 use super::guest_log::{GuestEar, GuestLog};
-use super::place::{Image, Place};
+use super::place::Place;
 use super::process::{Guarded, command_in, kill_by_pid_file, wait_for};
 use super::qmp::Qmp;
 use crate::guest::host_tsc_khz;
@@ -55,6 +55,17 @@ pub enum Ram {
     Private,
 }
 
+/// What is in the guest's image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Programs {
+    /// The test guest alone.
+    TestGuest,
+    /// A redis server as well.
+    Redis,
+    /// Python with SQLite as well, and jobs for it.
+    Python,
+}
+
 /// A guest to be made; the same on both sides.
 #[derive(Clone, Debug)]
 pub struct GuestSpec {
@@ -70,6 +81,8 @@ pub struct GuestSpec {
     pub devices: bool,
     /// What it does: `ff.*` words of the test guest.
     pub work: String,
+    /// What it needs for that.
+    pub programs: Programs,
 }
 
 impl GuestSpec {
@@ -82,6 +95,7 @@ impl GuestSpec {
             ram_directory: PathBuf::from("/dev/shm"),
             devices: false,
             work: work.to_owned(),
+            programs: Programs::TestGuest,
         }
     }
 }
@@ -120,7 +134,8 @@ impl Guest {
             ram_files: Vec::new(),
             process: None,
         };
-        let Image { kernel, initrd } = place.tools().image.clone();
+        let image = &place.tools().image;
+        let (kernel, initrd) = (image.kernel.clone(), image.initrd_with(spec.programs)?);
         let machine = guest.memory_arguments(place, spec);
         guest.add(&["-machine", &machine, "-accel", "tcg,thread=single", "-cpu", "Westmere"]);
         guest.add(&["-smp", "1", "-nodefaults", "-display", "none", "-no-reboot"]);

@@ -11,9 +11,9 @@
 use std::fmt;
 use std::fs::{File, OpenOptions};
 use std::io::Read;
-use std::mem::{size_of, zeroed};
+use std::mem::size_of;
 use std::net::Ipv4Addr;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::Arc;
@@ -21,6 +21,7 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use crate::console::say;
+use crate::interface::{as_sockaddr, check, owned, set_address};
 use crate::params::Params;
 use crate::random::Random;
 
@@ -119,7 +120,7 @@ fn use_random_numbers(activity: &Activity) -> Result<(), String> {
 }
 
 fn use_network(address: Ipv4Addr, ping: Ipv4Addr, activity: &Activity) -> Result<(), String> {
-    set_address(address)?;
+    set_address("eth0", address)?;
     let socket = ping_socket(ping)?;
     let mut sequence = 0u16;
     loop {
@@ -137,29 +138,6 @@ fn use_network(address: Ipv4Addr, ping: Ipv4Addr, activity: &Activity) -> Result
         activity.pings_answered.fetch_add(u64::from(got > 0), Relaxed);
         std::thread::sleep(Duration::from_millis(20));
     }
-}
-
-/// Gives eth0 its address, with prefix 24, and ups it.
-fn set_address(address: Ipv4Addr) -> Result<(), String> {
-    // SAFETY: creates a descriptor, or fails.
-    let raw = unsafe { libc::socket(libc::AF_INET, libc::SOCK_DGRAM, 0) };
-    let socket = owned(raw, "socket")?;
-    // SAFETY: all-zero bytes are a valid ifreq.
-    let mut request: libc::ifreq = unsafe { zeroed() };
-    for (to, from) in request.ifr_name.iter_mut().zip(b"eth0") {
-        *to = *from as libc::c_char;
-    }
-    let ioctl = |code, what: &str, request: &libc::ifreq| {
-        // SAFETY: both requests take an ifreq with a name, which lives through the call.
-        let result = unsafe { libc::ioctl(socket.as_raw_fd(), code, request) };
-        check(result, what)
-    };
-    request.ifr_ifru.ifru_addr = as_sockaddr(address);
-    ioctl(libc::SIOCSIFADDR as _, "set the address of eth0", &request)?;
-    request.ifr_ifru.ifru_addr = as_sockaddr(Ipv4Addr::new(255, 255, 255, 0));
-    ioctl(libc::SIOCSIFNETMASK as _, "set the mask of eth0", &request)?;
-    request.ifr_ifru.ifru_flags = (libc::IFF_UP | libc::IFF_RUNNING) as libc::c_short;
-    ioctl(libc::SIOCSIFFLAGS as _, "up eth0", &request)
 }
 
 /// A raw ICMP socket to one host, which waits 100 ms for an answer.
@@ -196,30 +174,6 @@ fn echo_request(sequence: u16) -> [u8; 16] {
     let checksum = !((folded & 0xffff) + (folded >> 16)) as u16;
     packet[2..4].copy_from_slice(&checksum.to_be_bytes());
     packet
-}
-
-fn as_sockaddr(address: Ipv4Addr) -> libc::sockaddr {
-    // SAFETY: all-zero bytes are a valid sockaddr.
-    let mut raw: libc::sockaddr = unsafe { zeroed() };
-    raw.sa_family = libc::AF_INET as u16;
-    // sockaddr_in: two bytes of port, then the address in network order.
-    for (to, from) in raw.sa_data[2..6].iter_mut().zip(address.octets()) {
-        *to = from as libc::c_char;
-    }
-    raw
-}
-
-fn owned(raw: libc::c_int, what: &str) -> Result<OwnedFd, String> {
-    check(raw.min(0), what)?;
-    // SAFETY: the kernel has just given us this descriptor; no one else has it.
-    Ok(unsafe { OwnedFd::from_raw_fd(raw) })
-}
-
-fn check(result: libc::c_int, what: &str) -> Result<(), String> {
-    if result < 0 {
-        return Err(format!("{what}: {}", std::io::Error::last_os_error()));
-    }
-    Ok(())
 }
 
 #[cfg(test)]

@@ -11,8 +11,10 @@
 //!   page operations of the pattern so far, complete verifications of all pages, errors found.
 //! * `sweep N pages M ok` or `sweep N pages M errors E`: one more verification is complete.
 //! * `CORRUPT page I: ...`: a page is not what the guest wrote last (the first hundred of them).
+//!   With `ff.pattern=redis` these lines speak of the keys of a redis server ([`redis`]) instead of pages.
 //! * `io net S R blk B rng G errors E`: with `ff.io=1`, each 100 ms: pings sent and answered,
 //!   blocks written and read back, random bytes, failures.
+//! * `job ...`: with `ff.job`, what that program says ([`job`]).
 //! * `fatal ...`: the guest cannot go on.
 //!
 //! It obeys single bytes on the first serial port: `v` makes it verify as fast as it can, `n` at the
@@ -24,9 +26,13 @@
 mod boot;
 mod console;
 mod device_io;
+mod interface;
+mod job;
 mod memory;
 mod params;
 mod random;
+mod redis;
+mod resp;
 mod work;
 
 use std::process::ExitCode;
@@ -54,7 +60,15 @@ fn run() -> Result<(), String> {
     let params = params::Params::parse(&command_line)?;
     boot::load_modules(&command_line)?;
     let activity = if params.io { Some(device_io::start(&params)?) } else { None };
+    if let Some(name) = &params.job {
+        job::start(name)?;
+    }
+    if params.pattern == work::Pattern::Redis {
+        let redis = redis::RedisWork::start(&params)?;
+        say!("ready {}", redis.keys());
+        return work::run(&params, redis, activity.as_deref());
+    }
     let set = memory::WorkingSet::filled(params.pages(), params.fill, params.seed)?;
     say!("ready {}", params.pages());
-    work::run(&params, set, activity.as_deref())
+    work::run(&params, work::PageWork::new(&params, set), activity.as_deref())
 }

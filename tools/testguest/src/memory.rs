@@ -177,6 +177,11 @@ const VOCABULARY: &str = "the of and to in is that for it as was with be by on n
     table column string number address server process thread cache buffer segment network packet \
     error warning message status created updated deleted user group permission token version";
 
+/// The words that texts are made of.
+pub(crate) fn vocabulary() -> Vec<&'static [u8]> {
+    VOCABULARY.split_whitespace().map(str::as_bytes).collect()
+}
+
 impl Filler {
     pub(crate) fn new(fill: Fill, seed: u64) -> Self {
         Filler { fill, random: Random::new(seed) }
@@ -191,7 +196,7 @@ impl Filler {
     }
 
     fn fill_text(&mut self, words: &mut [u64]) {
-        let vocabulary: Vec<&[u8]> = VOCABULARY.split_whitespace().map(str::as_bytes).collect();
+        let vocabulary = vocabulary();
         let mut text = Vec::with_capacity(words.len() * 8 + 16);
         while text.len() < words.len() * 8 {
             text.extend_from_slice(vocabulary[self.random.below(vocabulary.len() as u64) as usize]);

@@ -8,13 +8,13 @@ use crate::work::Pattern;
 
 /// All parameters, with their defaults.
 pub(crate) struct Params {
-    /// `ff.ws=256M`: memory that is filled, written and verified.
+    /// `ff.ws=256M`: memory that is filled, written and verified; of redis about what its data take.
     pub(crate) working_set_bytes: u64,
     /// `ff.pattern=sparse`: what is written or read; see [`Pattern`].
     pub(crate) pattern: Pattern,
-    /// `ff.rate=2000`: pages a second, 0 for as fast as possible.
+    /// `ff.rate=2000`: operations a second, each on a page or a key; 0 for as fast as possible.
     pub(crate) rate: u64,
-    /// `ff.verify=20000`: pages a second that are verified, 0 for as fast as possible.
+    /// `ff.verify=20000`: pages or keys a second that are verified, 0 for as fast as possible.
     pub(crate) verify_rate: u64,
     /// `ff.fill=text`: the first content; see [`Fill`].
     pub(crate) fill: Fill,
@@ -24,6 +24,8 @@ pub(crate) struct Params {
     pub(crate) heartbeat: Duration,
     /// `ff.io=1`: use the virtio network, disk and random devices all the time.
     pub(crate) io: bool,
+    /// `ff.job=sqlite`: a program of the image that runs besides; see [`crate::job`].
+    pub(crate) job: Option<String>,
     /// `ff.net=10.0.2.15,10.0.2.2`: own address (prefix 24) and the one to ping. These defaults fit
     /// QEMU's user network.
     pub(crate) address: Ipv4Addr,
@@ -43,6 +45,7 @@ impl Params {
             seed: 1,
             heartbeat: Duration::from_millis(10),
             io: false,
+            job: None,
             address: Ipv4Addr::new(10, 0, 2, 15),
             ping: Ipv4Addr::new(10, 0, 2, 2),
         };
@@ -59,6 +62,7 @@ impl Params {
                 "seed" => params.seed = number()?,
                 "hb" => params.heartbeat = Duration::from_millis(number()?.max(1)),
                 "io" => params.io = number()? != 0,
+                "job" => params.job = Some(value.to_owned()),
                 "net" => {
                     let addresses = value
                         .split_once(',')

@@ -1,4 +1,4 @@
-//! The main loop: the pattern at its rate, verification, and heartbeats.
+//! The main loop: the work at its rate, verification, and heartbeats; and the work on pages.
 
 use std::str::FromStr;
 use std::time::{Duration, Instant};
@@ -28,6 +28,8 @@ pub(crate) enum Pattern {
     ReadSeq,
     /// Nothing is written; pages at random are verified.
     ReadRand,
+    /// Not on pages: a redis server with a mixed load; see [`crate::redis`].
+    Redis,
 }
 
 impl FromStr for Pattern {
@@ -43,6 +45,7 @@ impl FromStr for Pattern {
             "hotcold" => Pattern::HotCold,
             "readseq" => Pattern::ReadSeq,
             "readrand" => Pattern::ReadRand,
+            "redis" => Pattern::Redis,
             _ => return Err(format!("ff.pattern={name} is not a pattern")),
         })
     }
@@ -89,13 +92,86 @@ impl Pace {
     }
 }
 
+/// What the guest works on: things that it writes to in some pattern, and can verify one by one.
+pub(crate) trait Work {
+    /// Does `count` operations of the pattern.
+    ///
+    /// # Errors
+    /// When the guest cannot go on. A wrong content is counted, not returned.
+    fn operate(&mut self, count: u64) -> Result<(), String>;
+    /// Verifies the next `count` things, from the first again after the last.
+    ///
+    /// # Errors
+    /// As of [`Self::operate`].
+    fn verify_next(&mut self, count: u64) -> Result<(), String>;
+    /// What was done so far.
+    fn progress(&self) -> &Progress;
+}
+
+/// Counts of operations, of verifications, and of errors, which it also says.
+pub(crate) struct Progress {
+    what: &'static str,
+    things: usize,
+    pub(crate) operations: u64,
+    verified: usize,
+    sweeps: u64,
+    pub(crate) errors: u64,
+    errors_before_sweep: u64,
+}
+
+impl Progress {
+    /// Of work on so many `what`, named in plain English as one of them: page, key.
+    pub(crate) fn new(what: &'static str, things: usize) -> Self {
+        Progress {
+            what,
+            things,
+            operations: 0,
+            verified: 0,
+            sweeps: 0,
+            errors: 0,
+            errors_before_sweep: 0,
+        }
+    }
+
+    /// Which is to be verified next.
+    pub(crate) fn next_to_verify(&self) -> usize {
+        self.verified
+    }
+
+    /// That one was verified.
+    pub(crate) fn verified(&mut self) {
+        self.verified += 1;
+        if self.verified == self.things {
+            self.verified = 0;
+            self.sweeps += 1;
+            let Progress { what, things, sweeps, .. } = self;
+            let new = self.errors - self.errors_before_sweep;
+            self.errors_before_sweep = self.errors;
+            if new == 0 {
+                say!("sweep {sweeps} {what}s {things} ok");
+            } else {
+                say!("sweep {sweeps} {what}s {things} errors {new}");
+            }
+        }
+    }
+
+    /// Takes note of what was found of the thing `index`.
+    pub(crate) fn found(&mut self, index: usize, result: Result<(), String>) {
+        if let Err(wrong) = result {
+            self.errors += 1;
+            if self.errors <= MAX_CORRUPT_LINES {
+                say!("CORRUPT {} {index}: {wrong}", self.what);
+            }
+        }
+    }
+}
+
 pub(crate) fn run(
     params: &Params,
-    set: WorkingSet,
+    mut work: impl Work,
     activity: Option<&Activity>,
 ) -> Result<(), String> {
     let start = Instant::now();
-    let mut worker = Worker::new(params, set);
     let idle = params.pattern == Pattern::Idle;
     let (mut pace, mut verify_pace) = (Pace::new(params.rate), Pace::new(params.verify_rate));
     let (mut next_heartbeat, mut next_io) = (start, start);
@@ -103,7 +179,8 @@ pub(crate) fn run(
         let now = Instant::now();
         if now >= next_heartbeat {
             let ms = (now - start).as_millis();
-            say!("hb {ms} {} {} {}", worker.operations, worker.sweeps, worker.errors);
+            let Progress { operations, sweeps, errors, .. } = work.progress();
+            say!("hb {ms} {operations} {sweeps} {errors}");
             next_heartbeat = now.max(next_heartbeat + params.heartbeat);
             match console::heard() {
                 Some(b'v') => verify_pace = Pace::new(0),
@@ -117,8 +194,12 @@ pub(crate) fn run(
         }
         let due = if idle { 0 } else { pace.due(now) };
         let verify_due = verify_pace.due(now);
-        (0..due).for_each(|_| worker.operate());
-        (0..verify_due).for_each(|_| worker.verify_next());
+        if due > 0 {
+            work.operate(due)?;
+        }
+        if verify_due > 0 {
+            work.verify_next(verify_due)?;
+        }
         let busy = verify_pace.flat_out() || (!idle && pace.flat_out());
         if due + verify_due == 0 && !busy {
             let until = next_heartbeat.saturating_duration_since(now);
@@ -127,45 +208,58 @@ pub(crate) fn run(
     }
 }
 
-struct Worker {
+/// The patterns on pages of the working set.
+pub(crate) struct PageWork {
     pattern: Pattern,
     set: WorkingSet,
     random: Random,
     text: Filler,
     /// Where the patterns that go in order are.
     position: usize,
-    operations: u64,
-    verified: usize,
-    sweeps: u64,
-    errors: u64,
-    errors_before_sweep: u64,
+    progress: Progress,
 }
 
-impl Worker {
-    fn new(params: &Params, set: WorkingSet) -> Self {
-        Worker {
+impl Work for PageWork {
+    fn operate(&mut self, count: u64) -> Result<(), String> {
+        (0..count).for_each(|_| self.operate_once());
+        Ok(())
+    }
+
+    fn verify_next(&mut self, count: u64) -> Result<(), String> {
+        for _ in 0..count {
+            self.verify(self.progress.next_to_verify());
+            self.progress.verified();
+        }
+        Ok(())
+    }
+
+    fn progress(&self) -> &Progress {
+        &self.progress
+    }
+}
+
+impl PageWork {
+    pub(crate) fn new(params: &Params, set: WorkingSet) -> Self {
+        PageWork {
             pattern: params.pattern,
+            progress: Progress::new("page", set.len()),
             set,
             random: Random::new(params.seed ^ 0xffff_0000),
             text: Filler::new(Fill::Text, params.seed ^ 0xffff),
             position: 0,
-            operations: 0,
-            verified: 0,
-            sweeps: 0,
-            errors: 0,
-            errors_before_sweep: 0,
         }
     }
 
-    fn operate(&mut self) {
-        self.operations += 1;
+    fn operate_once(&mut self) {
+        self.progress.operations += 1;
         let pages = self.set.len();
         let in_order = self.position;
         self.position = (self.position + 1) % pages;
         let at_random = self.random.below(pages as u64) as usize;
         let random = &mut self.random;
         match self.pattern {
-            Pattern::Idle => {}
+            // redis is another work.
+            Pattern::Idle | Pattern::Redis => {}
             Pattern::Sparse => self.set.write(at_random, |page| sparse(page, random)),
             Pattern::HotCold => {
                 let tenth = (pages / 10).max(1) as u64;
@@ -195,29 +289,8 @@ impl Worker {
         }
     }
 
-    fn verify_next(&mut self) {
-        self.verify(self.verified);
-        self.verified += 1;
-        if self.verified == self.set.len() {
-            self.verified = 0;
-            self.sweeps += 1;
-            let (pages, new) = (self.set.len(), self.errors - self.errors_before_sweep);
-            self.errors_before_sweep = self.errors;
-            if new == 0 {
-                say!("sweep {} pages {pages} ok", self.sweeps);
-            } else {
-                say!("sweep {} pages {pages} errors {new}", self.sweeps);
-            }
-        }
-    }
-
     fn verify(&mut self, index: usize) {
-        if let Err(what) = self.set.verify(index) {
-            self.errors += 1;
-            if self.errors <= MAX_CORRUPT_LINES {
-                say!("CORRUPT page {index}: {what}");
-            }
-        }
+        self.progress.found(index, self.set.verify(index));
     }
 }
 
@@ -240,12 +313,12 @@ mod tests {
             let params =
                 Params::parse(&format!("ff.ws=64K ff.pattern={name} ff.fill=text")).unwrap();
             let set = WorkingSet::filled(params.pages(), params.fill, params.seed).unwrap();
-            let mut worker = Worker::new(&params, set);
-            (0..200).for_each(|_| worker.operate());
-            for index in 0..worker.set.len() {
-                assert_eq!(worker.set.verify(index), Ok(()), "{name}");
+            let mut work = PageWork::new(&params, set);
+            work.operate(200).unwrap();
+            for index in 0..work.set.len() {
+                assert_eq!(work.set.verify(index), Ok(()), "{name}");
             }
-            assert_eq!(worker.errors, 0, "{name}");
+            assert_eq!(work.progress.errors, 0, "{name}");
         }
     }
 

@@ -57,6 +57,11 @@ fn the_order_is_the_seeds_and_a_part_can_be_chosen() {
 #[test]
 fn what_cannot_be_tried_is_refused_with_its_place() {
     for (from, to, word) in [
+        (
+            "working_set = \"64MiB\"\n    work = \"sparse\"",
+            "working_set = \"160MiB\"\n    work = \"redis\"",
+            "redis",
+        ),
         ("work = \"sparse\"", "work = \"spase\"", "hotcold"),
         ("1Gbit,1ms", "fast", "write it like"),
         ("qemu = \"xbzrle\"", "qemu = \"xbzle\"", "multifd-zstd"),
