@@ -17,8 +17,8 @@
 //!   window does not shorten the delay, the queue is not ours (another route, or another sender that
 //!   fills the buffer): the delay found becomes the base, and the old rate is taken up again.
 //!
-//! Beside a loss-based TCP flow in a deep buffer this means: it gives way first, then holds its rate
-//! on top of the other's queue. Between two of its kind, shares depend on who came first.
+//! Beside a loss-based TCP flow it gives way, down to a twentieth of the link at the worst, and takes the link
+//! back when the other ends. Of two of its kind the first one keeps the most (`simulation/shared.rs`).
 
 use std::any::Any;
 use std::sync::Arc;

@@ -1,0 +1,123 @@
+//! One flow of ours on the link: rates, buffers, loss, and changes of the path.
+
+use std::time::Duration;
+
+use super::*;
+
+/// The bulk rate and the queue after `warm_up` seconds of a steady path.
+fn steady(path: Path, warm_up: f64) -> Measured {
+    let mut link = Link::new(path);
+    link.run_until(warm_up);
+    link.run_until(warm_up + 30.0)
+}
+
+#[test]
+fn a_wan_link_is_full_with_a_few_milliseconds_of_queue_whatever_the_buffer_and_the_loss() {
+    for queue_bdp in [1.0, 10.0] {
+        for loss in [0.0, 0.001, 0.01] {
+            let measured = steady(path(100.0, 40, queue_bdp, loss), 3.0);
+            let case = format!("{queue_bdp} BDP, loss {loss}: {measured:?}");
+            assert!(measured.mbit > 100.0 * (1.0 - loss) * 0.975, "{case}");
+            assert!(measured.queue_p50_ms < 5.0, "{case}");
+            assert!(measured.queue_p99_ms < 8.0, "{case}");
+        }
+    }
+}
+
+#[test]
+fn a_slow_and_long_link_with_loss_is_full() {
+    let measured = steady(path(20.0, 100, 2.0, 0.01), 3.0);
+    assert!(measured.mbit > 19.0, "{measured:?}");
+    assert!(measured.queue_p50_ms < 6.0, "{measured:?}");
+}
+
+#[test]
+fn a_sender_on_a_busy_host_keeps_most_of_the_rate() {
+    let mut link = Link::new(path(100.0, 40, 10.0, 0.0));
+    link.stall = Some((Duration::from_millis(70), Duration::from_millis(25)));
+    link.run_until(3.0);
+    let measured = link.run_until(30.0);
+    assert!(measured.mbit > 80.0, "{measured:?}");
+}
+
+#[test]
+fn a_data_centre_link_is_full_with_half_a_millisecond_of_queue() {
+    let measured = steady(path(1000.0, 1, 10.0, 0.0), 1.0);
+    assert!(measured.mbit > 970.0, "{measured:?}");
+    assert!(measured.queue_p50_ms < 1.0, "{measured:?}");
+}
+
+#[test]
+fn the_start_fills_the_link_within_a_second_and_never_a_deep_buffer() {
+    let mut link = Link::new(path(100.0, 40, 10.0, 0.0));
+    let start = link.run_until(1.0);
+    assert!(start.queue_max_ms < 60.0, "{start:?}");
+    assert_eq!(start.dropped, 0);
+    let then = link.run_until(2.0);
+    assert!(then.mbit > 92.0, "{then:?}");
+}
+
+#[test]
+fn a_start_on_one_bdp_of_buffer_loses_nothing() {
+    let start = Link::new(path(100.0, 40, 1.0, 0.0)).run_until(2.0);
+    assert_eq!(start.dropped, 0, "{start:?}");
+}
+
+#[test]
+fn a_link_that_becomes_ten_times_slower_has_a_short_queue_again_soon() {
+    let mut link = Link::new(path(100.0, 40, 1.0, 0.0));
+    link.run_until(5.0);
+    link.path.rate_bytes_per_s /= 10.0;
+    link.run_until(8.0);
+    let after = link.run_until(20.0);
+    assert!(after.mbit > 9.4, "{after:?}");
+    assert!(after.queue_p50_ms < 8.0, "{after:?}");
+}
+
+#[test]
+fn a_link_that_becomes_ten_times_faster_is_filled_soon() {
+    let mut link = Link::new(path(10.0, 40, 10.0, 0.0));
+    link.run_until(5.0);
+    link.path.rate_bytes_per_s *= 10.0;
+    let change = link.run_until(6.5);
+    assert!(change.queue_max_ms < 60.0, "{change:?}");
+    let after = link.run_until(12.0);
+    assert!(after.mbit > 95.0 && after.queue_p50_ms < 6.0, "{after:?}");
+}
+
+#[test]
+fn a_longer_route_is_taken_for_what_it_is() {
+    let mut link = Link::new(path(100.0, 40, 1.0, 0.0));
+    link.run_until(5.0);
+    link.path.rtt = Duration::from_millis(80);
+    link.run_until(8.0);
+    let after = link.run_until(16.0);
+    assert!(after.mbit > 93.0, "{after:?}");
+    assert!(after.queue_p50_ms < 8.0, "{after:?}");
+}
+
+#[test]
+fn the_base_rtt_does_not_creep_up_in_minutes_of_bulk() {
+    let mut link = Link::new(path(100.0, 40, 10.0, 0.0));
+    link.run_until(300.0);
+    let late = link.run_until(330.0);
+    assert!(late.mbit > 97.0 && late.queue_p50_ms < 6.0, "{late:?}");
+}
+
+#[test]
+fn a_buffer_shorter_than_the_target_costs_no_more_loss_than_is_tolerated() {
+    let shallow = Path { queue_bytes: 20_000.0, ..path(100.0, 40, 1.0, 0.0) };
+    let measured = steady(shallow, 3.0);
+    let sent = measured.mbit * 1e6 / 8.0 * 30.0 / PACKET_BYTES as f64;
+    assert!(measured.mbit > 92.0, "{measured:?}");
+    assert!((measured.dropped as f64) < sent * 0.06, "{measured:?}");
+}
+
+#[test]
+fn a_sender_with_little_to_say_does_not_inflate_its_window() {
+    let mut link = Link::new(path(100.0, 40, 10.0, 0.0));
+    link.flows[0].offered = Some(250_000.0);
+    link.run_until(20.0);
+    let window = link.flows[0].control.window();
+    assert!(window < 100_000, "{window}");
+}
