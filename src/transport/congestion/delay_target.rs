@@ -43,8 +43,11 @@ const BASE_RTT_LIFETIME: Duration = Duration::from_secs(10);
 const GAIN: f64 = 0.35;
 /// Growth per round, at most.
 const MAX_GROWTH: f64 = 1.25;
-/// After so many rounds without a queue the window grows by that much.
+/// After so many rounds without a queue the link may have become wider: the window grows by this share, and
+/// by as much more in each further one, up to that limit. A single leap would be a queue of a quarter of the
+/// round trip where the link is as it was.
 const CALM_ROUNDS: u32 = 3;
+const CALM_GROWTH: f64 = 0.04;
 /// The window never falls by more than this factor in one step.
 const MAX_CUT: f64 = 0.25;
 /// Growth per round for a while after heavy loss, so that a policed link is not hit each round.
@@ -347,7 +350,8 @@ impl DelayTarget {
         if self.rounds_after_loss > 0 {
             step.min(self.window * GROWTH_AFTER_LOSS)
         } else if self.calm_rounds >= CALM_ROUNDS {
-            self.window * MAX_GROWTH
+            let growth = 1.0 + CALM_GROWTH * f64::from(self.calm_rounds - CALM_ROUNDS + 1);
+            (self.window * growth.min(MAX_GROWTH)).max(step.min(self.window * MAX_GROWTH))
         } else {
             step.min(self.window * MAX_GROWTH)
         }

@@ -38,6 +38,19 @@ fn a_sender_on_a_busy_host_keeps_most_of_the_rate() {
     link.run_until(3.0);
     let measured = link.run_until(30.0);
     assert!(measured.mbit > 80.0, "{measured:?}");
+    assert!(measured.queue_p99_ms < 28.0, "what gathers while it does not run: {measured:?}");
+}
+
+#[test]
+fn a_sender_that_is_often_kept_waiting_for_moments_keeps_the_rate_and_the_queue() {
+    for loss in [0.0, 0.01] {
+        let mut link = Link::new(path(100.0, 40, 10.0, loss));
+        link.stall = Some((Duration::from_millis(10), Duration::from_millis(4)));
+        link.run_until(3.0);
+        let measured = link.run_until(30.0);
+        assert!(measured.mbit > 97.0, "loss {loss}: {measured:?}");
+        assert!(measured.queue_p99_ms < 15.0, "loss {loss}: {measured:?}");
+    }
 }
 
 #[test]
