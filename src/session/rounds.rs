@@ -125,6 +125,10 @@ impl RoundSender {
                 }
             }
             self.counters.add_frames(&counts);
+            // Of a guest of many GiB of holes, what tells of them fills messages too.
+            if is_full(&outgoing.buffer) {
+                outgoing.send(&mut self.reader);
+            }
             for batch in full.chunks(BATCH_PAGES) {
                 let RoundSender { memory, bases, reader, witness, .. } = self;
                 let buffer = &mut outgoing.buffer;
@@ -281,4 +285,28 @@ impl Outgoing<'_> {
 /// What a duration is in the report's unit.
 pub(super) fn ms(duration: Duration) -> f64 {
     (duration.as_secs_f64() * 1e5).round() / 100.0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::{MemoryLayout, RegionLayout};
+    use crate::transport::Lane;
+
+    #[test]
+    fn what_tells_of_very_many_holes_fits_messages() {
+        let region = RegionLayout { name: "ram0".to_owned(), size_bytes: 4 << 30 };
+        let memory = Arc::new(GuestMemory::create(&MemoryLayout::new(vec![region])).unwrap());
+        let pages = memory.pages();
+        let mut sender = RoundSender::new(memory, 0, None, Arc::default(), PusherKind::default());
+        let (messages, mut sent) = mpsc::channel(1 << 10);
+        sender.send_round(Version(1), &messages).unwrap();
+        let every_other: Vec<PageIndex> = (0..pages).step_by(2).map(PageIndex).collect();
+        sender.forget(&every_other);
+        let summary = sender.send_round(Version(2), &messages).unwrap().unwrap();
+        assert!(summary.sent_bytes > Lane::Push.limit_bytes() as u64, "it would fit one message");
+        while let Ok(message) = sent.try_recv() {
+            assert!(message.len() <= Lane::Push.limit_bytes());
+        }
+    }
 }
