@@ -49,6 +49,10 @@ pub(super) struct Receive {
     /// page is then mapped only when it is touched, which slows the guest.
     #[arg(long, value_name = "FILE")]
     trace: Option<PathBuf>,
+    /// When all pages have come, gather them into huge pages of 2 MiB, where QEMU has mapped guest RAM so
+    /// that they fit: `align=2M` of its memory backend. Some seconds of a core a GiB, and the guest runs.
+    #[arg(long)]
+    huge_pages: bool,
     /// How long to wait for the source when the link is lost, before the migration is given up; 0s does
     /// not wait.
     #[arg(long, value_name = "TIME", default_value = "5min", value_parser = duration)]
@@ -98,6 +102,7 @@ impl Receive {
             paused: self.paused,
             reconnect_for: self.reconnect_for,
             page_table: Arc::default(),
+            huge_pages: self.huge_pages,
             trace: self.trace.clone(),
         };
         let migration = ticket.migration.to_string();

@@ -51,7 +51,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use crate::memory::adopt::ProcessIdentity;
+use crate::memory::adopt::{HugePages, ProcessIdentity};
 use crate::memory::{
     DirtyTracker, GuestMemory, MemoryError, MemoryLayout, RegionLayout, TrackerKind, Userfault,
 };
@@ -235,6 +235,12 @@ pub trait DestinationGuest: Send {
     /// Let go of the guest and leave it as it is: running when all is well, else loaded and paused, or
     /// waiting for pages until a person has decided.
     fn release(&mut self) -> Result<(), GuestError>;
+
+    /// Gathers the pages of the guest, which has all of them, into huge pages, where its monitor's mapping
+    /// allows that. `None` where nobody knows how.
+    fn gather_huge_pages(&mut self) -> Result<Option<HugePages>, GuestError> {
+        Ok(None)
+    }
 
     /// Let go of the guest with pages missing: as [`Self::release`], and what another process needs to
     /// take over stays.

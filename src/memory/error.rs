@@ -103,6 +103,16 @@ pub enum MemoryError {
         /// Its name.
         feature: String,
     },
+    /// The kernel does not do to a process what it is asked to.
+    #[error("cannot {action} of process {pid}: {source}")]
+    Process {
+        /// Which process.
+        pid: u32,
+        /// What was tried.
+        action: &'static str,
+        /// The kernel's answer.
+        source: Errno,
+    },
     /// A file of a process below `/proc` could not be read.
     #[error("cannot read {path}: {source}")]
     Proc {

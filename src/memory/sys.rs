@@ -168,6 +168,24 @@ pub(crate) fn cached_pages(file: BorrowedFd<'_>, offset: u64, length: u64) -> Re
     Errno::result(done).map(|_| found.cached + found.evicted)
 }
 
+/// Copies what the process behind `pidfd` has mapped there into huge pages (`MADV_COLLAPSE`, 6.1).
+pub(crate) fn collapse(pidfd: BorrowedFd<'_>, address: u64, length: u64) -> Result<(), Errno> {
+    let part = libc::iovec { iov_base: address as *mut _, iov_len: length as usize };
+    // SAFETY: the structure lives during the call; what it names is in the other process, whose content
+    // the kernel does not change.
+    let done = unsafe {
+        libc::syscall(
+            libc::SYS_process_madvise,
+            pidfd.as_raw_fd(),
+            &raw const part,
+            1,
+            libc::MADV_COLLAPSE,
+            0,
+        )
+    };
+    Errno::result(done).map(drop)
+}
+
 /// A handle of process `pid`, which does not pass to another process of that number.
 pub(crate) fn pidfd_open(pid: u32) -> io::Result<OwnedFd> {
     // SAFETY: plain numbers in, a new descriptor of our own out.

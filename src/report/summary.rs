@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::PhaseTimes;
 use super::{FaultFigures, PushFigures};
+use crate::memory::adopt::HugePages;
 use crate::units::{format_bytes, format_rate};
 use crate::wire::message::Strategy;
 
@@ -115,6 +116,10 @@ pub struct Report {
     /// The most memory that farfault itself was seen to take on this side, looked at four times a
     /// second: heap, stacks and program, but not the guest's RAM, which it maps.
     pub peak_rss_bytes: u64,
+    /// How much of the guest's RAM is mapped by huge pages: the destination tells, where they were to be
+    /// gathered.
+    #[serde(default)]
+    pub huge_pages: Option<HugePages>,
     /// How writes were followed: only the source knows.
     pub tracker: Option<Cow<'static, str>>,
     /// The time of each phase, and of the parts of the switchover, by name and in the order of time.
@@ -204,6 +209,11 @@ impl fmt::Display for Report {
         }
         if self.reconnects > 0 {
             row("reconnects", self.reconnects.to_string())?;
+        }
+        if let Some(HugePages { before_bytes, after_bytes }) = self.huge_pages {
+            let share = |bytes: u64| 100.0 * bytes as f64 / ram_bytes.max(1) as f64;
+            let (before, after) = (share(before_bytes), share(after_bytes));
+            row("on huge pages", format!("{before:.0} % of RAM before, {after:.0} % after"))?;
         }
         row("memory of farfault", format_bytes(self.peak_rss_bytes))?;
         row("round trip", format!("{:.1} ms", self.round_trip_ms))?;

@@ -22,6 +22,7 @@ use super::{
 use crate::engine::destination::*;
 use crate::engine::{Failure, MigrationPhase};
 use crate::guest::{DestinationGuest, Shape};
+use crate::memory::adopt::HugePages;
 use crate::memory::{
     FaultOptions, FaultServer, Mapper, MemoryError, PageTable, Touched, Userfault,
 };
@@ -55,6 +56,8 @@ pub struct ReceiveOptions {
     /// Filled with the table of page states once the guest's memory is registered, for someone who
     /// wants to watch it.
     pub page_table: Arc<OnceLock<Arc<PageTable>>>,
+    /// Gather the guest's pages into huge pages when all of them are there.
+    pub huge_pages: bool,
     /// Where to write which pages the guest touches; it runs slower then.
     pub trace: Option<PathBuf>,
 }
@@ -763,6 +766,17 @@ impl Session {
         super::finish_trace(trace, &self.output);
     }
 
+    /// The guest has all its pages, and runs: what is left is its comfort.
+    async fn gather(&self) -> Option<HugePages> {
+        let begin = Instant::now();
+        let gathered = self.guest.call(|guest| guest.gather_huge_pages()).await;
+        self.timeline.part("gather", begin.elapsed());
+        gathered.unwrap_or_else(|failure| {
+            self.output.note(&format!("the guest keeps its small pages: {failure}"));
+            None
+        })
+    }
+
     async fn finish(mut self) -> Report {
         let outcome = self.outcome.take().expect("the loop ends with an outcome");
         self.timeline.enter(MigrationPhase::Done, &self.output);
@@ -797,6 +811,10 @@ impl Session {
                 }
             }
         }
+        let huge_pages = match &outcome {
+            DestinationOutcome::Migrated if self.options.huge_pages => self.gather().await,
+            _ => None,
+        };
         self.finish_trace();
         self.counters.note_own_memory();
         let codecs = self.counters.codecs();
@@ -828,6 +846,7 @@ impl Session {
             remaining_pages_at_freeze: *self.remaining_at_freeze.lock().expect("no panics"),
             device_state_bytes: *self.device_state_bytes.lock().expect("no holder panics"),
             rehearsal_ms: None,
+            huge_pages,
             remote_faults: faults.as_ref().map_or(0, |faults| faults.remote_faults),
             local_faults: faults.as_ref().map_or(0, |faults| faults.local_faults),
             duplicate_pages: self.counters.duplicate_pages.load(Ordering::Relaxed),

@@ -146,6 +146,7 @@ fn receive_options(method: Method, state_dir: &std::path::Path) -> ReceiveOption
         paused: false,
         reconnect_for: method.reconnect_for,
         page_table: Arc::default(),
+        huge_pages: false,
         trace: method.traced.then(|| state_dir.with_file_name("destination.trace")),
     }
 }

@@ -824,6 +824,7 @@ impl Session {
             push: self.frozen.as_ref().map(|frozen| frozen.figures(self.options.pusher)),
             round_trip_ms: stats.min_rtt_us as f64 / 1e3,
             reconnects: self.links.reconnects(),
+            huge_pages: None,
             peak_rss_bytes: self.counters.peak_rss_bytes.load(Ordering::Relaxed),
             tracker: self.tracker.map(Into::into),
             phases_ms: self.timeline.parts_ms(),

@@ -126,6 +126,7 @@ mod tests {
             remaining_pages_at_freeze: 4,
             device_state_bytes: 5,
             rehearsal_ms: None,
+            huge_pages: None,
             peak_rss_bytes: 0,
             remote_faults: 6,
             local_faults: 7,

@@ -120,6 +120,7 @@ impl Side {
             paused: false,
             reconnect_for: Duration::ZERO,
             page_table: self.page_table.clone(),
+            huge_pages: false,
             trace: None,
         };
         let migration = ticket.migration.to_string();

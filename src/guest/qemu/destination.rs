@@ -14,7 +14,7 @@ use super::settings::{self, SavedSettings};
 use super::spawn::{SpawnOptions, Spawned, spawn};
 use super::{device_state, discover, failure, guards, process, refusal, shape, uffd, whereabouts};
 use crate::guest::{DestinationGuest, GuestError, Shape, Whereabouts};
-use crate::memory::adopt::Adopted;
+use crate::memory::adopt::{Adopted, HugePages};
 use crate::memory::{Access, FAULT_FEATURES, GuestMemory, RegionBacking, Userfault};
 use crate::page::PageRange;
 
@@ -194,6 +194,12 @@ impl DestinationGuest for QemuDestination {
         self.status()?;
         self.restore_settings();
         Ok(())
+    }
+
+    fn gather_huge_pages(&mut self) -> Result<Option<HugePages>, GuestError> {
+        let sizes = self.memory.layout().regions().iter().map(|region| region.size_bytes);
+        let regions: Vec<(u64, u64)> = self.addresses.iter().copied().zip(sizes).collect();
+        Ok(Some(self.process.gather_huge_pages(&regions)?))
     }
 
     /// A QEMU that we started keeps its private QMP socket.

@@ -5,6 +5,7 @@
 //! here with `pidfd_getfd(2)`. The process's own copy stays open on purpose: as long as it does, faults
 //! that wait in the kernel go on waiting when farfault dies, and its successor finds it there.
 
+mod huge_pages;
 mod identity;
 mod inject;
 mod maps;
@@ -23,6 +24,7 @@ use userfaultfd::{FeatureFlags, Uffd};
 use self::inject::Call;
 use super::{Access, MemoryError, sys};
 
+pub use huge_pages::HugePages;
 pub use identity::ProcessIdentity;
 pub use maps::{FileIdentity, Mapping};
 

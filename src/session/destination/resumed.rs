@@ -84,6 +84,7 @@ pub async fn resume_receive(
         paused: keep.paused,
         reconnect_for,
         page_table: Arc::default(),
+        huge_pages: false,
         trace: None,
     };
     let strategy = keep.strategy;
