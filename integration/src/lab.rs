@@ -42,7 +42,7 @@ impl Lab {
             wan: workspace_program("FARFAULT_WAN_BIN", "wan")?,
             image: guest_image()?,
         };
-        Ok(Some(Lab(Place::open(link.parse()?, QueueLimit::Bdp(1), SEED, tools, turn)?)))
+        Ok(Some(Lab(Place::open(Some(link.parse()?), QueueLimit::Bdp(1), SEED, tools, turn)?)))
     }
 }
 

@@ -62,7 +62,9 @@ pub(super) fn run(scenario: &Scenario, cell: &Cell, program: &Path) -> Result<Se
 fn arguments(scenario: &Scenario, cell: &Cell) -> Result<Vec<String>> {
     let kind = if cell.guest.kind == GuestKind::Kvm { "kvm" } else { "threads" };
     let downtime = format!("{}ms", scenario.downtime()?.as_millis());
-    let (link, work) = (cell.link.spec()?.to_string(), cell.guest.workload()?.to_string());
+    let link =
+        cell.link.spec()?.context("a built-in guest moves over an emulated link")?.to_string();
+    let work = cell.guest.workload()?.to_string();
     let fixed = ["demo", "--json", "--guest", kind, "--memory", &cell.guest.memory];
     let chosen = ["--link", &link, "--work", &work];
     let mut all: Vec<String> = fixed.into_iter().chain(chosen).map(str::to_owned).collect();

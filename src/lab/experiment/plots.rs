@@ -62,7 +62,8 @@ pub(super) fn draw_all(
             let bytes = BytesFigure { title: format!("Bytes on the link: {place}"), cells: &cells };
             let file = add(&guest.name, Some(&link.name), "bytes", bytes.title.clone());
             save(&bytes, directory, &file)?;
-            let faults = FaultsFigure::new(&place, link.spec()?.round_trip.as_secs_f64(), moved());
+            let Some(spec) = link.spec()? else { continue };
+            let faults = FaultsFigure::new(&place, spec.round_trip.as_secs_f64(), moved());
             if !faults.methods.is_empty() {
                 let file = add(&guest.name, Some(&link.name), "faults", faults.title.clone());
                 save(&faults, directory, &file)?;

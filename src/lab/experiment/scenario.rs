@@ -114,13 +114,16 @@ fn verify() -> u64 {
     500
 }
 
+/// A link that is as fast as the machine.
+pub(super) const UNSHAPED: &str = "none";
+
 /// A link.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct LinkPart {
     /// Its name in this scenario.
     pub name: String,
-    /// Rate, round trip and, if any, loss.
+    /// Rate, round trip and, if any, loss; or `none`: two virtual network cards, and nothing that shapes what crosses.
     pub link: String,
     /// What may wait at each end.
     #[serde(default = "bdp")]
@@ -223,11 +226,17 @@ impl Scenario {
         let runs = cells.saturating_mul(self.repeat as usize);
         ensure!(runs <= MAX_CELLS, "{runs} runs are more than {MAX_CELLS}");
         let builtin = self.guest.iter().find(|guest| guest.kind != GuestKind::Qemu);
-        let special = self.link.iter().find(|link| link.queue != bdp() || !link.cut.is_empty());
+        let unshaped = |link: &&LinkPart| link.link == UNSHAPED;
+        if let Some(link) = self.link.iter().find(unshaped).filter(|_| self.estimate) {
+            bail!("estimate: nothing is known beforehand of a link such as {}", link.name);
+        }
+        let is_special =
+            |link: &&LinkPart| link.queue != bdp() || !link.cut.is_empty() || unshaped(link);
+        let special = self.link.iter().find(is_special);
         if let (Some(guest), Some(link)) = (builtin, special) {
             bail!(
-                "guest {} is a built-in one, whose link has a queue of one bdp and is never cut; \
-                 link {} is another kind",
+                "guest {} is a built-in one, whose link is emulated, has a queue of one bdp and is \
+                 never cut; link {} is another kind",
                 guest.name,
                 link.name
             );
@@ -345,14 +354,15 @@ impl GuestPart {
 
 impl LinkPart {
     fn check(&self) -> Result<()> {
-        self.spec()?;
+        let is_unshaped = self.spec()?.is_none();
         self.queue_limit()?;
-        self.cuts().map(drop)
+        ensure!(self.cuts()?.is_empty() || !is_unshaped, "cut: only an emulated link can be cut");
+        Ok(())
     }
 
-    /// Rate, round trip and loss.
-    pub fn spec(&self) -> Result<LinkSpec> {
-        Ok(self.link.parse()?)
+    /// Rate, round trip and loss; `None` for one that nothing shapes.
+    pub fn spec(&self) -> Result<Option<LinkSpec>> {
+        if self.link == UNSHAPED { Ok(None) } else { Ok(Some(self.link.parse()?)) }
     }
 
     /// What may wait.

@@ -14,11 +14,12 @@ pub struct Shipped {
 }
 
 /// All of them.
-pub const SHIPPED: [Shipped; 5] = [
+pub const SHIPPED: [Shipped; 6] = [
     Shipped { name: "paper", text: include_str!("../scenarios/paper.toml") },
     Shipped { name: "wan", text: include_str!("../scenarios/wan.toml") },
     Shipped { name: "loss", text: include_str!("../scenarios/loss.toml") },
     Shipped { name: "bytes", text: include_str!("../scenarios/bytes.toml") },
+    Shipped { name: "huge", text: include_str!("../scenarios/huge.toml") },
     Shipped { name: "smoke", text: include_str!("../scenarios/smoke.toml") },
 ];
 

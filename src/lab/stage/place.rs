@@ -107,11 +107,12 @@ pub struct Place {
 
 impl Place {
     /// Sets up a laboratory; waits while the `turn` is not to be had. `seed` decides which packets are lost.
+    /// Without a `link` to emulate, nothing shapes what crosses.
     ///
     /// # Errors
     /// Where it cannot work: without root, or where programs are missing.
     pub fn open(
-        link: LinkSpec,
+        link: Option<LinkSpec>,
         queue: QueueLimit,
         seed: u64,
         tools: Tools,
@@ -124,7 +125,10 @@ impl Place {
         let name = format!("{PREFIX}{}-{}", std::process::id(), NEXT.fetch_add(1, Relaxed));
         let a = Netns::create(&format!("{name}-a"))?;
         let b = Netns::create(&format!("{name}-b"))?;
-        let wan = Wan::start(&tools.wan, [a.name(), b.name()], link, queue, seed)?;
+        let wan = match link {
+            Some(link) => Wan::start(&tools.wan, [a.name(), b.name()], link, queue, seed)?,
+            None => Wan::plain(&a, &b)?,
+        };
         let directory = tempfile::Builder::new().prefix(&format!("{name}-")).tempdir()?;
         let place = Place { name, wan, a, b, directory, tools, _turn: turn };
         for directory in [place.state_directory(), place.temporary_directory()] {
