@@ -120,8 +120,10 @@ fn text(event: &EstimateEvent) -> String {
     row(
         "a changed page",
         format!(
-            "{:.0} bytes, from {} pages",
-            sample.delta_bytes_per_page, sample.delta_sample_pages
+            "{:.0} bytes if it is changed all the time, {:.0} if not, from {} pages",
+            sample.hot_delta_bytes_per_page,
+            sample.cold_delta_bytes_per_page,
+            sample.delta_sample_pages
         ),
     );
     let written = [0.1, 1.0, 5.0]

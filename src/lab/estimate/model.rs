@@ -24,7 +24,9 @@ const ROUND_TRIPS: f64 = 5.0;
 const FIXED_DOWNTIME_S: f64 = 0.040;
 /// Beyond the round trip, a fault waits for both ends and a short queue.
 const FAULT_S: f64 = 0.008;
-/// Steps of the integral.
+/// To read a page, to remember it, and to hand it over, beside encoding it.
+const PER_PAGE_S: f64 = 3e-6;
+/// Steps of the integrals.
 const STEPS: u32 = 200;
 
 /// What is expected of one strategy.
@@ -102,32 +104,46 @@ impl<'a> Play<'a> {
         }
         loop {
             let time_s = self.send(pages, cost);
-            let written = self.sample.written_in(time_s + self.round_trip_s);
-            let delta = self.sample.delta_bytes_per_page;
             self.told.rounds += 1;
+            let seen = self.changed_in_round(time_s);
+            let remembered = self.sample.delta_bytes_per_page(seen);
             let round = RoundSummary {
                 messages: 1,
                 sent_pages: pages as u64,
                 sent_bytes: (pages * cost) as u64,
                 duration: Duration::from_secs_f64(time_s),
-                dirty_pages: written as u64,
-                bytes_per_dirty_page: Some(delta as u64),
+                dirty_pages: seen as u64,
+                bytes_per_dirty_page: Some(remembered as u64),
                 link_bytes_per_s: self.bytes_per_s as u64,
                 round_trip: Duration::from_secs_f64(self.round_trip_s),
             };
+            // The decision waits for the acknowledgement of the round, and the guest does not.
+            pages = self.changed_in_round(time_s + self.round_trip_s);
+            cost = self.sample.delta_bytes_per_page(pages);
             match self.policy.after_round(self.told.strategy, self.told.rounds, &round) {
-                Next::AnotherRound => (pages, cost) = (written, delta),
+                Next::AnotherRound => {}
                 Next::Switchover(when) => {
-                    self.switch_over(written, delta, when != RunWhen::Complete);
+                    self.switch_over(pages, cost, when != RunWhen::Complete);
                     return self.told;
                 }
                 Next::GiveUp(_) => {
                     self.told.converges = false;
-                    self.told.remainder_ms = self.time_s(written, delta) * 1e3;
+                    self.told.remainder_ms = self.time_s(pages, cost) * 1e3;
                     return self.told;
                 }
             }
         }
+    }
+
+    /// Pages that are changed since they were sent, `time_s` after the begin of the round that is just over.
+    /// The first one sends all pages in their order: one that is sent late has little time to change again.
+    fn changed_in_round(&self, time_s: f64) -> f64 {
+        let written = |seconds: f64| self.sample.written_in(seconds);
+        if self.told.rounds > 1 {
+            return written(time_s);
+        }
+        let steps = (0..STEPS).map(|step| (f64::from(step) + 0.5) / f64::from(STEPS));
+        steps.map(|share| written(time_s * share)).sum::<f64>() / f64::from(STEPS)
     }
 
     /// The link or one core, whichever is slower.
@@ -136,7 +152,7 @@ impl<'a> Play<'a> {
             0 => self.sample.encode_bytes_per_s,
             _ => self.sample.delta_encode_bytes_per_s,
         };
-        let encode_s = pages * PAGE_SIZE_BYTES as f64 / speed;
+        let encode_s = pages * (PAGE_SIZE_BYTES as f64 / speed + PER_PAGE_S);
         (pages * cost / self.bytes_per_s).max(encode_s).max(1e-3)
     }
 
@@ -224,7 +240,9 @@ mod tests {
             populated_pages: 65_536,
             zero_share: 0.0,
             whole_bytes_per_page: 1365.0,
-            delta_bytes_per_page,
+            hot_pages: 0.0,
+            hot_delta_bytes_per_page: delta_bytes_per_page,
+            cold_delta_bytes_per_page: delta_bytes_per_page,
             delta_sample_pages: 100,
             encode_bytes_per_s: 400e6,
             delta_encode_bytes_per_s: 1000e6,
