@@ -140,7 +140,7 @@ fn find(wanted: &str) -> Result<(String, Scenario)> {
     if path.extension().is_none_or(|extension| extension != "toml") {
         bail!(
             "there is no scenario {wanted:?}: give one of {}, or a file that ends in .toml",
-            SHIPPED.map(|shipped| shipped.name).join(", ")
+            SHIPPED.iter().map(|shipped| shipped.name).collect::<Vec<_>>().join(", ")
         );
     }
     let text = std::fs::read_to_string(path).with_context(|| format!("read {wanted}"))?;

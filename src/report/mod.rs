@@ -11,7 +11,7 @@ mod summary;
 mod trace;
 
 pub use counters::Counters;
-pub use live::{History, Live, MapShape, MemoryMap, Screen, Step, draw};
+pub use live::{History, Live, MapShape, MemoryMap, Screen, Step, draw, stages_by_cell};
 pub use metrics::serve_metrics;
 pub use output::{Event, LinkState, Output, Progress};
 pub use phases::PhaseTimes;

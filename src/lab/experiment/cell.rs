@@ -9,6 +9,7 @@ use serde_json::Value;
 
 use super::record::{Measured, Outcome};
 use super::scenario::{Cell, Scenario};
+use crate::lab::stage::film::Camera;
 use crate::lab::stage::place::{Place, Tools, Turn};
 use crate::lab::stage::process::{pause, wait_for};
 use crate::lab::stage::qemu::{Guest, GuestSpec, Machine, Ram};
@@ -60,10 +61,11 @@ pub(super) fn run(scenario: &Scenario, cell: &Cell, seed: u64, tools: &Tools) ->
 
     let moved = migrate(scenario, cell, &mut place, &source, &mut destination)?;
     let [there_bytes, back_bytes] = place.wan.carried_bytes_each_way()?;
-    let Some(Moved { started, took, mut reports, usage }) = moved else {
+    let Some(Moved { started, took, mut reports, usage, camera }) = moved else {
         return Ok(Seen::not_converged());
     };
     reports.extend(estimate.map(|told| ("estimate".to_owned(), told)));
+    let film = camera.zip(source.log.last_beat()).map(|(camera, last)| camera.end(last.at));
     pause(AFTER)?;
     let (beats, after) = (source.log.beats(), destination.log.beats());
     let seen = Interruption::measure(&beats, &after, started)?;
@@ -89,6 +91,7 @@ pub(super) fn run(scenario: &Scenario, cell: &Cell, seed: u64, tools: &Tools) ->
         destination_qemu_bytes: Some(usage.destination.peak_resident_bytes),
         corrupt_pages,
         throughput: Throughput::of(&beats, &after, BIN, KEPT_BEFORE, KEPT_AFTER),
+        memory: film,
     };
     Ok(Seen { outcome: Outcome::Moved, measured: Some(measured), reports })
 }
@@ -146,6 +149,8 @@ struct Moved {
     took: Duration,
     reports: BTreeMap<String, Value>,
     usage: Usages,
+    /// Of farfault's destination.
+    camera: Option<Camera>,
 }
 
 /// What each process used. Zero of those that a method does not have.
@@ -196,7 +201,8 @@ fn migrate(
         let Some(done) = done.with_context(|| destination.errors())? else { return Ok(None) };
         let usage = Usages::of(&watch.end());
         let reports = [("source".to_owned(), done.report)].into();
-        return Ok(Some(Moved { started: done.started, took: done.took, reports, usage }));
+        let native::Done { started, took, .. } = done;
+        return Ok(Some(Moved { started, took, reports, usage, camera: None }));
     }
     let downtime = format!("{}ms", downtime.as_millis());
     let mut options: Vec<&str> = cell.method.send.iter().flatten().map(String::as_str).collect();
@@ -206,12 +212,13 @@ fn migrate(
     let migration = farfault::Migration::begin(place, source, destination, &[], &options)?;
     let pids = [migration.send.pid(), migration.receive.pid()].map(Who::Pid);
     let watch = Watch::start([qemu, pids].concat());
+    let camera = Some(Camera::start(place.state_directory()));
     let moved = migration.finish(limit, |elapsed| cuts.tick(elapsed, place))?;
     let Some(moved) = moved else { return Ok(None) };
     let usage = Usages::of(&watch.end());
     let reports = [("source", moved.source), ("destination", moved.destination)];
     let reports = reports.map(|(side, report)| (side.to_owned(), report)).into();
-    Ok(Some(Moved { started: moved.started, took: moved.took, reports, usage }))
+    Ok(Some(Moved { started: moved.started, took: moved.took, reports, usage, camera }))
 }
 
 /// What is still to happen to the link: moments since the start, in order.

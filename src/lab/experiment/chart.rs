@@ -8,6 +8,8 @@ use plotters::coord::Shift;
 use plotters::prelude::*;
 use plotters::style::{FontStyle, register_font};
 
+use super::sharp::{PIXELS, Sharp};
+
 /// The palette of Okabe and Ito, which all common kinds of colour vision can tell apart; in an order in
 /// which neighbours differ in lightness too.
 pub(super) const COLOURS: [RGBColor; 8] = [
@@ -52,7 +54,8 @@ pub(super) fn save(figure: &impl Figure, directory: &Path, file: &str) -> Result
     let size = figure.size();
     paint(figure, SVGBackend::new(&svg, size).into_drawing_area())
         .with_context(|| format!("draw {}", svg.display()))?;
-    paint(figure, BitMapBackend::new(&png, size).into_drawing_area())
+    let large = (size.0 * PIXELS, size.1 * PIXELS);
+    paint(figure, Sharp(BitMapBackend::new(&png, large)).into_drawing_area())
         .with_context(|| format!("draw {}", png.display()))
 }
 
@@ -182,8 +185,8 @@ impl Axis {
             };
             let few = all(&[1.0]);
             return match few.len() {
-                0 | 1 => all(&[1.0, 2.0, 5.0]),
-                2 => all(&[1.0, 3.0]),
+                0 | 1 => all(&[1.0, 1.5, 2.0, 3.0, 5.0, 7.0]),
+                2 => all(&[1.0, 2.0, 5.0]),
                 _ => few,
             };
         }
@@ -194,6 +197,15 @@ impl Axis {
         let first = (self.from / step).ceil() as i64;
         let last = (self.to / step).floor() as i64;
         (first..=last).map(|n| n as f64 * step).collect()
+    }
+}
+
+/// A time for a person, to three digits.
+pub(super) fn time(ms: f64) -> String {
+    match ms {
+        ..1e3 => format!("{ms:.0} ms"),
+        ..1e4 => format!("{:.2} s", ms / 1e3),
+        _ => format!("{:.1} s", ms / 1e3),
     }
 }
 
@@ -220,10 +232,10 @@ mod tests {
         let axis = Axis::linear(-2.0, 8.0, (100, 200));
         assert_eq!((axis.at(-2.0), axis.at(3.0), axis.at(8.0)), (100, 150, 200));
         assert_eq!(axis.ticks(), [-2.0, 0.0, 2.0, 4.0, 6.0, 8.0]);
-        for values in [[30.0, 40.0], [30.0, 3000.0], [0.5, 90_000.0], [7.0, 7.0]] {
+        for values in [[30.0, 40.0], [80.0, 200.0], [30.0, 3000.0], [0.5, 90_000.0], [7.0, 7.0]] {
             let axis = Axis::logarithmic(values.into_iter(), (300, 0));
             let ticks = axis.ticks();
-            assert!((1..=7).contains(&ticks.len()), "{values:?}: {ticks:?}");
+            assert!((2..=7).contains(&ticks.len()), "{values:?}: {ticks:?}");
             assert!(ticks.windows(2).all(|pair| axis.at(pair[0]) > axis.at(pair[1])), "{ticks:?}");
         }
         let ten = Axis::logarithmic([10.0, 1000.0].into_iter(), (0, 100));
@@ -235,6 +247,10 @@ mod tests {
         assert_eq!(
             [0.0, 0.25, 300.0, 20_000.0, 3e6, -2.0].map(short),
             ["0", "0.25", "300", "20 k", "3 M", "-2"]
+        );
+        assert_eq!(
+            [4.4, 555.0, 1142.0, 52_956.0].map(time),
+            ["4 ms", "555 ms", "1.14 s", "53.0 s"]
         );
     }
 }

@@ -7,17 +7,19 @@
 //! | `cell.rs`, `builtin.rs` | one run, on a guest in QEMU and on a built-in one |
 //! | `record.rs`, `store.rs` | what is kept of a run, and where |
 //! | `table.rs`, `report.rs` | medians, CSV and Markdown |
-//! | `plots.rs`, `panels.rs`, `chart.rs` | pictures of it |
+//! | `plots.rs`, `panels.rs`, `memory.rs`, `chart.rs`, `sharp.rs` | pictures of it |
 
 mod builtin;
 mod cell;
 mod chart;
+mod memory;
 mod panels;
 mod plots;
 mod record;
 mod report;
 mod run;
 mod scenario;
+mod sharp;
 mod shipped;
 mod store;
 mod table;

@@ -8,8 +8,9 @@ use plotters::prelude::*;
 
 use super::chart::{
     Area, Axis, COLOURS, Figure, GREY, GRID, heading, letters, letters_in_the_middle,
-    letters_to_the_left, line, save, short,
+    letters_to_the_left, line, save, short, time,
 };
+use super::memory::MemoryFigure;
 use super::panels::{FaultsFigure, LinksFigure};
 use super::record::Outcome;
 use super::scenario::Scenario;
@@ -67,6 +68,19 @@ pub(super) fn draw_all(
             if !faults.methods.is_empty() {
                 let file = add(&guest.name, Some(&link.name), "faults", faults.title.clone());
                 save(&faults, directory, &file)?;
+            }
+            for cell in moved() {
+                let Some((record, seen)) = cell.typical() else { continue };
+                let Some(film) = &seen.memory else { continue };
+                let memory = MemoryFigure {
+                    title: format!("Memory at the destination: {}, {place}", cell.method),
+                    film,
+                    memory_bytes: record.guest.memory_bytes()?,
+                    downtime_ms: seen.downtime_ms,
+                };
+                let kind = format!("memory-{}", cell.method);
+                let file = add(&guest.name, Some(&link.name), &kind, memory.title.clone());
+                save(&memory, directory, &file)?;
             }
         }
         let of_guest = |cell: &&CellRuns<'_>| cell.guest == guest.name;
@@ -178,8 +192,8 @@ impl Figure for ThroughputFigure<'_> {
                 letters_to_the_left(16),
             ))?;
             let recovered = match seen.recovered_after_ms {
-                Some(ms) => format!("down {:.0}, 90 % after {ms:.0} ms", seen.downtime_ms),
-                None => format!("down {:.0} ms", seen.downtime_ms),
+                Some(ms) => format!("down {}, 90 % after {}", time(seen.downtime_ms), time(ms)),
+                None => format!("down {}", time(seen.downtime_ms)),
             };
             area.draw(&Text::new(recovered, (LEFT - 12, top + 46), letters_to_the_left(13)))?;
             let throughput = &seen.throughput;

@@ -1,13 +1,16 @@
 //! What is kept of a run: one JSON line with all that is needed to judge and to repeat it.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::process::Command;
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use xxhash_rust::xxh3::xxh3_64;
+use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 
 use super::scenario::{Cell, GuestPart, LinkPart, MethodPart, Scenario};
+use crate::lab::stage::film::MemoryFilm;
+use crate::lab::stage::place::Image;
 use crate::lab::stage::timeline::Throughput;
 
 /// A run.
@@ -109,6 +112,9 @@ pub struct Measured {
     pub corrupt_pages: u64,
     /// What the guest did over time.
     pub throughput: Throughput,
+    /// The memory at farfault's destination over time, of a guest in QEMU.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory: Option<MemoryFilm>,
 }
 
 /// The machine that a run was made on.
@@ -116,6 +122,16 @@ pub struct Measured {
 pub struct Machine {
     /// Version of farfault.
     pub farfault: String,
+    /// Hash of the program, which tells two builds apart whatever their version.
+    #[serde(default)]
+    pub build: String,
+    /// What the source tree that the program lies in was at, as `git describe` has it, if it lies in one;
+    /// it ends in `-dirty` when files were changed.
+    #[serde(default)]
+    pub commit: Option<String>,
+    /// Hash of the test guest's kernel and initramfs, if a guest in QEMU was moved.
+    #[serde(default)]
+    pub guest_image: Option<String>,
     /// Version of QEMU, if it is there.
     pub qemu: Option<String>,
     /// Version of the kernel.
@@ -131,8 +147,8 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// This one.
-    pub fn here() -> Self {
+    /// This one, where `program` moves the guests in QEMU that are made of `image`.
+    pub fn here(program: &Path, image: Option<&Image>) -> Self {
         let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
         let after = |text: &str, name: &str| {
             let line = text.lines().find(|line| line.starts_with(name)).unwrap_or_default();
@@ -142,6 +158,9 @@ impl Machine {
         let memory_kib = memory.trim_end_matches(" kB").parse::<u64>().unwrap_or(0);
         Machine {
             farfault: env!("CARGO_PKG_VERSION").to_owned(),
+            build: hash_of(&[program]),
+            commit: commit_of(program),
+            guest_image: image.map(|image| hash_of(&[&image.kernel, &image.initrd])),
             qemu: qemu_version(),
             kernel: read("/proc/sys/kernel/osrelease").trim().to_owned(),
             cpu: after(&read("/proc/cpuinfo"), "model name"),
@@ -150,6 +169,23 @@ impl Machine {
             congestion_control: read("/proc/sys/net/ipv4/tcp_congestion_control").trim().to_owned(),
         }
     }
+}
+
+/// Of all bytes of some files, one after the other; empty when one cannot be read.
+fn hash_of(files: &[&Path]) -> String {
+    let mut hash = Xxh3::new();
+    for file in files {
+        let Ok(bytes) = std::fs::read(file) else { return String::new() };
+        hash.update(&bytes);
+    }
+    format!("{:016x}", hash.digest())
+}
+
+fn commit_of(program: &Path) -> Option<String> {
+    let mut git = Command::new("git");
+    git.arg("-C").arg(program.parent()?).args(["describe", "--always", "--dirty", "--abbrev=10"]);
+    let output = git.output().ok().filter(|output| output.status.success())?;
+    Some(String::from_utf8_lossy(&output.stdout).trim().to_owned())
 }
 
 fn qemu_version() -> Option<String> {
@@ -172,8 +208,10 @@ mod tests {
 
     #[test]
     fn this_machine_can_be_told_from_others() {
-        let machine = Machine::here();
+        let program = std::env::current_exe().unwrap();
+        let machine = Machine::here(&program, None);
         assert!(!machine.kernel.is_empty() && !machine.cpu.is_empty(), "{machine:?}");
+        assert!(machine.build.len() == 16 && machine.guest_image.is_none(), "{machine:?}");
         assert!(machine.cpus > 0 && machine.memory_bytes > 64 << 20, "{machine:?}");
     }
 }

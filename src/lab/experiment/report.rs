@@ -200,8 +200,9 @@ fn row(cell: &CellRuns<'_>, limit: &str) -> String {
 
 fn describe_machine(machine: &Machine) -> String {
     format!(
-        "farfault {}, QEMU {}, Linux {}, {} × {}, {:.0} GiB, TCP {}",
+        "farfault {}{}, QEMU {}, Linux {}, {} × {}, {:.0} GiB, TCP {}",
         machine.farfault,
+        machine.commit.as_ref().map_or(String::new(), |commit| format!(" ({commit})")),
         machine.qemu.as_deref().unwrap_or("absent"),
         machine.kernel,
         machine.cpus,

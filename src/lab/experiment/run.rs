@@ -65,7 +65,7 @@ pub fn run(
         let images = in_qemu.map(|cell| tools.image.initrd_with(cell.guest.programs()));
         images.collect::<Result<Vec<_>>>()?;
     }
-    let machine = Machine::here();
+    let machine = Machine::here(&program, tools.as_ref().map(|tools| &tools.image));
     let begin = Instant::now();
     let mut tally = Tally { kept: kept.len(), ..Tally::default() };
     for (index, cell) in todo.iter().enumerate() {

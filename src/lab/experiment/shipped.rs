@@ -14,7 +14,7 @@ pub struct Shipped {
 }
 
 /// All of them.
-pub const SHIPPED: [Shipped; 6] = [
+pub const SHIPPED: &[Shipped] = &[
     Shipped { name: "paper", text: include_str!("../scenarios/paper.toml") },
     Shipped { name: "wan", text: include_str!("../scenarios/wan.toml") },
     Shipped { name: "loss", text: include_str!("../scenarios/loss.toml") },
@@ -26,7 +26,7 @@ pub const SHIPPED: [Shipped; 6] = [
 impl Shipped {
     /// The one of this name.
     pub fn named(name: &str) -> Option<Self> {
-        SHIPPED.into_iter().find(|shipped| shipped.name == name)
+        SHIPPED.iter().copied().find(|shipped| shipped.name == name)
     }
 
     /// What it says.

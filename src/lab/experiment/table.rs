@@ -150,7 +150,7 @@ fn told(record: &Record, path: &str) -> String {
     value.filter(|value| !value.is_null()).map_or(String::new(), Value::to_string)
 }
 
-const COLUMNS: [Column; 37] = [
+const COLUMNS: &[Column] = &[
     ("guest", |r| r.guest.name.clone()),
     ("link", |r| r.link.name.clone()),
     ("method", |r| r.method.name.clone()),
@@ -177,6 +177,8 @@ const COLUMNS: [Column; 37] = [
     ("working_set", |r| r.guest.working_set.clone().unwrap_or_default()),
     ("work", |r| r.guest.work.clone()),
     ("rate_per_s", |r| r.guest.rate.to_string()),
+    ("fill", |r| r.guest.fill.clone()),
+    ("verify_per_s", |r| r.guest.verify.to_string()),
     ("link_spec", |r| r.link.link.clone()),
     ("queue", |r| r.link.queue.clone()),
     ("options", options),
@@ -184,9 +186,14 @@ const COLUMNS: [Column; 37] = [
     ("limit", |r| r.limit.clone()),
     ("seed", |r| r.seed.to_string()),
     ("unix_s", |r| r.unix_s.to_string()),
+    ("wall_s", |r| format!("{:.1}", r.wall_s)),
     ("farfault", |r| r.machine.farfault.clone()),
+    ("commit", |r| r.machine.commit.clone().unwrap_or_default()),
+    ("build", |r| r.machine.build.clone()),
+    ("guest_image", |r| r.machine.guest_image.clone().unwrap_or_default()),
     ("qemu", |r| r.machine.qemu.clone().unwrap_or_default()),
     ("kernel", |r| r.machine.kernel.clone()),
+    ("tcp", |r| r.machine.congestion_control.clone()),
     ("cpu", |r| format!("{} x {}", r.machine.cpus, r.machine.cpu)),
 ];
 

@@ -2,6 +2,7 @@
 
 use super::record::{Machine, Measured, Outcome, Record, key};
 use super::scenario::{Cell, Scenario};
+use crate::lab::stage::film::{Frame, MemoryFilm};
 use crate::lab::stage::timeline::Throughput;
 
 pub(super) fn scenario() -> Scenario {
@@ -30,6 +31,19 @@ pub(super) fn scenario() -> Scenario {
     Scenario::parse(text).unwrap()
 }
 
+/// Two parts of the memory that come one after the other.
+fn film() -> MemoryFilm {
+    let frame = |at_ms, cells: &str| Frame { at_ms, cells: cells.to_owned() };
+    let frames = [
+        frame(-500, "f000f000"),
+        frame(-100, "0f00f000"),
+        frame(0, "0f000f00"),
+        frame(100, "00f00078"),
+        frame(200, "00000000"),
+    ];
+    MemoryFilm { frames: frames.into() }
+}
+
 pub(super) fn record(scenario: &Scenario, cell: &Cell, outcome: Outcome) -> Record {
     let throughput = Throughput {
         bin_ms: 100,
@@ -44,6 +58,7 @@ pub(super) fn record(scenario: &Scenario, cell: &Cell, outcome: Outcome) -> Reco
         there_bytes: (10e6 * scale) as u64,
         back_bytes: 500_000,
         throughput,
+        memory: cell.method.send.is_some().then(film),
         ..Measured::default()
     };
     let report = serde_json::json!({

@@ -1,7 +1,7 @@
 //! farfault itself, as a user runs it: `farfault receive` and `farfault send`, with `--json`.
 
 use std::io::{BufRead, BufReader, Read};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -229,11 +229,16 @@ pub fn status_of(place: &Place, side: &str) -> Result<Option<Value>> {
 
 /// The journal of a side, as it is now; empty before there is one.
 pub fn journal_of(place: &Place, side: &str) -> String {
-    let directories = std::fs::read_dir(place.state_directory()).into_iter().flatten().flatten();
-    let named = |path: &Path| path.extension().is_some_and(|extension| extension == side);
-    let directory = directories.map(|entry| entry.path()).find(|path| named(path));
+    let directory = directory_of(&place.state_directory(), side);
     let journal = directory.map(|path| std::fs::read_to_string(path.join("journal")));
     journal.and_then(Result::ok).unwrap_or_default()
+}
+
+/// Where a side keeps its journal, if it has begun one; there is one at most.
+pub fn directory_of(state_directory: &Path, side: &str) -> Option<PathBuf> {
+    let directories = std::fs::read_dir(state_directory).into_iter().flatten().flatten();
+    let named = |path: &PathBuf| path.extension().is_some_and(|extension| extension == side);
+    directories.map(|entry| entry.path()).find(named)
 }
 
 /// A farfault that has ended.

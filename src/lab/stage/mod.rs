@@ -3,9 +3,10 @@
 //!
 //! An experiment opens a [`place::Place`], prepares [`qemu::Guest`]s in it, moves one with [`farfault`] or
 //! with QEMU's own methods ([`native`]), and reads from the guest's heartbeats ([`guest_log`],
-//! [`timeline`]) what that did to it; [`watch`] sees what it cost. Everything that is made here is removed on drop.
+//! [`timeline`]) what that did to it; [`watch`] sees what it cost, [`film`] where the pages were. Everything that is made here is removed on drop.
 
 pub mod farfault;
+pub mod film;
 pub mod guest_log;
 pub mod native;
 pub mod place;

@@ -45,28 +45,13 @@ const LETTERS: [char; 5] = ['a', 's', 'c', 'z', 'm'];
 impl MemoryMap {
     /// What the table shows now, page by page: a moving picture.
     pub fn of(table: &PageTable, cells: usize) -> Self {
-        let pages = table.pages();
         let mut total = [0u64; 5];
         let mut letters = String::with_capacity(cells);
-        for cell in 0..cells as u64 {
-            let edge = |cell: u64| (u128::from(cell) * u128::from(pages) / cells as u128) as u64;
-            let mut count = [0u64; 5];
-            for page in edge(cell)..edge(cell + 1) {
-                let state = table.state(PageIndex(page));
-                let stage = match state.stage {
-                    Stage::Absent => 0,
-                    // Being written: until that is done, as good as what it was.
-                    Stage::Stale | Stage::Applying => 1,
-                    Stage::Current if state.zero => 3,
-                    Stage::Current => 2,
-                    Stage::Mapped => 4,
-                };
-                count[stage] += 1;
-                total[stage] += 1;
-            }
+        for count in stages_by_cell(table, cells) {
             // Of two that are equal, the later stage.
             let most = (0..5).max_by_key(|stage| count[*stage]).unwrap_or(0);
             letters.push(LETTERS[most]);
+            total.iter_mut().zip(count).for_each(|(total, pages)| *total += pages);
         }
         let [absent, stale, current, zero, mapped] = total;
         MemoryMap { absent, stale, current, zero, mapped, cells: letters }
@@ -76,6 +61,29 @@ impl MemoryMap {
     pub fn pages(&self) -> u64 {
         self.absent + self.stale + self.current + self.zero + self.mapped
     }
+}
+
+/// How many pages of each of `cells` equal parts of the memory are at each stage now, in the order of
+/// [`MemoryMap`]'s counts.
+pub fn stages_by_cell(table: &PageTable, cells: usize) -> impl Iterator<Item = [u64; 5]> {
+    let pages = u128::from(table.pages());
+    let edge = move |cell: usize| (cell as u128 * pages / cells as u128) as u64;
+    (0..cells).map(move |cell| {
+        let mut count = [0u64; 5];
+        for page in edge(cell)..edge(cell + 1) {
+            let state = table.state(PageIndex(page));
+            let stage = match state.stage {
+                Stage::Absent => 0,
+                // Being written: until that is done, as good as what it was.
+                Stage::Stale | Stage::Applying => 1,
+                Stage::Current if state.zero => 3,
+                Stage::Current => 2,
+                Stage::Mapped => 4,
+            };
+            count[stage] += 1;
+        }
+        count
+    })
 }
 
 #[cfg(test)]

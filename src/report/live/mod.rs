@@ -14,7 +14,7 @@ use crate::page::PAGE_SIZE_BYTES;
 use crate::units::{format_bytes, format_rate};
 
 pub use history::History;
-pub use memory_map::{MapShape, MemoryMap};
+pub use memory_map::{MapShape, MemoryMap, stages_by_cell};
 pub use picture::draw;
 pub use screen::Screen;
 

@@ -316,7 +316,8 @@ pub fn remove_state(state_dir: &Path) {
     let _ = fs::remove_dir_all(state_dir);
 }
 
-fn pages_path(directory: &Path) -> PathBuf {
+/// Where the page table of the destination is whose journal is in `directory`.
+pub fn pages_path(directory: &Path) -> PathBuf {
     let name = directory.file_name().unwrap_or_default().to_string_lossy();
     Path::new(PAGES_DIRECTORY).join(format!("farfault-{name}.pages"))
 }
