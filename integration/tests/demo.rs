@@ -42,7 +42,7 @@ impl Demo {
             return Ok(None);
         }
         let further: Vec<&str> = arguments.split(' ').collect();
-        let arguments = [&["demo", "--json"], guest, &further].concat();
+        let arguments = [&["demo", "--json", "--work-for", "300ms"], guest, &further].concat();
         let temporary = tempfile::tempdir()?;
         let program = workspace_program("FARFAULT_BIN", "farfault")?;
         Ok(Some(Demo {

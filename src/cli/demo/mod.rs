@@ -55,7 +55,7 @@ const MEMORY_BYTES: u64 = 256 << 20;
 const SLOW_MEMORY_BYTES: u64 = 8 << 20;
 /// A plain pre-copy is given so many times as long as farfault took, and at least as many seconds.
 const PATIENCE: f64 = 3.0;
-const PATIENCE_AT_LEAST: Duration = Duration::from_secs(20);
+const PATIENCE_AT_LEAST: Duration = Duration::from_secs(5);
 /// Exit status of a command that Ctrl-C has ended, by the shells' custom.
 const INTERRUPTED: u8 = 130;
 
@@ -88,6 +88,9 @@ pub(super) struct Demo {
     /// random-read; without a rate, as fast as it can.
     #[arg(long, value_name = "WORK[:N/s]", default_value = "sparse:50000/s")]
     work: Workload,
+    /// How long it works before it is moved, and afterwards.
+    #[arg(long, value_name = "TIME", default_value = "2500ms", value_parser = duration)]
+    work_for: Duration,
     /// hybrid: short pre-copy, then the guest runs on the other side and its last pages follow.
     /// precopy: everything before. postcopy: everything after.
     #[arg(long, value_enum, default_value_t)]
@@ -195,6 +198,7 @@ impl Demo {
                 max_rounds: self.precopy_rounds.0,
                 deltas: true,
             },
+            work_for: self.work_for,
             patience: None,
             log_level: log_level.to_owned(),
         })

@@ -20,8 +20,6 @@ use crate::report::{MigrationResult, Report, Role, Step};
 use crate::session::journal::remove_state;
 use crate::transport::{Ticket, TicketError};
 
-/// How long the guest works before it is moved, and afterwards.
-const WORK_TIME: Duration = Duration::from_millis(2500);
 const TICK: Duration = Duration::from_millis(100);
 /// A migration that takes longer is cancelled.
 const MIGRATION_LIMIT: Duration = Duration::from_secs(30 * 60);
@@ -42,6 +40,8 @@ pub(super) struct RunPlan {
     pub(super) guest: GuestPlan,
     pub(super) link: LinkSpec,
     pub(super) method: Method,
+    /// How long the guest works before it is moved, and afterwards.
+    pub(super) work_for: Duration,
     /// Cancel the migration when it takes longer.
     pub(super) patience: Option<Duration>,
     pub(super) log_level: String,
@@ -142,7 +142,7 @@ impl Stage<'_> {
         .await?;
         let ticket = self.put_link_between(plan)?;
         self.audience.step(Step::Work);
-        self.for_a_while(WORK_TIME).await?;
+        self.for_a_while(plan.work_for).await?;
 
         self.audience.step(Step::Connect);
         cast.source.order(&Order::Migrate { ticket, method: plan.method }).await?;
@@ -154,7 +154,7 @@ impl Stage<'_> {
         }
 
         self.audience.step(Step::WorkOn);
-        self.for_a_while(WORK_TIME).await?;
+        self.for_a_while(plan.work_for).await?;
         self.audience.step(Step::Verify);
         let host = match report.result {
             MigrationResult::Migrated => &mut cast.destination,
