@@ -234,16 +234,20 @@ impl Service {
     }
 
     fn run(&self, ask: &impl Fn(PageIndex, u32)) {
-        let mut faults: Vec<Fault> = Vec::new();
-        let mut retry: Vec<Fault> = Vec::new();
+        let (mut faults, mut here, mut retry) = (Vec::new(), Vec::new(), Vec::new());
         while !self.stop.load(Ordering::Relaxed) {
             if let Err(error) = self.userfault.wait(TICK, &mut faults) {
                 self.fail(error);
                 std::thread::sleep(TICK);
             }
-            let again = std::mem::take(&mut retry);
-            for fault in again.into_iter().chain(faults.iter().copied()) {
-                match self.serve(fault, ask) {
+            // Requests leave first: they have a long way, and mapping what is here takes its time.
+            for fault in retry.drain(..).chain(faults.drain(..)) {
+                if let Some(zero) = self.request(fault, ask) {
+                    here.push((fault, zero));
+                }
+            }
+            for (fault, zero) in here.drain(..) {
+                match self.serve(fault.page, zero) {
                     Ok(()) => {}
                     Err(MemoryError::ProcessGone) => return self.fail(MemoryError::ProcessGone),
                     Err(error) => {
@@ -268,7 +272,8 @@ impl Service {
         }
     }
 
-    fn serve(&self, fault: Fault, ask: &impl Fn(PageIndex, u32)) -> Result<(), MemoryError> {
+    /// Asks for the page of a fault if it is not here; else tells whether it is of zeros.
+    fn request(&self, fault: Fault, ask: &impl Fn(PageIndex, u32)) -> Option<bool> {
         let page = fault.page;
         // While it is being replaced, the version is still that of the older copy.
         let absent = self.table.state(page).version == Version::NONE;
@@ -276,11 +281,7 @@ impl Service {
             Want::Serve { zero } => {
                 self.local.fetch_add(1, Ordering::Relaxed);
                 self.keep(fault);
-                if zero {
-                    self.map_one(page)
-                } else {
-                    self.map_content(self.around(page), Some(page)).map(drop)
-                }
+                Some(zero)
             }
             Want::Ask { first: true } => {
                 self.remote.fetch_add(1, Ordering::Relaxed);
@@ -288,13 +289,21 @@ impl Service {
                 ask(page, fault.thread.unwrap_or(0));
                 let touch = self.keep(fault);
                 self.start_clock(page, Waiting { since: asked_at, absent, touch });
-                Ok(())
+                None
             }
             Want::Ask { first: false } => {
                 self.joined.fetch_add(1, Ordering::Relaxed);
-                Ok(())
+                None
             }
         }
+    }
+
+    /// Maps a page that is here, and its neighbours.
+    fn serve(&self, page: PageIndex, zero: bool) -> Result<(), MemoryError> {
+        if zero {
+            return self.map_one(page);
+        }
+        self.map_content(self.around(page), Some(page)).map(drop)
     }
 
     /// Notes a touch for the trace, and gives its place there.

@@ -1,9 +1,11 @@
 //! The fault lane at the source: requests come in, each page goes back in a message of its own, and what
 //! is likely to be wanted next follows in the same flight, behind all replies and before all bulk.
 
+use std::collections::HashSet;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use bytes::Bytes;
 use tokio::sync::mpsc;
 
 use super::frozen::{BUNDLE_MESSAGE_PAGES, FrozenPages};
@@ -14,25 +16,31 @@ use crate::page::PageIndex;
 use crate::transport::{Lane, Link, LinkError};
 use crate::wire::message::{FaultRequest, MAX_REQUEST_PAGES, decode};
 
+/// A repeated request comes milliseconds after the first one: far fewer pages are asked for meanwhile.
+const ANSWERED_KEPT: usize = 1 << 16;
+
 /// What the fault lane's tasks share.
 pub(super) struct Answers {
     link: Link,
     frozen: Arc<FrozenPages>,
     budget: Mutex<BundleBudget>,
     begin: Instant,
+    /// Pages that were answered on this link, the last ones: a request may come twice.
+    answered: Mutex<HashSet<PageIndex>>,
     /// Pages for the bundler. Bounded by the guest: each page is bundled once.
     bundles: mpsc::UnboundedSender<Vec<PageIndex>>,
 }
 
 impl Answers {
-    /// Also gives what [`send_bundles`] consumes.
+    /// Also gives what [`encode_bundles`] consumes.
     pub(super) fn new(
         link: Link,
         frozen: Arc<FrozenPages>,
     ) -> (Arc<Self>, mpsc::UnboundedReceiver<Vec<PageIndex>>) {
         let (bundles, queue) = mpsc::unbounded_channel();
         let (budget, begin) = (Mutex::new(BundleBudget::new(Duration::ZERO)), Instant::now());
-        (Arc::new(Answers { link, frozen, budget, begin, bundles }), queue)
+        let answered = Mutex::default();
+        (Arc::new(Answers { link, frozen, budget, begin, answered, bundles }), queue)
     }
 
     /// Answers fault requests until the link ends, and gives why it did. Several tasks may do so at a time.
@@ -50,6 +58,10 @@ impl Answers {
                 )));
             }
             for wanted in request.pages {
+                // One that came spoilt is asked for again.
+                if !self.is_first(wanted.page) && !request.whole {
+                    continue;
+                }
                 let mut bundle = Vec::new();
                 if !self.frozen.request(wanted, self.room(), &mut bundle) {
                     continue;
@@ -69,6 +81,15 @@ impl Answers {
         }
     }
 
+    fn is_first(&self, page: PageIndex) -> bool {
+        let mut answered = self.answered.lock().expect("no holder panics");
+        if answered.len() >= ANSWERED_KEPT {
+            // An answer too many is dropped at the other side.
+            answered.clear();
+        }
+        answered.insert(page)
+    }
+
     fn room(&self) -> u64 {
         let (link, now) = (self.link.stats(), self.begin.elapsed());
         let round_trip = Duration::from_micros(link.min_rtt_us);
@@ -80,20 +101,19 @@ impl Answers {
     }
 }
 
-/// Encodes and sends bundles until the link ends; a bundle's messages leave as they are encoded.
-pub(super) async fn send_bundles(
-    link: &Link,
-    frozen: Arc<FrozenPages>,
+/// Encodes bundles until those who serve are gone; a bundle's messages leave as they are encoded. It
+/// blocks: the tasks that answer faults must not stand behind it.
+pub(super) fn encode_bundles(
+    frozen: &FrozenPages,
     mut queue: mpsc::UnboundedReceiver<Vec<PageIndex>>,
+    messages: &mpsc::Sender<Bytes>,
     mut reader: PageReader,
-) -> Result<(), LinkError> {
-    while let Some(bundle) = queue.recv().await {
+) {
+    while let Some(bundle) = queue.blocking_recv() {
         for pages in bundle.chunks(BUNDLE_MESSAGE_PAGES) {
-            let message = frozen.bundle(pages, &mut reader);
-            link.send(Lane::Bundle, message).await?;
-            // Encoding takes a while: the replies of this thread's other tasks go first.
-            tokio::task::yield_now().await;
+            if messages.blocking_send(frozen.bundle(pages, &mut reader)).is_err() {
+                return;
+            }
         }
     }
-    Ok(())
 }

@@ -1,5 +1,6 @@
 //! The host that the guest goes to.
 
+use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, OnceLock};
@@ -944,6 +945,10 @@ fn again(page: PageIndex) -> Asked {
     (Wanted { page, thread: 0 }, true)
 }
 
+/// A request goes a second time after so long, in a packet of its own. On a lossy link one of a hundred would
+/// else take twice the round trip and more: nothing behind it on its way tells that it was lost.
+const REPEAT_AFTER: Duration = Duration::from_millis(2);
+
 /// Sends fault requests, those that have gathered while the last was sent together, until the link ends.
 async fn ask(
     on_link: OnLink,
@@ -952,13 +957,31 @@ async fn ask(
 ) {
     let link = &on_link.link;
     let (mut asking, mut gathered) = (asking.lock().await, Vec::new());
+    // As many as are asked for within some milliseconds.
+    let mut repeats: VecDeque<(tokio::time::Instant, Bytes)> = VecDeque::new();
     loop {
-        let count = tokio::select! {
-            count = asking.recv_many(&mut gathered, MAX_REQUEST_PAGES) => count,
-            _ = link.ended() => return,
+        let repeat_at = repeats.front().map(|(due, _)| *due);
+        let repeat = async {
+            match repeat_at {
+                Some(due) => tokio::time::sleep_until(due).await,
+                None => std::future::pending().await,
+            }
         };
-        if count == 0 {
-            return;
+        tokio::select! {
+            count = asking.recv_many(&mut gathered, MAX_REQUEST_PAGES) => {
+                if count == 0 {
+                    return;
+                }
+            }
+            () = repeat => {
+                if let Some((_, request)) = repeats.pop_front()
+                    && link.send(Lane::FaultRequest, request).await.is_err()
+                {
+                    return;
+                }
+                continue;
+            }
+            _ = link.ended() => return,
         }
         counters.remote_faults.fetch_add(gathered.len() as u64, Ordering::Relaxed);
         for whole in [false, true] {
@@ -967,10 +990,13 @@ async fn ask(
             if pages.is_empty() {
                 continue;
             }
-            let request = encode(&FaultRequest { pages, whole });
+            let request = Bytes::from(encode(&FaultRequest { pages, whole }));
             // The link's end is told by the control lane.
-            if link.send(Lane::FaultRequest, request.into()).await.is_err() {
+            if link.send(Lane::FaultRequest, request.clone()).await.is_err() {
                 return;
+            }
+            if !whole {
+                repeats.push_back((tokio::time::Instant::now() + REPEAT_AFTER, request));
             }
         }
         gathered.clear();

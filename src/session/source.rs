@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
-use super::answers::{Answers, send_bundles};
+use super::answers::{Answers, encode_bundles};
 use super::control::Verdict;
 use super::frozen::FrozenPages;
 use super::journal::{About, Journal, Side};
@@ -52,8 +52,9 @@ const ATTEMPT: Duration = Duration::from_secs(5);
 
 /// The guest runs on here, and the destination, which cannot be reached, is to be told so within this.
 const LAST_WORD: Duration = Duration::from_secs(10);
-/// Tasks that answer faults: while one encodes a page, another takes the next request.
-const ANSWERERS: usize = 2;
+/// Tasks that answer faults: while one encodes a page, another takes the next request. As many as there are
+/// processors, within these.
+const ANSWERERS: std::ops::RangeInclusive<usize> = 2..=8;
 
 /// What the operator asked for.
 #[derive(Clone, Debug)]
@@ -695,7 +696,8 @@ impl Session {
         });
         let reader = move || PageReader::new(Purpose::Fault, codecs, Some(rate));
         let (answers, bundles) = Answers::new(on_link.link.clone(), frozen.clone());
-        for _ in 0..ANSWERERS {
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        for _ in 0..cores.clamp(*ANSWERERS.start(), *ANSWERERS.end()) {
             let (answers, happened) = (answers.clone(), self.happened.clone());
             let on_link = on_link.clone();
             self.tasks.spawn(async move {
@@ -709,9 +711,16 @@ impl Session {
         }
         // Only those who serve keep the bundler going.
         drop(answers);
+        let (messages, encoded) = mpsc::channel(2);
+        let bundler = on_link.clone();
+        self.tasks.spawn_blocking(move || {
+            let _on_link = bundler;
+            encode_bundles(&frozen, bundles, &messages, reader());
+        });
         let happened = self.happened.clone();
         self.tasks.spawn(async move {
-            if let Err(error) = send_bundles(&on_link.link, frozen, bundles, reader()).await {
+            let send = |link: Link, message| async move { link.send(Lane::Bundle, message).await };
+            if let Err(error) = forward(on_link.link.clone(), encoded, send).await {
                 link_ended(&happened, &on_link, error);
             }
         });
