@@ -1,7 +1,7 @@
 //! The command line: one file per subcommand; only argument parsing and wording.
 
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 
@@ -10,6 +10,7 @@ use clap::{Parser, Subcommand};
 use crate::engine::Failure;
 use crate::report::{MigrationResult, Output, Report, serve_metrics};
 use crate::session::journal::default_state_dir;
+use crate::transport::Qlog;
 
 mod cancel;
 mod completions;
@@ -155,6 +156,15 @@ fn fail(failure: &Failure) -> ExitCode {
         eprintln!("farfault: hint: {hint}");
     }
     ExitCode::FAILURE
+}
+
+/// Makes the log before anything is moved.
+fn qlog(path: Option<&Path>) -> Result<Option<Qlog>, Failure> {
+    let make = |path: &Path| {
+        Qlog::create(path)
+            .map_err(|error| Failure::plain(format!("--qlog {}: {error}", path.display())))
+    };
+    path.map(make).transpose()
 }
 
 fn state_dir(chosen: Option<PathBuf>) -> PathBuf {

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use clap::{ArgGroup, Args};
 
-use super::{duration, state_dir};
+use super::{duration, qlog, state_dir};
 use crate::engine::Failure;
 use crate::guest::DestinationGuest;
 use crate::guest::qemu::{QemuDestination, SpawnOptions};
@@ -53,6 +53,10 @@ pub(super) struct Receive {
     /// that they fit: `align=2M` of its memory backend. Some seconds of a core a GiB, and the guest runs.
     #[arg(long)]
     huge_pages: bool,
+    /// Log each packet of the link and the congestion control into a file, as qlog, for tools such as qvis. The log
+    /// grows with every packet and takes time: it is for experiments.
+    #[arg(long, value_name = "FILE")]
+    qlog: Option<PathBuf>,
     /// How long to wait for the source when the link is lost, before the migration is given up; 0s does
     /// not wait.
     #[arg(long, value_name = "TIME", default_value = "5min", value_parser = duration)]
@@ -80,15 +84,15 @@ fn listen_address(text: &str) -> Result<SocketAddr, String> {
 
 impl Receive {
     pub(super) async fn run(self, output: Arc<Output>) -> Result<Report, Failure> {
+        let transport =
+            TransportOptions { qlog: qlog(self.qlog.as_deref())?, ..TransportOptions::default() };
         if let Some(id) = &self.resume {
             let found = find(&state_dir(self.state_dir.clone()), id, Some(Side::Destination))?;
-            let transport = TransportOptions::default();
             return resume_receive(found, &transport, self.reconnect_for, output).await;
         }
         let advertised = self.advertise.clone();
-        let (listener, ticket) =
-            Listener::bind(self.listen, advertised, &TransportOptions::default())
-                .map_err(|error| Failure::plain(error.to_string()))?;
+        let (listener, ticket) = Listener::bind(self.listen, advertised, &transport)
+            .map_err(|error| Failure::plain(error.to_string()))?;
         let guest: Box<dyn DestinationGuest> = match &self.qmp {
             Some(qmp) => Box::new(QemuDestination::attach(qmp)?),
             None => Box::new(QemuDestination::spawn(&SpawnOptions {

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use clap::Args;
 
-use super::{bytes, duration, rate, state_dir};
+use super::{bytes, duration, qlog, rate, state_dir};
 use crate::codec::ladder::{CodecChoice, ParseCodecError};
 use crate::engine::Failure;
 use crate::engine::policy::SwitchoverPolicy;
@@ -69,6 +69,10 @@ pub(super) struct Send {
     /// Write which pages the guest has written to after each round into a file, for `farfault replay`.
     #[arg(long, value_name = "FILE")]
     trace: Option<PathBuf>,
+    /// Log each packet of the link and the congestion control into a file, as qlog, for tools such as qvis. The log
+    /// grows with every packet and takes time: it is for experiments.
+    #[arg(long, value_name = "FILE")]
+    qlog: Option<PathBuf>,
     /// End the source's QEMU when the guest runs at the destination with all its pages; otherwise it is
     /// left stopped.
     #[arg(long)]
@@ -155,6 +159,7 @@ impl Send {
     pub(super) async fn run(self, output: Arc<Output>) -> Result<Report, Failure> {
         let transport = TransportOptions {
             bandwidth_limit_bytes_per_s: self.bandwidth,
+            qlog: qlog(self.qlog.as_deref())?,
             ..TransportOptions::default()
         };
         let options = SendOptions {

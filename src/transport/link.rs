@@ -286,6 +286,12 @@ impl Link {
         })
     }
 
+    /// For tests of an address that changes under a link.
+    #[cfg(test)]
+    pub(super) fn move_to(&self, socket: std::net::UdpSocket) {
+        self.0.core.endpoint.rebind(socket).expect("a socket on loopback");
+    }
+
     /// For tests of what a hostile peer could do.
     #[cfg(test)]
     pub(super) fn quic(&self) -> &Connection {

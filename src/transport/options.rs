@@ -1,6 +1,7 @@
 //! What can be chosen about the transport.
 
 use super::congestion::Congestion;
+use super::qlog::Qlog;
 
 /// Settings of one end of a link. The two ends need not agree.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -23,6 +24,8 @@ pub struct TransportOptions {
     pub mtu_limit_bytes: Option<u16>,
     /// The congestion controller.
     pub congestion: Congestion,
+    /// Where packets and the congestion controller's figures are logged.
+    pub qlog: Option<Qlog>,
 }
 
 impl Default for TransportOptions {
@@ -37,6 +40,7 @@ impl Default for TransportOptions {
             socket_buffer_bytes: 4 << 20,
             mtu_limit_bytes: None,
             congestion: Congestion::default(),
+            qlog: None,
         }
     }
 }

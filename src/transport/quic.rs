@@ -10,6 +10,7 @@ use super::TransportOptions;
 use super::addresses::route_payload_bytes;
 use super::congestion::Gauges;
 use super::lanes::{MAX_PUSH_WINDOW_BYTES, MAX_STREAMS};
+use super::qlog::Qlog;
 
 /// Room for the lanes beside push, in each direction, before they must be consumed.
 const OTHER_LANES_WINDOW_BYTES: u64 = 64 << 20;
@@ -76,5 +77,6 @@ pub(super) fn transport_config(
     mtu.upper_bound(payload.clamp(MIN_PAYLOAD_BYTES, MAX_PAYLOAD_BYTES));
     config.mtu_discovery_config(Some(mtu));
     config.congestion_controller_factory(options.congestion.factory(gauges));
+    config.qlog_stream(options.qlog.as_ref().map(Qlog::stream));
     config
 }

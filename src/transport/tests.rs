@@ -1,9 +1,13 @@
 //! Two ends of a link on loopback.
 
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use tokio::net::UdpSocket;
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
 
 use super::error::code;
 use super::*;
@@ -473,43 +477,146 @@ mod ends {
         let error = receiver.ended().await;
         assert_eq!(error, LinkError::PeerClosed { code: 4, reason: "[2Jboo".to_owned() });
     }
+}
 
-    /// Forwards datagrams until it is cut.
-    struct Relay {
-        address: SocketAddr,
-        tasks: Vec<tokio::task::JoinHandle<()>>,
+mod moving {
+    use super::*;
+
+    /// Bulk and faults go on while `change` happens; the longest that a reply took after it.
+    async fn longest_wait(
+        sender: &Link,
+        receiver: &Link,
+        change: impl Future<Output = ()>,
+    ) -> Duration {
+        let pusher = tokio::spawn({
+            let sender = sender.clone();
+            async move { while sender.push(message(64 << 10, 0)).await.is_ok() {} }
+        });
+        let sink = tokio::spawn({
+            let receiver = receiver.clone();
+            async move { while receiver.recv(Lane::Push).await.is_ok() {} }
+        });
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        let before = receiver.remote_address();
+        change.await;
+        let mut longest = Duration::ZERO;
+        for _ in 0..20 {
+            let asked = Instant::now();
+            receiver.send(Lane::FaultRequest, message(10, 1)).await.unwrap();
+            sender.recv(Lane::FaultRequest).await.unwrap();
+            sender.send(Lane::FaultReply, message(4_096, 1)).await.unwrap();
+            receiver.recv(Lane::FaultReply).await.unwrap();
+            longest = longest.max(asked.elapsed());
+        }
+        pusher.abort();
+        sink.abort();
+        assert_ne!(receiver.remote_address(), before, "the receiver has seen the change");
+        longest
     }
 
-    impl Relay {
-        async fn start(target: SocketAddr) -> Self {
-            let front = std::sync::Arc::new(tokio::net::UdpSocket::bind(loopback()).await.unwrap());
-            let back = std::sync::Arc::new(tokio::net::UdpSocket::bind(loopback()).await.unwrap());
-            let address = front.local_addr().unwrap();
-            let (client_sender, client) = tokio::sync::watch::channel(None);
-            let forth = tokio::spawn({
-                let (front, back) = (front.clone(), back.clone());
-                async move {
-                    let mut buffer = vec![0; 65_536];
-                    while let Ok((size, from)) = front.recv_from(&mut buffer).await {
-                        client_sender.send_replace(Some(from));
-                        let _ = back.send_to(&buffer[..size], target).await;
-                    }
-                }
-            });
-            let home = tokio::spawn(async move {
-                let mut buffer = vec![0; 65_536];
-                while let Ok((size, _)) = back.recv_from(&mut buffer).await {
-                    let to = *client.borrow();
-                    if let Some(to) = to {
-                        let _ = front.send_to(&buffer[..size], to).await;
-                    }
-                }
-            });
-            Relay { address, tasks: vec![forth, home] }
-        }
+    /// Less than it takes to notice a dead link; on a quiet machine it is some milliseconds.
+    const NO_OUTAGE: Duration = Duration::from_secs(2);
 
-        fn cut(self) {
-            self.tasks.iter().for_each(tokio::task::JoinHandle::abort);
-        }
+    #[tokio::test]
+    async fn a_link_outlives_a_change_of_the_senders_address() {
+        let capped = TransportOptions { bandwidth_limit_bytes_per_s: Some(5_000_000), ..options() };
+        let (sender, receiver, _listener) = pair(&capped).await;
+        let moved = sender.clone();
+        let change = async move { moved.move_to(std::net::UdpSocket::bind(loopback()).unwrap()) };
+        let longest = longest_wait(&sender, &receiver, change).await;
+        assert!(longest < NO_OUTAGE, "{longest:?}");
+    }
+
+    #[tokio::test]
+    async fn a_link_outlives_a_router_that_translates_its_address_anew() {
+        let capped = TransportOptions { bandwidth_limit_bytes_per_s: Some(5_000_000), ..options() };
+        let (listener, mut ticket) = listen(&capped);
+        let relay = Relay::start(ticket.addresses[0]).await;
+        ticket.addresses = vec![relay.address];
+        let (sender, receiver) = meet(&listener, &ticket, &capped).await;
+        let longest = longest_wait(&sender, &receiver, relay.forget()).await;
+        assert!(longest < NO_OUTAGE, "{longest:?}");
+        relay.cut();
+    }
+}
+
+mod logs {
+    use super::*;
+
+    #[tokio::test]
+    async fn packets_and_the_window_are_in_the_log_that_was_asked_for() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("link.qlog");
+        let logged = TransportOptions { qlog: Some(Qlog::create(&path).unwrap()), ..options() };
+        let (listener, ticket) = listen(&options());
+        let (sender, receiver) = meet(&listener, &ticket, &logged).await;
+        sender.send(Lane::FaultReply, message(100_000, 1)).await.unwrap();
+        receiver.recv(Lane::FaultReply).await.unwrap();
+        // What is written after this long makes all before it leave for the file.
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        sender.send(Lane::FaultReply, message(1_000, 1)).await.unwrap();
+        receiver.recv(Lane::FaultReply).await.unwrap();
+        let text = std::fs::read_to_string(&path).unwrap();
+        let events = text.split('\u{1e}').filter(|line| line.ends_with('\n'));
+        let events: Vec<serde_json::Value> =
+            events.map(|line| serde_json::from_str(line).unwrap()).collect();
+        let named = |name: &str| events.iter().filter(|event| event["name"] == name).count();
+        assert!(named("quic:packet_sent") > 50, "{}", named("quic:packet_sent"));
+        assert!(events.iter().any(|event| event["data"]["congestion_window"].is_u64()));
+    }
+}
+
+/// Forwards datagrams, from an address of its own, until it is cut.
+struct Relay {
+    address: SocketAddr,
+    /// Where the target sees the datagrams come from.
+    back: watch::Sender<Arc<UdpSocket>>,
+    tasks: Vec<JoinHandle<()>>,
+}
+
+impl Relay {
+    async fn start(target: SocketAddr) -> Self {
+        let front = Arc::new(UdpSocket::bind(loopback()).await.unwrap());
+        let address = front.local_addr().unwrap();
+        let (back, mut backs) =
+            watch::channel(Arc::new(UdpSocket::bind(loopback()).await.unwrap()));
+        let (client_sender, client) = watch::channel(None);
+        let forth = tokio::spawn({
+            let (front, backs) = (front.clone(), backs.clone());
+            async move {
+                let mut buffer = vec![0; 65_536];
+                while let Ok((size, from)) = front.recv_from(&mut buffer).await {
+                    client_sender.send_replace(Some(from));
+                    let back = backs.borrow().clone();
+                    let _ = back.send_to(&buffer[..size], target).await;
+                }
+            }
+        });
+        let home = tokio::spawn(async move {
+            let mut buffer = vec![0; 65_536];
+            loop {
+                let back = backs.borrow_and_update().clone();
+                let size = tokio::select! {
+                    Ok((size, _)) = back.recv_from(&mut buffer) => size,
+                    Ok(()) = backs.changed() => continue,
+                    else => return,
+                };
+                let to = *client.borrow();
+                if let Some(to) = to {
+                    let _ = front.send_to(&buffer[..size], to).await;
+                }
+            }
+        });
+        Relay { address, back, tasks: vec![forth, home] }
+    }
+
+    /// As a translating router does that has forgotten: from now on another address, and what is sent to
+    /// the old one is lost.
+    async fn forget(&self) {
+        self.back.send_replace(Arc::new(UdpSocket::bind(loopback()).await.unwrap()));
+    }
+
+    fn cut(self) {
+        self.tasks.iter().for_each(JoinHandle::abort);
     }
 }
