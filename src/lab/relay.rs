@@ -55,6 +55,19 @@ impl Relay {
     /// # Errors
     /// No socket, event descriptor or thread.
     pub fn start(link: LinkSpec, to: SocketAddr, seed: u64) -> io::Result<Relay> {
+        Self::with_queue(link, QueueLimit::Bdp(1), to, seed)
+    }
+
+    /// The same with another queue.
+    ///
+    /// # Errors
+    /// As [`Self::start`].
+    pub fn with_queue(
+        link: LinkSpec,
+        queue: QueueLimit,
+        to: SocketAddr,
+        seed: u64,
+    ) -> io::Result<Relay> {
         let near = socket()?;
         let far = socket()?;
         far.connect(to)?;
@@ -65,7 +78,7 @@ impl Relay {
         let config = LinkConfig {
             rate: link.rate,
             delay: link.round_trip / 2,
-            queue_bytes: QueueLimit::Bdp(1).bytes(link.rate, link.round_trip),
+            queue_bytes: queue.bytes(link.rate, link.round_trip),
             loss: link.loss,
         };
         let carrier = Carrier {
