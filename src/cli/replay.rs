@@ -10,6 +10,7 @@ use clap::Args;
 use super::bytes;
 use crate::engine::Failure;
 use crate::engine::pusher::PusherKind;
+use crate::lab::experiment::{Replayed, draw_orders};
 use crate::lab::replay::{Link, Outcome, Simulation, Touches, from_trace, workload};
 use crate::lab::spec::LinkSpec;
 use crate::page::PAGE_SIZE_BYTES;
@@ -19,7 +20,8 @@ use crate::report::read_trace;
 /// their threads wait.
 #[derive(Debug, Args)]
 pub(super) struct Replay {
-    /// Traces that `farfault receive --trace` has written; without any, made-up guests are replayed.
+    /// Traces that `farfault receive --trace` has written; without any, made-up guests are replayed. Beside one
+    /// whose name ends in `.destination.jsonl`, as the lab's do, the source's is found by its name.
     traces: Vec<PathBuf>,
     /// The trace that `farfault send --trace` has written of the same migration: what the guest wrote to
     /// before the switchover.
@@ -38,6 +40,9 @@ pub(super) struct Replay {
     /// One policy only.
     #[arg(long, value_name = "NAME")]
     pusher: Option<PusherKind>,
+    /// Draw a picture of how the orders compare into this directory: orders.svg and orders.png.
+    #[arg(long, value_name = "DIR", conflicts_with = "pusher")]
+    plot: Option<PathBuf>,
     /// One JSON object a line instead of a Markdown table.
     #[arg(long)]
     json: bool,
@@ -77,12 +82,19 @@ impl Replay {
                  last page after s | 90 % of its pace after s |\n|---|---|---|---|---|---|---|---|",
             );
         }
+        let mut replays = Vec::new();
         for (name, touches) in self.guests()? {
             let kinds = PusherKind::ALL.into_iter();
             for kind in kinds.filter(|kind| self.pusher.is_none_or(|only| only == *kind)) {
                 let outcome = Simulation::new(&touches, link, kind).run();
                 line(&mut out, &self.row(&name, kind, &outcome));
+                replays.push(Replayed { guest: name.clone(), order: kind, outcome });
             }
+        }
+        if let Some(directory) = &self.plot {
+            let about = format!("link {}, {} bytes a page", self.link, self.page_bytes);
+            draw_orders(&about, &replays, directory)
+                .map_err(|error| Failure::plain(format!("--plot: {error:#}")))?;
         }
         Ok(())
     }
@@ -95,12 +107,12 @@ impl Replay {
         }
         let guest = |path: &PathBuf| {
             let mut records = records(path)?;
-            if let Some(source) = &self.source_trace {
-                records.extend(self::records(source)?.into_iter().skip(1));
+            if let Some(source) = self.source_trace.clone().or_else(|| counterpart(path)) {
+                records.extend(self::records(&source)?.into_iter().skip(1));
             }
             let touches = from_trace(&records)
                 .map_err(|error| Failure::plain(format!("{}: {error}", path.display())))?;
-            Ok((path.display().to_string(), touches))
+            Ok((name_of(path), touches))
         };
         self.traces.iter().map(guest).collect()
     }
@@ -124,6 +136,22 @@ impl Replay {
              {last_page_s:.2} | {recovered_s:.1} |"
         )
     }
+}
+
+/// How the lab ends the names of a migration's two traces.
+const DESTINATION_END: &str = ".destination.jsonl";
+const SOURCE_END: &str = ".source.jsonl";
+
+fn counterpart(path: &Path) -> Option<PathBuf> {
+    let name = path.file_name()?.to_str()?.strip_suffix(DESTINATION_END)?;
+    let source = path.with_file_name(format!("{name}{SOURCE_END}"));
+    source.exists().then_some(source)
+}
+
+/// What a table calls a trace.
+fn name_of(path: &Path) -> String {
+    let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy();
+    name.trim_end_matches(DESTINATION_END).to_owned()
 }
 
 fn records(path: &Path) -> Result<Vec<crate::report::TraceRecord>, Failure> {

@@ -2,6 +2,7 @@
 //! on, and verifies its memory; then all of it is removed.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -13,7 +14,7 @@ use crate::lab::stage::film::Camera;
 use crate::lab::stage::place::{Place, Tools, Turn};
 use crate::lab::stage::process::{pause, wait_for};
 use crate::lab::stage::qemu::{Guest, GuestSpec, Machine, Ram};
-use crate::lab::stage::timeline::{Interruption, Throughput, missed_frames};
+use crate::lab::stage::timeline::{Interruption, SlowTouches, Throughput, missed_frames};
 use crate::lab::stage::watch::{Usage, Watch, Who};
 use crate::lab::stage::{farfault, native};
 
@@ -45,8 +46,14 @@ impl Seen {
     }
 }
 
-/// Carries out a run.
-pub(super) fn run(scenario: &Scenario, cell: &Cell, seed: u64, tools: &Tools) -> Result<Seen> {
+/// Carries out a run. Traces of farfault's migrations go to `traces`, if the scenario wants them.
+pub(super) fn run(
+    scenario: &Scenario,
+    cell: &Cell,
+    seed: u64,
+    tools: &Tools,
+    traces: &Path,
+) -> Result<Seen> {
     let (link, queue) = (cell.link.spec()?, cell.link.queue_limit()?);
     let mut place = Place::open(link, queue, seed, tools.clone(), Turn::Alone)?;
     let spec = guest_spec(cell)?;
@@ -59,7 +66,8 @@ pub(super) fn run(scenario: &Scenario, cell: &Cell, seed: u64, tools: &Tools) ->
     let mut destination = Guest::prepare(&place, "destination", &spec)?;
     place.wan.command("reset")?;
 
-    let moved = migrate(scenario, cell, &mut place, &source, &mut destination)?;
+    let traces = if scenario.trace { Some(Traces::prepare(traces, cell)?) } else { None };
+    let moved = migrate(scenario, cell, &mut place, &source, &mut destination, traces.as_ref())?;
     let [there_bytes, back_bytes] = place.wan.carried_bytes_each_way()?;
     let Some(Moved { started, took, mut reports, usage, camera }) = moved else {
         return Ok(Seen::not_converged());
@@ -69,6 +77,8 @@ pub(super) fn run(scenario: &Scenario, cell: &Cell, seed: u64, tools: &Tools) ->
     pause(AFTER)?;
     let (beats, after) = (source.log.beats(), destination.log.beats());
     let seen = Interruption::measure(&beats, &after, started)?;
+    let slow = destination.log.slow_touches();
+    let slow_touches = (!slow.is_empty()).then(|| SlowTouches::of(slow));
     // From here on as fast as it can: the measurement is over.
     destination.ear.say(b'v')?;
     let verified = destination.log.wait_for_sweeps(2, VERIFY_LIMIT);
@@ -82,6 +92,7 @@ pub(super) fn run(scenario: &Scenario, cell: &Cell, seed: u64, tools: &Tools) ->
         recovered_after_ms: seen.recovered_after.map(ms),
         longest_stall_after_ms: ms(seen.longest_stall_after),
         missed_frames: missed_frames(&beats, &after, started),
+        slow_touches,
         there_bytes,
         back_bytes,
         source_cpu_s: Some(usage.source_cpu_s()),
@@ -188,6 +199,7 @@ fn migrate(
     place: &mut Place,
     source: &Guest,
     destination: &mut Guest,
+    traces: Option<&Traces>,
 ) -> Result<Option<Moved>> {
     let (downtime, limit) = (scenario.downtime()?, scenario.limit()?);
     let qemu = [source.pid_file(), destination.pid_file()].map(|path| Who::File(path.to_owned()));
@@ -209,7 +221,13 @@ fn migrate(
     if !options.contains(&"--downtime") {
         options.extend(["--downtime", &downtime]);
     }
-    let migration = farfault::Migration::begin(place, source, destination, &[], &options)?;
+    let mut receive_options: Vec<&str> = Vec::new();
+    if let Some(Traces { source, destination }) = traces {
+        options.extend(["--trace", source]);
+        receive_options.extend(["--trace", destination]);
+    }
+    let migration =
+        farfault::Migration::begin(place, source, destination, &receive_options, &options)?;
     let pids = [migration.send.pid(), migration.receive.pid()].map(Who::Pid);
     let watch = Watch::start([qemu, pids].concat());
     let camera = Some(Camera::start(place.state_directory()));
@@ -219,6 +237,26 @@ fn migrate(
     let reports = [("source", moved.source), ("destination", moved.destination)];
     let reports = reports.map(|(side, report)| (side.to_owned(), report)).into();
     Ok(Some(Moved { started: moved.started, took: moved.took, reports, usage, camera }))
+}
+
+/// Where each side writes its trace.
+struct Traces {
+    source: String,
+    destination: String,
+}
+
+impl Traces {
+    fn prepare(directory: &Path, cell: &Cell) -> Result<Self> {
+        std::fs::create_dir_all(directory)
+            .with_context(|| format!("create {}", directory.display()))?;
+        // Both sides are started elsewhere.
+        let directory = directory.canonicalize()?;
+        let (name, repetition) = (cell.name().replace('/', "."), cell.repetition);
+        let file = |side: &str| {
+            directory.join(format!("{name}.{repetition}.{side}.jsonl")).display().to_string()
+        };
+        Ok(Traces { source: file("source"), destination: file("destination") })
+    }
 }
 
 /// What is still to happen to the link: moments since the start, in order.

@@ -8,11 +8,13 @@
 //! | `record.rs`, `store.rs` | what is kept of a run, and where |
 //! | `table.rs`, `report.rs` | medians, CSV and Markdown |
 //! | `plots.rs`, `panels.rs`, `memory.rs`, `chart.rs`, `sharp.rs` | pictures of it |
+//! | `orders.rs` | a picture of replays |
 
 mod builtin;
 mod cell;
 mod chart;
 mod memory;
+mod orders;
 mod panels;
 mod plots;
 mod record;
@@ -26,6 +28,7 @@ mod table;
 #[cfg(test)]
 mod testing;
 
+pub use orders::{Replayed, draw_orders};
 pub use record::{Machine, Measured, Outcome, Record};
 pub use report::write_report;
 pub use run::{RunOptions, Tally, run};

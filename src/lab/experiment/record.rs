@@ -11,7 +11,7 @@ use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 use super::scenario::{Cell, GuestPart, LinkPart, MethodPart, Scenario};
 use crate::lab::stage::film::MemoryFilm;
 use crate::lab::stage::place::Image;
-use crate::lab::stage::timeline::Throughput;
+use crate::lab::stage::timeline::{SlowTouches, Throughput};
 
 /// A run.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -94,6 +94,9 @@ pub struct Measured {
     pub longest_stall_after_ms: f64,
     /// Of a stream of 25 a second, without a buffer.
     pub missed_frames: u64,
+    /// Touches of pages on the destination that took long, as the guest timed them.
+    #[serde(default)]
+    pub slow_touches: Option<SlowTouches>,
     /// IP packets towards the destination, as the link counted them.
     pub there_bytes: u64,
     /// And back.
@@ -198,7 +201,10 @@ fn qemu_version() -> Option<String> {
 /// whose conditions were edited has another key, so it is run again.
 pub(super) fn key(scenario: &Scenario, cell: &Cell) -> String {
     let conditions = (&cell.guest, &cell.link, &cell.method, &scenario.downtime, &scenario.limit);
-    let text = serde_json::to_vec(&conditions).unwrap_or_default();
+    let mut text = serde_json::to_vec(&conditions).unwrap_or_default();
+    if scenario.trace {
+        text.extend(b"traced");
+    }
     format!("{}#{:016x}", cell.name(), xxh3_64(&text))
 }
 

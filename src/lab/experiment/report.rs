@@ -136,9 +136,9 @@ fn show_estimates(text: &mut String, cells: &[CellRuns<'_>]) {
 
 const HEADER: &str = "\
 | method | runs | total s | downtime ms | 90 % again after ms | longest stall after ms \
-| missed frames | MB on the link | CPU s, source / dest. | extra MB, source / dest. \
+| missed frames | slow touches | slow touch p50 / p99 ms | MB on the link | CPU s, source / dest. | extra MB, source / dest. \
 | remote faults | fault p50 / p99 ms | corrupt |
-|---|---|---|---|---|---|---|---|---|---|---|---|---|
+|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|
 ";
 
 fn row(cell: &CellRuns<'_>, limit: &str) -> String {
@@ -179,6 +179,14 @@ fn row(cell: &CellRuns<'_>, limit: &str) -> String {
         show(cell.spread(|seen| seen.recovered_after_ms), 0),
         show(cell.spread(|seen| Some(seen.longest_stall_after_ms)), 0),
         show(cell.spread(|seen| Some(seen.missed_frames as f64)), 0),
+        show(cell.spread(|seen| Some(seen.slow_touches?.count as f64)), 0),
+        pair(
+            [
+                cell.spread(|seen| Some(seen.slow_touches?.p50_ms)),
+                cell.spread(|seen| Some(seen.slow_touches?.p99_ms)),
+            ],
+            1,
+        ),
         show(cell.spread(|seen| Some(mega(seen.there_bytes + seen.back_bytes))), 2),
         pair(
             [cell.spread(|seen| seen.source_cpu_s), cell.spread(|seen| seen.destination_cpu_s)],

@@ -84,7 +84,8 @@ pub fn run(
             cell.repetition,
             left.as_secs().div_ceil(60)
         ));
-        let record = make(scenario, cell, &program, tools.as_ref(), &machine)?;
+        let traces = store.path("traces");
+        let record = make(scenario, cell, &program, tools.as_ref(), &machine, &traces)?;
         tell(&format!("        {}", in_a_line(&record)));
         tally.made += 1;
         tally.failed += usize::from(record.outcome == Outcome::Failed);
@@ -100,13 +101,14 @@ fn make(
     program: &Path,
     tools: Option<&Tools>,
     machine: &Machine,
+    traces: &Path,
 ) -> Result<Record> {
     let begin = Instant::now();
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     // The same losses for each method, others in each repetition.
     let seed = scenario.seed.wrapping_add(u64::from(cell.repetition));
     let seen = match tools.filter(|_| cell.guest.kind == GuestKind::Qemu) {
-        Some(tools) => cell::run(scenario, cell, seed, tools),
+        Some(tools) => cell::run(scenario, cell, seed, tools, traces),
         None => builtin::run(scenario, cell, program),
     };
     if is_interrupted() {

@@ -43,6 +43,9 @@ pub struct Scenario {
     /// Ask `farfault estimate` before each of farfault's migrations of a guest in QEMU.
     #[serde(default)]
     pub estimate: bool,
+    /// Write traces of farfault's migrations of guests in QEMU, for `farfault replay`; they run slower then.
+    #[serde(default)]
+    pub trace: bool,
     /// What is moved.
     pub guest: Vec<GuestPart>,
     /// What it is moved over.

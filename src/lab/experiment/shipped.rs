@@ -19,6 +19,8 @@ pub const SHIPPED: &[Shipped] = &[
     Shipped { name: "wan", text: include_str!("../scenarios/wan.toml") },
     Shipped { name: "loss", text: include_str!("../scenarios/loss.toml") },
     Shipped { name: "bytes", text: include_str!("../scenarios/bytes.toml") },
+    Shipped { name: "faults", text: include_str!("../scenarios/faults.toml") },
+    Shipped { name: "touches", text: include_str!("../scenarios/touches.toml") },
     Shipped { name: "huge", text: include_str!("../scenarios/huge.toml") },
     Shipped { name: "smoke", text: include_str!("../scenarios/smoke.toml") },
 ];

@@ -64,6 +64,12 @@ impl GuestLog {
         lines.iter().rev().find_map(Beat::parse)
     }
 
+    /// How long the guest's slow touches of pages took so far, by its own clock.
+    pub fn slow_touches(&self) -> Vec<Duration> {
+        let us = |line: &Line| line.text.strip_prefix("slow ")?.parse().ok();
+        self.lines().iter().filter_map(us).map(Duration::from_micros).collect()
+    }
+
     /// The last line that begins so.
     pub fn last_line(&self, start: &str) -> Option<Line> {
         let lines = self.lines.lock().unwrap_or_else(PoisonError::into_inner);

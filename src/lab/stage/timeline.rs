@@ -120,6 +120,40 @@ pub fn missed_frames(source: &[Beat], destination: &[Beat], started: Instant) ->
     times.windows(2).map(missed).sum()
 }
 
+/// Touches of pages for which the guest stood still for half a millisecond or longer, by its own clock.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct SlowTouches {
+    /// How many.
+    pub count: u64,
+    /// All of them added up.
+    pub sum_ms: f64,
+    /// Half of them took at most so long.
+    pub p50_ms: f64,
+    /// 99 of 100.
+    pub p99_ms: f64,
+    /// The longest.
+    pub longest_ms: f64,
+}
+
+impl SlowTouches {
+    /// Of the times that the guest has told.
+    pub fn of(mut times: Vec<Duration>) -> Self {
+        times.sort_unstable();
+        let ms = |time: Duration| time.as_secs_f64() * 1e3;
+        let quantile = |share: f64| {
+            let rank = (times.len() as f64 * share).ceil() as usize;
+            times.get(rank.saturating_sub(1)).map_or(0.0, |time| ms(*time))
+        };
+        SlowTouches {
+            count: times.len() as u64,
+            sum_ms: ms(times.iter().sum()),
+            p50_ms: quantile(0.5),
+            p99_ms: quantile(0.99),
+            longest_ms: quantile(1.0),
+        }
+    }
+}
+
 /// What the guest has done over time.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Throughput {
@@ -263,6 +297,14 @@ mod tests {
             assert!((rate(at_ms) - expected).abs() < 1.0, "{at_ms} ms: {}", rate(at_ms));
         }
         assert_eq!(seen.operations_per_s.len(), 18);
+    }
+
+    #[test]
+    fn quantiles_of_slow_touches_are_times_that_occurred() {
+        let seen = SlowTouches::of((1..=200).rev().map(|i| i * MS).collect());
+        assert_eq!((seen.count, seen.p50_ms, seen.p99_ms), (200, 100.0, 198.0));
+        assert_eq!((seen.longest_ms, seen.sum_ms), (200.0, 20_100.0));
+        assert_eq!(SlowTouches::of(Vec::new()), SlowTouches::default());
     }
 
     #[test]

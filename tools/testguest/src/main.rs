@@ -9,6 +9,8 @@
 //! * `ready WORKING_SET_PAGES`: memory is filled, the work begins.
 //! * `hb MS OPS SWEEPS ERRORS`: a heartbeat, every `ff.hb` milliseconds: the guest's monotonic clock,
 //!   page operations of the pattern so far, complete verifications of all pages, errors found.
+//! * `slow US`: an operation or verification of one page took so many microseconds, 500 or more: the page
+//!   was waited for, or the guest was not run.
 //! * `sweep N pages M ok` or `sweep N pages M errors E`: one more verification is complete.
 //! * `CORRUPT page I: ...`: a page is not what the guest wrote last (the first hundred of them).
 //!   With `ff.pattern=redis` these lines speak of the keys of a redis server ([`redis`]) instead of pages.

@@ -59,6 +59,8 @@ const BATCH_PAGES: u64 = 16;
 /// CORRUPT lines at most; the count goes on in the heartbeats.
 const MAX_CORRUPT_LINES: u64 = 100;
 const IO_REPORT_EVERY: Duration = Duration::from_millis(100);
+/// An operation that takes so long has waited for its page: the work itself takes microseconds.
+const SLOW_TOUCH: Duration = Duration::from_micros(500);
 
 /// Page operations that are due by now.
 struct Pace {
@@ -221,20 +223,33 @@ pub(crate) struct PageWork {
 
 impl Work for PageWork {
     fn operate(&mut self, count: u64) -> Result<(), String> {
-        (0..count).for_each(|_| self.operate_once());
+        timed(count, || self.operate_once());
         Ok(())
     }
 
     fn verify_next(&mut self, count: u64) -> Result<(), String> {
-        for _ in 0..count {
+        timed(count, || {
             self.verify(self.progress.next_to_verify());
             self.progress.verified();
-        }
+        });
         Ok(())
     }
 
     fn progress(&self) -> &Progress {
         &self.progress
+    }
+}
+
+/// Touches pages so many times, and tells those touches that took long.
+fn timed(count: u64, mut touch: impl FnMut()) {
+    let mut begin = Instant::now();
+    for _ in 0..count {
+        touch();
+        let end = Instant::now();
+        if end - begin >= SLOW_TOUCH {
+            say!("slow {}", (end - begin).as_micros());
+        }
+        begin = end;
     }
 }
 
