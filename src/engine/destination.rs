@@ -253,8 +253,13 @@ impl DestinationMachine {
     /// One that takes the place of another, which was killed after the source's decision had come and was
     /// written down: the guest runs here. The link is down.
     pub fn resumed() -> Self {
-        let state = State::Postcopy;
-        DestinationMachine { state, committed: true, link: Reach::Down, ..Self::new() }
+        DestinationMachine {
+            state: State::Postcopy,
+            committed: true,
+            commit_begun: true,
+            link: Reach::Down,
+            ..Self::new()
+        }
     }
 
     /// One that takes the place of another, which was killed before. The refusal is on disk and the
@@ -270,9 +275,9 @@ impl DestinationMachine {
         }
     }
 
-    /// True when the source's decision has come: the guest runs here, or will.
+    /// True when it is on disk, or may be, that the guest runs here: then the operator cannot end it any more.
     pub fn is_committed(&self) -> bool {
-        self.committed
+        self.commit_begun
     }
 
     /// True while another link would be of use, should this one break.
@@ -383,8 +388,10 @@ impl DestinationMachine {
                 }
             }
             DestinationEvent::LinkLost(failure) => self.lose_link(failure),
+            // Also when the decision has come and what it needs has not: it is refused then, and the source,
+            // which waits for one or the other, takes it back.
             DestinationEvent::Cancelled => {
-                if !self.may_have_run() && !self.committed {
+                if !self.commit_begun {
                     self.fail(Failure::plain("cancelled at the destination"));
                 }
             }
@@ -640,10 +647,6 @@ impl DestinationMachine {
         self.link = Reach::Up;
         self.act(DestinationAction::Send(ToSource::Resync { at, running_us: None }));
         self.end_when_due();
-    }
-
-    fn may_have_run(&self) -> bool {
-        matches!(self.state, State::Starting | State::Postcopy | State::Completing)
     }
 
     fn fail(&mut self, failure: Failure) {

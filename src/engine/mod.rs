@@ -97,4 +97,6 @@ enum Reach {
 #[cfg(test)]
 mod handover_tests;
 #[cfg(test)]
+mod patience_tests;
+#[cfg(test)]
 mod takeover_tests;

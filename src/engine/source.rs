@@ -34,7 +34,8 @@ pub struct SourceTimeouts {
     pub prepare: Duration,
     /// From the end of a round to its acknowledgement, beyond what is still queued.
     pub round: Duration,
-    /// From the offer to Ready or Running.
+    /// From the offer to Ready or Running. What of the guest's memory goes before that gets as long, and
+    /// the downtime budget on top.
     pub load: Duration,
 }
 
@@ -579,7 +580,7 @@ impl SourceMachine {
 
     /// Waits for the destination; not for one that cannot be heard, which the session bounds.
     fn wait(&mut self, now: Duration, timeout: Duration) {
-        self.deadline = (self.link == Reach::Up).then_some(now + timeout);
+        self.deadline = (self.link == Reach::Up).then_some(now.saturating_add(timeout));
     }
 
     fn start_round(&mut self, round: Version) {
@@ -603,11 +604,14 @@ impl SourceMachine {
         self.act(SourceAction::SendFlight);
         self.act(SourceAction::SendRemainder);
         self.state = State::Offered;
-        if run_when == RunWhen::Loaded {
+        let budget = match run_when {
             // Nothing more to wait for before a one-flight decision.
-            self.remainder_sent = true;
-            self.wait(now, self.config.timeouts.load);
-        }
+            RunWhen::Loaded => Duration::ZERO,
+            // The guest stands still until the destination has taken all of it.
+            RunWhen::Complete => self.config.policy.downtime_budget,
+        };
+        self.remainder_sent = run_when == RunWhen::Loaded;
+        self.wait(now, self.config.timeouts.load.saturating_add(budget));
         self.decide_when_due();
     }
 
@@ -646,6 +650,7 @@ impl SourceMachine {
         let what = match self.state {
             State::Preparing => "did not prepare its guest",
             State::Draining(..) => "did not acknowledge a pre-copy round",
+            State::Offered if !self.remainder_sent => "did not take the guest's last pages",
             _ => "did not load the guest",
         };
         self.fail(Failure::plain(format!("the destination {what} in time")), true);

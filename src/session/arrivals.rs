@@ -32,6 +32,9 @@ pub(super) enum ApplyError {
     /// Frames of several versions in one message, or none.
     #[error("a message of the source mixes versions, or is empty")]
     Mixed,
+    /// A page cannot be both.
+    #[error("the source says of {0} pages both that they are zero and that they will come")]
+    NeedAndZero(u64),
     /// A version that is not being sent.
     #[error("the source sent pages of version {0:?}, which is over or was never begun")]
     Version(Version),
@@ -345,6 +348,11 @@ impl Arrivals {
         need: &PageSet,
         zero: &PageSet,
     ) -> Result<u64, ApplyError> {
+        let mut both = need.clone();
+        both.intersect_with(zero);
+        if !both.is_empty() {
+            return Err(ApplyError::NeedAndZero(both.len()));
+        }
         let mut switchover = self.switchover.write().expect("no holder panics");
         let missing = self.table.missing_of(need, version);
         for run in zero.runs() {

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use tokio::runtime::Handle;
-use tokio::sync::mpsc;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::task::JoinSet;
 
 use super::arrivals::Arrivals;
@@ -122,8 +122,8 @@ const REFUSAL_GRACE: Duration = Duration::from_secs(5);
 /// What the threads and tasks of a session tell its loop.
 enum Happened {
     Event(DestinationEvent),
-    /// On the link of this number.
-    Heard(u32, Result<ToDestination, MessageError>),
+    /// On the link of this number. The next one is only taken when this one was dealt with.
+    Heard(u32, Result<ToDestination, MessageError>, OwnedSemaphorePermit),
     /// The link of this number is broken.
     LinkEnded(u32, LinkError),
     /// Nothing works on the lost link of this number any more.
@@ -323,10 +323,12 @@ impl Session {
     fn listen(&mut self) {
         let Some(on_link) = self.links.on_link() else { return };
         let happened = self.happened.clone();
+        let turn = Arc::new(Semaphore::new(1));
         self.tasks.spawn(async move {
             loop {
+                let Ok(permit) = turn.clone().acquire_owned().await else { return };
                 let said = match on_link.link.control_recv().await {
-                    Ok(bytes) => Happened::Heard(on_link.number, decode(&bytes)),
+                    Ok(bytes) => Happened::Heard(on_link.number, decode(&bytes), permit),
                     Err(error) => {
                         let _ = happened.send(Happened::LinkEnded(on_link.number, error));
                         return;
@@ -342,7 +344,7 @@ impl Session {
     async fn take_in(&mut self, happened: Happened) {
         match happened {
             Happened::Event(event) => self.handle(event).await,
-            Happened::Heard(number, message) => {
+            Happened::Heard(number, message, _turn) => {
                 if self.links.is_current(number) {
                     self.handle(match message {
                         Ok(message) => DestinationEvent::Message(message),
@@ -698,6 +700,9 @@ impl Session {
                 let flight: Flight = decode(&bytes)?;
                 if flight.final_version != offered {
                     return Err(Failure::plain("the flight is not the one that was offered"));
+                }
+                if !ledger.lock().expect("no holder panics").may_close_at(offered) {
+                    return Err(Failure::plain("the source offers the guest out of turn"));
                 }
                 let (need, zero) = (flight.need.unpack(pages)?, flight.zero.unpack(pages)?);
                 let rehearsed = rehearsed.lock().expect("no holder panics");

@@ -297,9 +297,9 @@ enum Noted {
 }
 
 impl RoundLedger {
-    /// The round whose messages may come now.
-    fn current(&self) -> Version {
-        Version(self.acknowledged.0 + 1)
+    /// The round whose messages may come now; none after the last that there can be.
+    fn current(&self) -> Option<Version> {
+        self.acknowledged.next()
     }
 
     /// A message was applied, except for its rejected pages.
@@ -311,7 +311,7 @@ impl RoundLedger {
             }
             return Noted::AskAgain(rejected);
         }
-        if version != self.current() {
+        if Some(version) != self.current() {
             return Noted::OutOfTurn;
         }
         self.applied += 1;
@@ -324,7 +324,7 @@ impl RoundLedger {
 
     /// The source says how many messages a round has.
     fn expect(&mut self, round: Version, messages: u64) -> Noted {
-        if self.closed || round != self.current() {
+        if self.closed || Some(round) != self.current() {
             return Noted::OutOfTurn;
         }
         self.awaited = Some(messages);
@@ -338,11 +338,16 @@ impl RoundLedger {
         if outage < self.outage {
             return true;
         }
-        if self.closed || (round != self.acknowledged && round != self.current()) {
+        if self.closed || (round != self.acknowledged && Some(round) != self.current()) {
             return false;
         }
         *self = RoundLedger { acknowledged: round, outage, ..RoundLedger::default() };
         true
+    }
+
+    /// Whether a switchover to `version` may come now, or again: it is what would be the next round.
+    fn may_close_at(&self, version: Version) -> bool {
+        self.current() == Some(version)
     }
 
     /// The switchover has come. Messages of the last version that were faster than the flight have been
@@ -353,10 +358,9 @@ impl RoundLedger {
     }
 
     fn done(&mut self) -> Noted {
-        if self.awaited != Some(self.applied) {
+        let Some(round) = self.current().filter(|_| self.awaited == Some(self.applied)) else {
             return Noted::Waiting;
-        }
-        let round = self.current();
+        };
         let rejected = std::mem::take(&mut self.rejected);
         let outage = self.outage;
         *self = RoundLedger { acknowledged: round, outage, ..RoundLedger::default() };

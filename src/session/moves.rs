@@ -23,6 +23,7 @@ use crate::transport::{Listener, Ticket, TransportOptions};
 use crate::wire::message::{HandoverForm, Strategy};
 
 mod bulky;
+mod hostile;
 mod outages;
 
 /// How a guest is moved.

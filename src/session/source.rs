@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
-use tokio::sync::mpsc;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::task::JoinSet;
 
 use super::answers::{Answers, encode_bundles};
@@ -148,8 +148,8 @@ impl Destination {
 /// What the threads and tasks of a session tell its loop.
 enum Happened {
     Event(SourceEvent),
-    /// On the link of this number.
-    Heard(u32, Result<ToSource, MessageError>),
+    /// On the link of this number. The next one is only taken when this one was dealt with.
+    Heard(u32, Result<ToSource, MessageError>, OwnedSemaphorePermit),
     /// The link of this number is broken.
     LinkEnded(u32, LinkError),
     /// Nothing works on the lost link of this number any more.
@@ -299,10 +299,12 @@ impl Session {
     fn listen(&mut self) {
         let Some(on_link) = self.links.on_link() else { return };
         let happened = self.happened.clone();
+        let turn = Arc::new(Semaphore::new(1));
         self.tasks.spawn(async move {
             loop {
+                let Ok(permit) = turn.clone().acquire_owned().await else { return };
                 let said = match on_link.link.control_recv().await {
-                    Ok(bytes) => Happened::Heard(on_link.number, decode(&bytes)),
+                    Ok(bytes) => Happened::Heard(on_link.number, decode(&bytes), permit),
                     Err(error) => {
                         let _ = happened.send(Happened::LinkEnded(on_link.number, error));
                         return;
@@ -318,7 +320,7 @@ impl Session {
     async fn take_in(&mut self, happened: Happened) {
         match happened {
             Happened::Event(event) => self.handle(event).await,
-            Happened::Heard(number, message) => {
+            Happened::Heard(number, message, _turn) => {
                 if !self.links.is_current(number) {
                     return;
                 }

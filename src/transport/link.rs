@@ -125,15 +125,20 @@ impl Link {
     /// Puts a message on the control lane, where messages arrive in order. Returns when it is queued.
     ///
     /// # Errors
-    /// A message over the limit, or the end of the link.
+    /// A message over the limit, or the end of the link. A peer that takes no control message for as long as the
+    /// idle timeout is as good as silent.
     pub async fn control_send(&self, message: Bytes) -> Result<(), LinkError> {
         let limit_bytes = self.0.control_limit_bytes;
         if message.len() > limit_bytes {
             let size_bytes = message.len();
             return Err(LinkError::TooLarge { lane: "control", size_bytes, limit_bytes });
         }
-        let sent = self.0.control_out.send(ControlOut::Message(message)).await;
-        sent.map_err(|_| self.ended_or(LinkError::Closed))
+        let idle_ms = self.0.core.idle_timeout_ms;
+        let queued = self.0.control_out.send(ControlOut::Message(message));
+        match tokio::time::timeout(Duration::from_millis(idle_ms), queued).await {
+            Ok(queued) => queued.map_err(|_| self.ended_or(LinkError::Closed)),
+            Err(_) => Err(LinkError::TimedOut { idle_ms }),
+        }
     }
 
     /// The next control message.

@@ -390,6 +390,66 @@ mod lanes {
     }
 }
 
+mod secrets {
+    use std::io;
+    use std::sync::{Arc, Mutex};
+
+    use tracing::level_filters::LevelFilter;
+
+    use super::*;
+
+    #[derive(Clone, Default)]
+    struct Log(Arc<Mutex<Vec<u8>>>);
+
+    impl io::Write for Log {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0.lock().unwrap().write(bytes)
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    /// The ways in which bytes are usually written.
+    fn spellings(secret: &[u8; 32]) -> [String; 3] {
+        let hex = secret.iter().map(|byte| format!("{byte:02x}")).collect();
+        [hex, format!("{secret:?}"), String::from_utf8_lossy(secret).into_owned()]
+    }
+
+    #[tokio::test]
+    async fn neither_tickets_nor_keys_are_logged_however_much_is() {
+        let log = Log::default();
+        let (written, options) = (log.clone(), options());
+        // Everything here is on this one thread.
+        let subscriber = tracing_subscriber::fmt()
+            .with_max_level(LevelFilter::TRACE)
+            .with_writer(move || written.clone())
+            .finish();
+        let _guard = tracing::subscriber::set_default(subscriber);
+        let (listener, ticket) = listen(&options);
+        let wrong = Ticket { secret: Secret::random(), ..ticket.clone() };
+        assert!(connect(&wrong, &options).await.is_err());
+        let (sender, receiver) = meet(&listener, &ticket, &options).await;
+        let key = sender.session_key();
+        tracing::info!("{ticket:?} {key:?} {sender:?} {receiver:?} {listener:?}");
+        sender.abandon();
+        let (again, _back) =
+            tokio::join!(reconnect(&ticket, &key, &options), listener.accept_resumed(&key, None));
+        again.unwrap().close(0, "done").await;
+        let text = String::from_utf8_lossy(&log.0.lock().unwrap()).into_owned();
+        assert!(text.contains("TRACE") && text.contains("Secret(..)"), "it says much: {text}");
+        let word = ticket.to_string();
+        let mut secrets = vec![word.clone(), word[word.len() / 2..].to_owned()];
+        secrets.extend(spellings(&ticket.secret.0));
+        secrets.extend(spellings(&key.0.0));
+        secrets.extend(spellings(&wrong.secret.0));
+        for secret in secrets {
+            assert!(!text.contains(&secret), "a secret is logged: {secret}");
+        }
+    }
+}
+
 mod measures {
     use super::congestion::Congestion;
     use super::*;
@@ -468,6 +528,22 @@ mod ends {
             receiver.recv(Lane::Push).await.unwrap_err(),
             LinkError::TimedOut { idle_ms: 600 }
         );
+    }
+
+    #[tokio::test]
+    async fn a_peer_that_takes_no_control_message_is_as_good_as_silent() {
+        let options = TransportOptions { idle_timeout_ms: 500, keep_alive_ms: 100, ..options() };
+        let (sender, receiver, _listener) = pair(&options).await;
+        let flood = async {
+            loop {
+                if let Err(error) = sender.control_send(message(1 << 20, 1)).await {
+                    return error;
+                }
+            }
+        };
+        let error = tokio::time::timeout(Duration::from_secs(20), flood).await.unwrap();
+        assert_eq!(error, LinkError::TimedOut { idle_ms: 500 });
+        assert!(receiver.quic().close_reason().is_none(), "it lives");
     }
 
     #[tokio::test]
