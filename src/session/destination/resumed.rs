@@ -27,8 +27,10 @@ pub async fn resume_receive(
     let mut signals = StopSignals::listen()?;
     let mut journal = Journal::take_over(&found)?;
     let has = |entry| found.records.has(entry);
-    let committed = has(Entry::Committed);
-    if !committed && !has(Entry::Refused) {
+    // A refusal that follows the decision was made before the guest ran, and the source may know of it.
+    let refused = has(Entry::Refused);
+    let committed = has(Entry::Committed) && !refused;
+    if !committed && !refused {
         journal.record(&DestinationRecord::Refused)?;
     }
     let Ok(keep) = found.kept::<Keep>() else {
@@ -166,10 +168,12 @@ impl Left {
     /// The source has not come. True when it was not needed: the guest is given up here, or has all its
     /// pages and is let go of.
     async fn settle_alone(self) -> Result<bool, Failure> {
-        let Some(Served { prepared, mapper, .. }) = self.served else { return Ok(true) };
+        let Some(Served { prepared, mapper, starting, .. }) = self.served else { return Ok(true) };
         if !prepared.arrivals.is_complete() {
             return Ok(false);
         }
+        // All that its monitor may have waited for is here.
+        starting.await.map_err(|error| Failure::plain(error.to_string()))??;
         blocking(move || {
             drop(mapper);
             Ok(prepared.userfault.release()?)

@@ -43,6 +43,11 @@ impl World {
             let ends = (&source.end, &destination.end);
             assert!(moved || (stayed && broke), "only the link broke, and it ended so: {ends:?}");
         }
+        // Whatever was killed was taken over, and nobody lost patience.
+        let over = source.end.is_some() && destination.end.is_some();
+        if self.planned.is_only_about_links_and_kills() && over && !self.gave_up {
+            assert!(source.runs || destination.runs, "killed, taken over, and the guest stands");
+        }
     }
 
     /// What a side says at its end is true.

@@ -32,9 +32,13 @@ pub(super) struct Destination {
     pub(super) machine: Option<DestinationMachine>,
     pub(super) memory: Vec<u32>,
     pub(super) table: PageTable,
-    ledger: RoundLedger,
-    switchover: Option<Version>,
-    remaining: u64,
+    pub(super) ledger: RoundLedger,
+    pub(super) switchover: Option<Version>,
+    pub(super) remaining: u64,
+    /// The final version, for a process that takes over.
+    pub(super) kept: Option<Version>,
+    /// Has taken over, and has not found the source yet.
+    pub(super) looks_for_link: bool,
     pub(super) awaits_flight: Option<Version>,
     pub(super) steps: Vec<Step>,
     pub(super) journal: Disk<DestinationRecord>,
@@ -58,6 +62,8 @@ impl Destination {
             ledger: RoundLedger::default(),
             switchover: None,
             remaining: 0,
+            kept: None,
+            looks_for_link: false,
             awaits_flight: None,
             steps: Vec::new(),
             journal: Disk { lines: Vec::new() },
@@ -246,7 +252,7 @@ impl Destination {
         (self.runs, self.ran) = (true, true);
     }
 
-    fn discard(&mut self) {
+    pub(super) fn discard(&mut self) {
         assert!(!self.ran, "a guest that has run is discarded");
         self.discarded = true;
     }
@@ -316,13 +322,13 @@ impl Destination {
         }
     }
 
-    fn write(&mut self, page: PageIndex, content: u32) {
+    pub(super) fn write(&mut self, page: PageIndex, content: u32) {
         let stage = self.table.state(page).stage;
         assert_ne!(stage, Stage::Mapped, "{page:?} belongs to the guest and is overwritten");
         self.memory[page.0 as usize] = content;
     }
 
-    fn is_complete(&self) -> bool {
+    pub(super) fn is_complete(&self) -> bool {
         self.switchover.is_some() && self.remaining == 0
     }
 
@@ -330,6 +336,8 @@ impl Destination {
     pub(super) fn flight_arrives(&mut self, flight: &FlightSent) {
         let FlightSent { version, need, zero } = flight;
         assert_eq!(self.awaits_flight.take(), Some(*version), "a flight that was not offered");
+        assert!(self.ledger.may_close_at(*version), "a switchover that is out of turn");
+        assert!(need.iter().all(|page| !zero.contains(page)), "needed and zero");
         let missing = self.table.missing_of(need, *version);
         for page in zero.iter() {
             if let Claim::Claimed { .. } = self.table.claim(page, *version) {
@@ -339,7 +347,7 @@ impl Destination {
         }
         let waiting = self.table.freeze(&missing).expect("what is not needed is here");
         self.remaining = missing.len();
-        self.switchover = Some(*version);
+        (self.switchover, self.kept) = (Some(*version), Some(*version));
         waiting.into_iter().for_each(|page| self.map_if_awaited(page));
         let again = self.ledger.close();
         self.note(Noted::AskAgain(again));
@@ -388,7 +396,10 @@ impl Destination {
             return false;
         }
         let at = page.0 as usize;
-        assert_eq!(self.memory[at], guest.memory[at], "the guest sees {page:?} stale or absent");
+        assert_eq!(
+            self.memory[at], guest.memory[at],
+            "the guest sees {page:?} stale, torn or absent"
+        );
         if rng.u8(0..3) != 0 {
             self.memory[at] = guest.write(at, rng);
         }
@@ -404,9 +415,18 @@ impl Destination {
         self.table.incomplete()
     }
 
+    /// A process that leaves a guest with all its pages sees to it that it runs.
+    pub(super) fn finish_starting(&mut self) {
+        if self.steps.drain(..).any(|step| matches!(step, Step::Run)) {
+            self.run();
+        }
+    }
+
     /// The process is killed: what it was about to do is done or not.
     pub(super) fn crash(&mut self, rng: &mut fastrand::Rng) {
         self.machine = None;
+        self.looks_for_link = false;
+        self.tear(rng);
         for step in std::mem::take(&mut self.steps) {
             match step {
                 _ if rng.bool() => {}

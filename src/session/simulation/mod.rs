@@ -14,6 +14,7 @@ mod mutation;
 mod network;
 mod plan;
 mod source;
+mod takeover;
 mod world;
 
 use std::collections::BTreeMap;

@@ -30,10 +30,20 @@ pub(super) enum Mutation {
     ForgetRunning,
     /// The pusher begins again and again.
     PushWithoutEnd,
+    /// The source lets go of the guest's memory as soon as the guest runs at the destination.
+    ForgetFrozenPages,
+    /// The source does not look for another link.
+    GiveUpAtOnce,
+    /// A source that takes over lets the guest run although it was decided.
+    ForgetTheDecision,
+    /// A destination that takes over lets a guest run that was only loaded.
+    RunWhatIsLoaded,
+    /// A destination that takes over takes what was being written for whole.
+    TrustWhatWasBeingWritten,
 }
 
 impl Mutation {
-    pub(super) const ALL: [Mutation; 13] = [
+    pub(super) const ALL: [Mutation; 18] = [
         Mutation::AnswerBeforeTheDisk,
         Mutation::BelieveTheRoundArrived,
         Mutation::ForgetRejectedPages,
@@ -47,5 +57,10 @@ impl Mutation {
         Mutation::HearTheOldLink,
         Mutation::ForgetRunning,
         Mutation::PushWithoutEnd,
+        Mutation::ForgetFrozenPages,
+        Mutation::GiveUpAtOnce,
+        Mutation::ForgetTheDecision,
+        Mutation::RunWhatIsLoaded,
+        Mutation::TrustWhatWasBeingWritten,
     ];
 }

@@ -93,6 +93,20 @@ impl Network {
         self.pages.clear();
     }
 
+    /// The source's process has ended, and another one knows nothing of its link.
+    pub(super) fn lose_source(&mut self) {
+        self.carries = false;
+        self.at_source = View::Down;
+        self.deafen_source();
+    }
+
+    /// The same at the destination.
+    pub(super) fn lose_destination(&mut self) {
+        self.carries = false;
+        self.at_destination = View::Down;
+        self.deafen_destination();
+    }
+
     /// Messages on their way.
     pub(super) fn len(&self) -> usize {
         self.to_destination.len()

@@ -18,6 +18,8 @@ pub(super) struct Plan {
     /// How many of each may yet happen.
     pub(super) cuts: u8,
     pub(super) crashes: u8,
+    /// How often another process takes the place of a killed one.
+    pub(super) resumes: u8,
     pub(super) failed_steps: u8,
     pub(super) cancels: u8,
     pub(super) late_answers: u8,
@@ -41,7 +43,8 @@ impl Plan {
             operations: rng.u32(0..40),
             rounds_before_fit: rng.u16(0..3),
             cuts: some(rng, 4),
-            crashes: u8::from(rng.u8(0..4) == 0) + u8::from(rng.u8(0..16) == 0),
+            crashes: u8::from(rng.u8(0..4) == 0) + u8::from(rng.u8(0..8) == 0),
+            resumes: some(rng, 3),
             failed_steps: u8::from(rng.u8(0..3) == 0) * rng.u8(1..3),
             cancels: u8::from(rng.u8(0..6) == 0),
             late_answers: u8::from(rng.u8(0..8) == 0),
@@ -52,7 +55,12 @@ impl Plan {
 
     /// Nothing goes wrong but the link.
     pub(super) fn is_only_about_links(&self) -> bool {
-        let wrongs = self.crashes + self.failed_steps + self.cancels + self.late_answers;
+        self.crashes == 0 && self.is_only_about_links_and_kills()
+    }
+
+    /// Nothing goes wrong but the link, and processes that are killed.
+    pub(super) fn is_only_about_links_and_kills(&self) -> bool {
+        let wrongs = self.failed_steps + self.cancels + self.late_answers;
         wrongs == 0 && !self.patience_ends
     }
 

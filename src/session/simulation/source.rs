@@ -39,10 +39,10 @@ pub(super) struct Round {
 /// The pages that do not change any more.
 #[derive(Debug)]
 pub(super) struct Frozen {
-    version: Version,
-    need: PageSet,
-    zero: PageSet,
-    pusher: Pusher,
+    pub(super) version: Version,
+    pub(super) need: PageSet,
+    pub(super) zero: PageSet,
+    pub(super) pusher: Pusher,
 }
 
 #[derive(Debug)]
@@ -54,9 +54,13 @@ pub(super) struct Source {
     pub(super) runs: bool,
     tracked: PageSet,
     plan: PrecopyPlan,
-    bases: Vec<Option<(Version, u32)>>,
+    pub(super) bases: Vec<Option<(Version, u32)>>,
     pub(super) round: Option<Round>,
     pub(super) frozen: Option<Frozen>,
+    /// The final version, for a process that takes over.
+    pub(super) kept: Option<Version>,
+    /// Has taken over, and has not found the destination yet.
+    pub(super) looks_for_link: bool,
     pub(super) pushing: bool,
     /// Fault requests are heard.
     pub(super) answers: bool,
@@ -66,6 +70,7 @@ pub(super) struct Source {
     pub(super) events: VecDeque<SourceEvent>,
     pub(super) end: Option<SourceOutcome>,
     pub(super) may_have_said_commit: bool,
+    /// Since Commit was said: that the destination has refused, or has nothing that it could run.
     pub(super) heard_refusal: bool,
     pub(super) void_failed: bool,
     pub(super) resume_failed: bool,
@@ -92,6 +97,8 @@ impl Source {
             bases: vec![None; pages as usize],
             round: None,
             frozen: None,
+            kept: None,
+            looks_for_link: false,
             pushing: false,
             answers: false,
             steps: Vec::new(),
@@ -159,7 +166,7 @@ impl Source {
                     let noted = self.journal.has(SourceRecord::Decided);
                     assert!(noted, "Commit is said before the decision is on disk");
                     assert!(!self.runs, "Commit is said while the guest runs here");
-                    self.may_have_said_commit = true;
+                    (self.may_have_said_commit, self.heard_refusal) = (true, false);
                 }
                 if network.carries {
                     network.to_destination.push_back(message);
@@ -191,6 +198,10 @@ impl Source {
             }
             SourceAction::SendLacking(lacking) => self.send_lacking(&lacking, mutation),
             SourceAction::Journal(record) => {
+                if (record, mutation) == (SourceRecord::Running, Some(Mutation::ForgetFrozenPages))
+                {
+                    self.memory.fill(0);
+                }
                 self.steps.push(Step::Journal(record));
                 if mutation == Some(Mutation::AnswerBeforeTheDisk) {
                     self.events.push_back(SourceEvent::Journaled(record));
@@ -263,18 +274,22 @@ impl Source {
                 SourceEvent::ResumeFailed(failure())
             }
             Step::Resume => {
-                // Or the next process would take it for decided.
-                let void = self.journal.has(SourceRecord::Void) || self.void_failed;
-                assert!(void || !self.journal.has(SourceRecord::Decided), "resumed while decided");
-                if self.may_have_said_commit {
-                    assert!(self.heard_refusal, "the guest is resumed after Commit was said");
-                }
-                self.runs = true;
+                self.run_again();
                 SourceEvent::Resumed
             }
             Step::Release if failed => SourceEvent::Failed(failure()),
             Step::Release => SourceEvent::Released,
         })
+    }
+
+    pub(super) fn run_again(&mut self) {
+        // Or the next process would take it for decided.
+        let void = self.journal.has(SourceRecord::Void) || self.void_failed;
+        assert!(void || !self.journal.has(SourceRecord::Decided), "resumed while decided");
+        if self.may_have_said_commit {
+            assert!(self.heard_refusal, "the guest is resumed after Commit was said");
+        }
+        self.runs = true;
     }
 
     fn freeze(&mut self, version: Version) {
@@ -284,6 +299,7 @@ impl Source {
         let pusher = Pusher::new(remainder.need.clone(), Heat::new(self.pages()), self.pusher);
         let (need, zero) = (remainder.need, remainder.zero);
         self.frozen = Some(Frozen { version, need, zero, pusher });
+        self.kept = Some(version);
     }
 
     fn collect(&mut self) {
@@ -404,7 +420,7 @@ impl Source {
             match step {
                 Step::Journal(record) => self.journal.lines.push(record),
                 Step::Freeze(_) => self.runs = false,
-                Step::Resume => self.runs = true,
+                Step::Resume => self.run_again(),
                 Step::Release => {}
             }
         }

@@ -47,6 +47,8 @@ enum Way {
     DestinationGivesUp,
     SourceCrashes,
     DestinationCrashes,
+    SourceResumes,
+    DestinationResumes,
     SourceCancels,
     DestinationCancels,
     Late,
@@ -54,10 +56,12 @@ enum Way {
 
 #[derive(Debug)]
 pub(super) struct World {
-    rng: fastrand::Rng,
-    plan: Plan,
+    pub(super) rng: fastrand::Rng,
+    pub(super) plan: Plan,
     pub(super) planned: Plan,
-    mutation: Option<Mutation>,
+    pub(super) mutation: Option<Mutation>,
+    /// A side has stopped to look for the other.
+    pub(super) gave_up: bool,
     pub(super) guest: Guest,
     pub(super) network: Network,
     pub(super) source: Source,
@@ -81,6 +85,7 @@ impl World {
             plan,
             rng,
             mutation,
+            gave_up: false,
             guest,
             network: Network::new(),
             now: Duration::ZERO,
@@ -163,6 +168,8 @@ impl World {
             add(Way::DestinationLinks, network.at_destination == View::Coming);
         }
         add(Way::Reconnect, self.can_reconnect());
+        add(Way::SourceResumes, self.source_can_resume());
+        add(Way::DestinationResumes, self.destination_can_resume());
     }
 
     fn can_reconnect(&self) -> bool {
@@ -245,7 +252,7 @@ impl World {
             }
             Way::ToSource => {
                 let message = self.network.to_source.pop_front().expect("listed");
-                self.source.heard_refusal |= is_refusal(&message);
+                self.source.heard_refusal |= gives_back(&message);
                 self.tell_source(SourceEvent::Message(message));
             }
             Way::Pages => {
@@ -298,7 +305,7 @@ impl World {
         }
     }
 
-    fn step_fails(&mut self) -> bool {
+    pub(super) fn step_fails(&mut self) -> bool {
         let fails = self.plan.failed_steps > 0 && self.rng.u8(0..6) == 0;
         self.plan.failed_steps -= u8::from(fails);
         fails
@@ -318,7 +325,10 @@ impl World {
                 if !hears_on {
                     self.network.deafen_source();
                 }
-                self.tell_source(SourceEvent::LinkDown(failure()));
+                self.tell_source(match self.mutation {
+                    Some(Mutation::GiveUpAtOnce) => SourceEvent::LinkLost(failure()),
+                    _ => SourceEvent::LinkDown(failure()),
+                });
             }
             Way::DestinationNotices => self.destination_notices(),
             Way::Reconnect => {
@@ -335,17 +345,27 @@ impl World {
             }
             Way::SourceLinks => {
                 self.network.at_source = View::Up;
+                self.source.looks_for_link = false;
                 self.tell_source(SourceEvent::LinkUp);
             }
             Way::DestinationLinks => {
                 self.network.at_destination = View::Up;
+                self.destination.looks_for_link = false;
                 self.tell_destination(DestinationEvent::LinkUp);
             }
             Way::SourceGivesUp => {
+                self.gave_up = true;
+                if self.source_searched_in_vain() {
+                    return;
+                }
                 self.network.at_source = View::Over;
                 self.tell_source(SourceEvent::LinkLost(failure()));
             }
             Way::DestinationGivesUp => {
+                self.gave_up = true;
+                if self.destination_searched_in_vain() {
+                    return;
+                }
                 self.network.at_destination = View::Over;
                 self.tell_destination(DestinationEvent::LinkLost(failure()));
             }
@@ -357,6 +377,8 @@ impl World {
                 self.plan.crashes -= 1;
                 self.destination.crash(&mut self.rng);
             }
+            Way::SourceResumes => self.source_resumes(),
+            Way::DestinationResumes => self.destination_resumes(),
             Way::SourceCancels => {
                 self.plan.cancels -= 1;
                 self.tell_source(SourceEvent::Cancelled);
@@ -411,9 +433,12 @@ impl World {
     }
 }
 
-fn is_refusal(message: &ToSource) -> bool {
+/// The destination says that the guest will not run there, or that it has no device state to run it with.
+fn gives_back(message: &ToSource) -> bool {
+    use DestinationStage as At;
     matches!(
         message,
-        ToSource::Refused { .. } | ToSource::Resync { at: DestinationStage::Refused { .. }, .. }
+        ToSource::Refused { .. }
+            | ToSource::Resync { at: At::Refused { .. } | At::Receiving { .. }, .. }
     )
 }

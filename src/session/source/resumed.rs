@@ -8,7 +8,7 @@ use super::*;
 use crate::codec::BaseCache;
 use crate::engine::heat::Heat;
 use crate::engine::precopy::Remainder;
-use crate::guest::qemu::{LeftQemu, let_run};
+use crate::guest::qemu::{LeftQemu, is_running, let_run};
 use crate::memory::Access;
 use crate::page::PageSet;
 use crate::session::journal::{Entry, Found};
@@ -25,7 +25,7 @@ pub async fn resume_send(
     output: Arc<Output>,
 ) -> Result<Report, Failure> {
     let mut signals = StopSignals::listen()?;
-    let journal = Journal::take_over(&found)?;
+    let mut journal = Journal::take_over(&found)?;
     let has = |entry| found.records.has(entry);
     let place = found.about.guest.clone();
     if has(Entry::RunSource) {
@@ -40,6 +40,16 @@ pub async fn resume_send(
         blocking(move || Ok(let_run(&place)?)).await?;
         journal.remove();
         let reason = "the guest had not been handed over: it runs on here";
+        return Err(Failure::new(reason, "move it anew, with a new ticket"));
+    }
+    // A decision is taken back on disk before the guest runs on, unless the disk fails: then the guest
+    // itself shows it.
+    let looked_at = place.clone();
+    let taken_back = || blocking(move || Ok(is_running(&looked_at)? == Some(true)));
+    if !has(Entry::Running) && taken_back().await? {
+        journal.record(&SourceRecord::Void)?;
+        journal.remove();
+        let reason = "the guest runs here: the decision to move it was taken back";
         return Err(Failure::new(reason, "move it anew, with a new ticket"));
     }
     let keep: Keep = found.kept()?;

@@ -18,6 +18,8 @@ pub(super) struct Accidents {
     pub(super) cuts: u8,
     pub(super) failures: u8,
     pub(super) crashes: u8,
+    /// Another process takes the place of a killed one.
+    pub(super) resumes: u8,
     pub(super) cancels: u8,
     /// A side gives up waiting for another link, or for an answer.
     pub(super) impatience: u8,
@@ -83,6 +85,8 @@ pub(super) enum Step {
     DestinationGivesUp,
     SourceCrashes,
     DestinationCrashes,
+    SourceResumes,
+    DestinationResumes,
     SourceCancels,
     DestinationCancels,
     Late,
@@ -274,6 +278,53 @@ impl Handover {
         self.destination.is_some() && self.destination_end.is_none()
     }
 
+    fn source_can_resume(&self) -> bool {
+        self.left.resumes > 0 && self.source.is_none() && self.source_end.is_none()
+    }
+
+    fn destination_can_resume(&self) -> bool {
+        let begun = self.destination_journal.contains(&DestinationRecord::Started);
+        let dead = self.destination.is_none() && self.destination_end.is_none();
+        self.left.resumes > 0 && dead && begun
+    }
+
+    /// As `session/source/resumed.rs`.
+    fn source_resumes(&mut self, config: SourceConfig) {
+        let has = |record| self.source_journal.contains(&record);
+        (self.carries, self.at_source, self.to_source) = (false, View::Down, VecDeque::new());
+        if has(SourceRecord::Complete) {
+            self.source_end = Some(SourceOutcome::Migrated);
+        } else if has(SourceRecord::Void) || !has(SourceRecord::Decided) || self.runs_at_source {
+            self.runs_at_source = true;
+            self.source_end = Some(SourceOutcome::Stayed(failure()));
+        } else {
+            self.source = Some(SourceMachine::resumed(config, has(SourceRecord::Running)));
+        }
+    }
+
+    /// As `session/destination/resumed.rs`.
+    fn destination_resumes(&mut self) {
+        let has = |record| self.destination_journal.contains(&record);
+        (self.carries, self.at_destination) = (false, View::Down);
+        self.to_destination.clear();
+        (self.awaits_flight, self.flight_sent, self.pages_sent) = (false, false, false);
+        if has(DestinationRecord::Committed) && !has(DestinationRecord::Refused) {
+            self.destination = Some(DestinationMachine::resumed());
+            self.flight_here = true;
+            let due = &mut self.destination_due;
+            due.extend((!self.runs_at_destination).then_some(DestinationEvent::Running));
+            due.extend(self.pages_here.then_some(DestinationEvent::PagesComplete));
+        } else {
+            if self.runs_at_destination {
+                self.wrong = Some("a guest that runs is given up");
+            }
+            if !has(DestinationRecord::Refused) {
+                self.destination_journal.push(DestinationRecord::Refused);
+            }
+            self.destination = Some(DestinationMachine::resumed_to_refuse(failure()));
+        }
+    }
+
     fn can_reconnect(&self) -> bool {
         let wanted = self.source.as_ref().is_some_and(SourceMachine::wants_link)
             && self.destination.as_ref().is_some_and(DestinationMachine::wants_link);
@@ -306,6 +357,8 @@ impl Handover {
             steps.extend((self.at_destination == View::Coming).then_some(Step::DestinationLinks));
         }
         steps.extend(self.can_reconnect().then_some(Step::Reconnect));
+        steps.extend(self.source_can_resume().then_some(Step::SourceResumes));
+        steps.extend(self.destination_can_resume().then_some(Step::DestinationResumes));
     }
 
     /// What may happen besides; `idle`: nothing else does.
@@ -342,7 +395,7 @@ impl Handover {
         steps
     }
 
-    pub(super) fn take(&mut self, step: Step) {
+    pub(super) fn take(&mut self, step: Step, config: &SourceConfig) {
         match step {
             Step::Source { due, fails } => {
                 self.left.failures -= u8::from(fails);
@@ -416,6 +469,14 @@ impl Handover {
             Step::DestinationCrashes => {
                 self.left.crashes -= 1;
                 (self.destination, self.destination_due) = (None, Vec::new());
+            }
+            Step::SourceResumes => {
+                self.left.resumes -= 1;
+                self.source_resumes(config.clone());
+            }
+            Step::DestinationResumes => {
+                self.left.resumes -= 1;
+                self.destination_resumes();
             }
             Step::SourceCancels => {
                 self.left.cancels -= 1;

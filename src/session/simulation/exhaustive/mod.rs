@@ -21,17 +21,23 @@ struct Scope {
     accidents: Accidents,
 }
 
+impl Scope {
+    fn config(&self) -> SourceConfig {
+        let policy =
+            SwitchoverPolicy { downtime_budget: Duration::from_millis(300), max_rounds: Some(1) };
+        let (strategy, handover) = (self.strategy, self.handover);
+        let timeouts = SourceTimeouts::default();
+        SourceConfig { strategy, handover, policy, timeouts }
+    }
+}
+
 impl Model for Scope {
     type State = Handover;
     type Action = Step;
 
     fn init_states(&self) -> Vec<Handover> {
-        let policy =
-            SwitchoverPolicy { downtime_budget: Duration::from_millis(300), max_rounds: Some(1) };
-        let (strategy, handover) = (self.strategy, self.handover);
-        let timeouts = SourceTimeouts::default();
-        let config = SourceConfig { strategy, handover, policy, timeouts };
-        let mut state = Handover::new(config, self.accidents);
+        let strategy = self.strategy;
+        let mut state = Handover::new(self.config(), self.accidents);
         let shape = Shape {
             monitor: "model".to_owned(),
             memory: MemoryLayout::new(Vec::new()),
@@ -49,7 +55,7 @@ impl Model for Scope {
 
     fn next_state(&self, last: &Handover, step: Step) -> Option<Handover> {
         let mut state = last.clone();
-        state.take(step);
+        state.take(step, &self.config());
         Some(state)
     }
 
@@ -104,14 +110,15 @@ fn explore(accidents: Accidents) -> usize {
     states
 }
 
-const NONE: Accidents = Accidents { cuts: 0, failures: 0, crashes: 0, cancels: 0, impatience: 0 };
+const NONE: Accidents =
+    Accidents { cuts: 0, failures: 0, crashes: 0, resumes: 0, cancels: 0, impatience: 0 };
 
 #[test]
 fn the_handover_holds_whatever_one_accident_does() {
     let each = [
         Accidents { cuts: 1, ..NONE },
         Accidents { failures: 1, ..NONE },
-        Accidents { crashes: 1, ..NONE },
+        Accidents { crashes: 1, resumes: 1, ..NONE },
         Accidents { cancels: 1, impatience: 1, ..NONE },
     ];
     eprintln!("{:?} states", each.map(explore));
@@ -128,7 +135,8 @@ fn the_handover_holds_whatever_two_cuts_do() {
 fn the_handover_holds_whatever_a_cut_and_another_accident_do() {
     let each = [
         Accidents { cuts: 1, failures: 1, ..NONE },
-        Accidents { cuts: 1, crashes: 1, ..NONE },
+        Accidents { cuts: 1, crashes: 1, resumes: 1, ..NONE },
+        Accidents { crashes: 2, resumes: 2, ..NONE },
         Accidents { cuts: 1, cancels: 1, impatience: 1, ..NONE },
     ];
     eprintln!("{:?} states", each.map(explore));
