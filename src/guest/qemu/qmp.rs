@@ -190,6 +190,8 @@ pub(super) struct Qmp {
     events: VecDeque<Event>,
     next_id: u64,
     version: Version,
+    /// How long a command may take.
+    patience: Duration,
 }
 
 impl Qmp {
@@ -207,6 +209,7 @@ impl Qmp {
             events: VecDeque::new(),
             next_id: 1,
             version: Version(0, 0, 0),
+            patience: COMMAND_TIMEOUT,
         };
         qmp.version = qmp.greet(path)?;
         qmp.execute(&qmp_capabilities { enable: None })?;
@@ -216,6 +219,12 @@ impl Qmp {
     /// Of the QEMU at the other end.
     pub(super) fn version(&self) -> Version {
         self.version
+    }
+
+    /// So long may a command take from here on.
+    #[cfg(test)]
+    pub(super) fn set_patience(&mut self, patience: Duration) {
+        self.patience = patience;
     }
 
     /// The process that made the listening socket, which need not be QEMU.
@@ -351,11 +360,11 @@ impl Qmp {
     fn receive<C: Command>(&mut self) -> Result<C::Ok, QmpError> {
         let id = self.next_id;
         self.next_id += 1;
-        let deadline = Instant::now() + COMMAND_TIMEOUT;
+        let deadline = Instant::now() + self.patience;
         let unreadable = |reason: String| QmpError::Reply { command: C::NAME, reason };
         loop {
             let Some(line) = self.read_line(deadline, C::NAME)? else {
-                return Err(QmpError::Timeout { command: C::NAME, after: COMMAND_TIMEOUT });
+                return Err(QmpError::Timeout { command: C::NAME, after: self.patience });
             };
             if self.take_event(&line) {
                 continue;

@@ -18,6 +18,10 @@ use crate::memory::{Access, DirtyTracker, GuestMemory, TrackerKind, open_tracker
 /// How long a migration that is being cancelled may take to end.
 const CANCEL_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// How long a guest that is to run on is waited for. Until its QEMU answers nobody knows whether it has taken
+/// the order to stop, and nobody else will let it run.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(600);
+
 /// How long QEMU may take to end after `quit`: it flushes disk images.
 const QUIT_TIMEOUT: Duration = Duration::from_secs(30);
 
@@ -97,6 +101,25 @@ impl QemuSource {
         }
     }
 
+    /// Asks a QEMU that does not answer again, until it does.
+    fn await_answer(&mut self) -> Result<(), GuestError> {
+        let deadline = Instant::now() + ANSWER_TIMEOUT;
+        loop {
+            match self.status() {
+                Err(error @ QmpError::Timeout { .. }) if Instant::now() < deadline => {
+                    tracing::warn!("the guest is to run on, and waits for its QEMU: {error}");
+                }
+                answer => return Ok(answer.map(drop)?),
+            }
+        }
+    }
+
+    /// See [`Qmp::set_patience`].
+    #[cfg(test)]
+    pub(super) fn set_patience(&mut self, patience: Duration) {
+        self.qmp.set_patience(patience);
+    }
+
     fn cancel_migration(&mut self) -> Result<(), GuestError> {
         let deadline = Instant::now() + CANCEL_TIMEOUT;
         while self.qmp.execute(&QueryMigrate {})?.is_active() {
@@ -151,6 +174,7 @@ impl SourceGuest for QemuSource {
 
     /// A guest that its owner had paused before the migration stays paused.
     fn resume(&mut self) -> Result<(), GuestError> {
+        self.await_answer()?;
         self.cancel_migration()?;
         if self.was_running && self.status()? != "running" {
             device_state::cont(&mut self.qmp)?;

@@ -2,6 +2,9 @@
 
 use std::fs;
 
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
 use super::super::commands::{QueryCapabilities, QueryParameters, QueryStatus};
 use super::*;
 use crate::guest::{DestinationGuest, SourceGuest};
@@ -189,4 +192,28 @@ fn a_source_that_is_released_for_good_ends() {
     let mut source = qemu.source().expect("a running guest can be moved");
     source.release(true).expect("it ends");
     wait_until("QEMU has ended", || qemu.child.try_wait().expect("a child").is_some());
+}
+
+#[test]
+fn a_guest_whose_qemu_does_not_answer_runs_on_when_it_does() {
+    if skip() {
+        return;
+    }
+    let qemu = TestQemu::machine("q35", "");
+    let mut source = qemu.source().expect("a running guest can be moved");
+    source.set_patience(Duration::from_millis(100));
+    let process = Pid::from_raw(qemu.child.id().cast_signed());
+    kill(process, Signal::SIGSTOP).expect("it is ours");
+    let error = source.pause().expect_err("nobody answers").message;
+    assert!(error.contains("has not answered"), "{error}");
+    let waker = thread::spawn(move || {
+        thread::sleep(Duration::from_millis(400));
+        kill(process, Signal::SIGCONT)
+    });
+    // Each command by itself may take longer than that on a busy host.
+    source.set_patience(Duration::from_secs(2));
+    source.resume().expect("it is asked until it answers");
+    waker.join().expect("no panic").expect("it is ours");
+    drop(source);
+    assert_eq!(status(&mut qemu.qmp()), "running");
 }
