@@ -53,10 +53,9 @@ redis-guest:
 bench *arguments:
     cargo bench {{arguments}}
 
-# Fuzzes a target of fuzz/ until Ctrl-C (needs cargo-fuzz and a nightly toolchain)
+# Fuzzes a target of fuzz/ with libFuzzer until Ctrl-C, or as its arguments say
 fuzz target *arguments:
-    mkdir -p fuzz/corpus/{{target}}
-    cargo +nightly fuzz run {{target}} fuzz/corpus/{{target}} fuzz/seeds/{{target}} -- {{arguments}}
+    tools/fuzz {{target}} {{arguments}}
 
 # Simulated migrations with failures at any moment, from a seed on (docs/testing.md)
 simulate schedules="1000000" seed="0":

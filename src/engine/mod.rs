@@ -15,6 +15,8 @@
 use serde::{Deserialize, Serialize};
 
 pub mod destination;
+#[doc(hidden)]
+pub mod fuzz;
 pub mod heat;
 pub mod policy;
 pub mod precopy;
