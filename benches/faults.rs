@@ -141,6 +141,7 @@ async fn migrate(
     let options = ReceiveOptions {
         state_dir: directory.path().to_owned(),
         paused: false,
+        huge_pages: false,
         reconnect_for,
         page_table: Arc::default(),
         trace: None,
