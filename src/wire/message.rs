@@ -273,7 +273,10 @@ pub struct PackedSet(PackedBytes);
 impl PackedSet {
     /// Compresses.
     pub fn pack(set: &PageSet) -> Self {
-        let bytes: Vec<u8> = set.words().iter().flat_map(|w| w.to_le_bytes()).collect();
+        let mut bytes = Vec::with_capacity(size_of_val(set.words()));
+        for word in set.words() {
+            bytes.extend_from_slice(&word.to_le_bytes());
+        }
         PackedSet(PackedBytes::pack(&bytes))
     }
 

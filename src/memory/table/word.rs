@@ -51,18 +51,14 @@ pub(super) fn supersede(word: u16) -> u16 {
     if word & STAGE_BITS == HELD { word & !STAGE_BITS | SUPERSEDED } else { word }
 }
 
-/// True when nothing whole is in place.
-pub(super) fn is_without_content(word: u16) -> bool {
-    word & (HELD | MAPPED) == 0
+/// 0 for the word of a page that is held and that nobody waits for.
+pub(super) fn oddity(word: u16) -> u16 {
+    (word ^ HELD) & (STAGE_BITS | WAITING)
 }
 
-/// True when the switchover has to look at a page that is not needed: somebody waits for it, or an
-/// earlier switchover took it to be needed.
-pub(super) fn is_to_be_seen_to(word: u16) -> bool {
-    match word & STAGE_BITS {
-        HELD => word & WAITING != 0,
-        stage => stage == SUPERSEDED,
-    }
+/// True for the word of a page that is held and that somebody waits for.
+pub(super) fn is_held_and_awaited(word: u16) -> bool {
+    oddity(word) == WAITING
 }
 
 impl PageState {
@@ -137,8 +133,8 @@ mod tests {
     fn the_quick_looks_at_a_word_see_what_decoding_it_tells() {
         for word in 0..=u16::MAX {
             let Some(state) = PageState::decode(word, false) else { continue };
-            let without = matches!(state.stage, Stage::Absent | Stage::Applying);
-            assert_eq!(is_without_content(word), without);
+            let plain = state.stage == Stage::Stale && !state.waiting && supersede(word) != word;
+            assert_eq!(oddity(word) == 0, plain);
             let superseded = supersede(word);
             assert_eq!(PageState::decode(superseded, false), Some(state));
             let later = PageState::decode(superseded, true).unwrap();

@@ -13,6 +13,10 @@ use crate::page::{PAGE_SIZE_BYTES, PageRange};
 /// Runs that one call of the kernel tells (24 bytes each).
 const RUNS_PER_SCAN: usize = 4096;
 
+/// A thread is worth starting for so many pages: 4 GiB, some milliseconds.
+const PAGES_A_THREAD: u64 = 1 << 20;
+const MAX_THREADS: u64 = 16;
+
 /// `/proc/PID/pagemap` of a process that has guest RAM mapped.
 pub(super) struct Pagemap {
     file: File,
@@ -42,11 +46,48 @@ impl Pagemap {
         regions.zip(&self.addresses).map(|(r, address)| (r.name.as_str(), *address, r.size_bytes))
     }
 
-    /// Calls `visit` with the runs of pages in `range` that `query` asks for, in ascending order.
+    /// Calls `visit` with the runs of pages in `range` that `query` asks for, in ascending order. A wide
+    /// range is scanned by several threads: at the freeze it is all of the guest, which stands still.
     pub(super) fn scan(
         &mut self,
         query: PagemapQuery,
         range: PageRange,
+        visit: impl FnMut(PageRange),
+    ) -> Result<(), MemoryError> {
+        let cores = std::thread::available_parallelism().map_or(1, usize::from) as u64;
+        let threads = (range.len() / PAGES_A_THREAD).clamp(1, cores.min(MAX_THREADS));
+        if threads == 1 {
+            let mut found = std::mem::take(&mut self.found);
+            let scanned = self.scan_part(query, range, &mut found, visit);
+            self.found = found;
+            return scanned;
+        }
+        let share = range.len().div_ceil(threads);
+        let part = |number: u64| {
+            let start = range.start.0 + number * share;
+            let part = PageRange::new(start.min(range.end.0), (start + share).min(range.end.0));
+            let mut found = vec![ScannedRegion::default(); RUNS_PER_SCAN];
+            let mut runs = Vec::new();
+            self.scan_part(query, part, &mut found, |run| runs.push(run)).map(|()| runs)
+        };
+        let parts: Result<Vec<Vec<PageRange>>, MemoryError> = std::thread::scope(|scope| {
+            let part = &part;
+            let threads: Vec<_> =
+                (0..threads).map(|number| scope.spawn(move || part(number))).collect();
+            let join = |thread: std::thread::ScopedJoinHandle<'_, _>| {
+                thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+            };
+            threads.into_iter().map(join).collect()
+        });
+        parts?.into_iter().flatten().for_each(visit);
+        Ok(())
+    }
+
+    fn scan_part(
+        &self,
+        query: PagemapQuery,
+        range: PageRange,
+        found: &mut [ScannedRegion],
         mut visit: impl FnMut(PageRange),
     ) -> Result<(), MemoryError> {
         for (region, piece) in self.layout.split(range) {
@@ -55,12 +96,12 @@ impl Pagemap {
             let page_at = |at: u64| first + (at - address) / PAGE_SIZE_BYTES as u64;
             let (mut at, end) = (address_of(piece.start.0), address_of(piece.end.0));
             while at < end {
-                let scanned = sys::pagemap_scan(self.file.as_fd(), at, end, query, &mut self.found);
+                let scanned = sys::pagemap_scan(self.file.as_fd(), at, end, query, found);
                 let (runs, reached) = scanned.map_err(|source| match source {
                     Errno::ESRCH => MemoryError::ProcessGone,
                     source => MemoryError::Userfault { action: "scan the page table", source },
                 })?;
-                for run in &self.found[..runs] {
+                for run in &found[..runs] {
                     visit(PageRange::new(page_at(run.start), page_at(run.end)));
                 }
                 // Nothing found and nowhere reached: the address space is gone.
