@@ -14,6 +14,7 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use farfault::codec::SentLimits;
 use farfault::engine::policy::SwitchoverPolicy;
 use farfault::engine::pusher::PusherKind;
 use farfault::engine::source::{SourceConfig, SourceTimeouts};
@@ -161,7 +162,8 @@ async fn migrate(
             },
             timeouts: SourceTimeouts::default(),
         },
-        base_cache_bytes: 0,
+        limits: SentLimits { base_cache_bytes: 0, lines_bytes: 0 },
+        encoders: 2,
         codecs: None,
         tracker: TrackerKind::Auto,
         trace: None,

@@ -16,7 +16,7 @@
 //!    page there is a fault, whatever lies in the page cache.
 //! 3. **Pre-copy.** Round by round the source sends what the [`memory::DirtyTracker`] has found changed
 //!    ([`engine::precopy`]). The number of the round is the [`page::Version`] of the contents it sends. What was sent
-//!    is kept, bounded ([`codec::BaseCache`]), and when the destination has acknowledged a round, its contents are
+//!    is kept, bounded ([`codec::SentPages`]), and when the destination has acknowledged a round, its contents are
 //!    bases for deltas. The destination claims each page in the [`memory::PageTable`], decodes it, and
 //!    writes it through its alias of the RAM, where the guest cannot reach it yet: such a page is *stale*.
 //! 4. **Freeze.** When the changes, *encoded*, fit the downtime budget, or rounds no longer pay

@@ -8,6 +8,7 @@ use std::time::Duration;
 use clap::Args;
 
 use super::{bytes, duration, qlog, rate, state_dir};
+use crate::codec::SentLimits;
 use crate::codec::ladder::{CodecChoice, ParseCodecError};
 use crate::engine::Failure;
 use crate::engine::policy::SwitchoverPolicy;
@@ -17,6 +18,7 @@ use crate::guest::qemu::QemuSource;
 use crate::memory::TrackerKind;
 use crate::report::{Output, Report};
 use crate::session::journal::{Side, find};
+use crate::session::share::{default_encoders, default_limits};
 use crate::session::source::{SendOptions, resume_send, send};
 use crate::transport::{Ticket, TransportOptions};
 use crate::wire::message::{HandoverForm, Strategy};
@@ -53,9 +55,17 @@ pub(super) struct Send {
     /// Most pre-copy rounds; auto goes by the trend.
     #[arg(long, value_name = "auto|N", default_value = "auto", value_parser = rounds)]
     precopy_rounds: Rounds,
-    /// Memory for copies of sent pages, against which changed pages are sent as deltas.
-    #[arg(long, value_name = "SIZE", default_value = "512MiB", value_parser = bytes)]
-    base_cache: u64,
+    /// Memory for copies of sent pages, against which changed pages are sent as deltas; auto is an eighth
+    /// of what is available. It takes no more than the guest has.
+    #[arg(long, value_name = "auto|SIZE", default_value = "auto", value_parser = share)]
+    base_cache: Share,
+    /// Memory for fingerprints of the other sent pages, 32.5 MiB per GiB, by which their changed lines are
+    /// sent; auto is a thirty-second of what is available, and nothing where that is less than 1 GiB.
+    #[arg(long, value_name = "auto|SIZE", default_value = "auto", value_parser = share)]
+    line_cache: Share,
+    /// Threads that encode pages; auto is one a core, up to 8.
+    #[arg(long, value_name = "auto|N", default_value = "auto", value_parser = encoders)]
+    encoders: Encoders,
     /// Codecs, as PAGES/DELTAS: raw, lz4 or zstd:LEVEL, and off, plain, lz4, zstd:LEVEL or
     /// zstd-old:LEVEL. auto follows the link's rate.
     #[arg(long, value_name = "auto|CODECS", default_value = "auto", value_parser = codecs)]
@@ -129,6 +139,39 @@ impl From<HandoverName> for HandoverForm {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Rounds(pub(super) Option<u16>);
 
+/// A size in bytes; `None` leaves it to the host.
+#[derive(Clone, Copy, Debug)]
+struct Share(Option<u64>);
+
+fn share(text: &str) -> Result<Share, String> {
+    match text {
+        "auto" => Ok(Share(None)),
+        _ => bytes(text).map(|bytes| Share(Some(bytes))).map_err(|error| error.to_string()),
+    }
+}
+
+impl Share {
+    fn bytes_or(self, default: usize) -> usize {
+        self.0.map_or(default, |bytes| usize::try_from(bytes).unwrap_or(usize::MAX))
+    }
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Encoders(Option<usize>);
+
+/// More threads than this only wait for each other.
+const MAX_ENCODERS: usize = 64;
+
+fn encoders(text: &str) -> Result<Encoders, String> {
+    match text {
+        "auto" => Ok(Encoders(None)),
+        _ => match text.parse() {
+            Ok(number) if (1..=MAX_ENCODERS).contains(&number) => Ok(Encoders(Some(number))),
+            _ => Err(format!("auto, or a number from 1 to {MAX_ENCODERS}")),
+        },
+    }
+}
+
 #[derive(Clone, Copy, Debug)]
 struct Codecs(Option<CodecChoice>);
 
@@ -172,7 +215,8 @@ impl Send {
                 },
                 timeouts: SourceTimeouts::default(),
             },
-            base_cache_bytes: usize::try_from(self.base_cache).unwrap_or(usize::MAX),
+            limits: self.limits(),
+            encoders: self.encoders.0.unwrap_or_else(default_encoders),
             codecs: self.codec.0,
             tracker: self.tracker,
             trace: self.trace.clone(),
@@ -188,6 +232,14 @@ impl Send {
         let ticket = self.ticket()?;
         let guest = QemuSource::attach(self.qmp.as_deref().unwrap_or(Path::new("")))?;
         send(Box::new(guest), &ticket, &transport, options, output).await
+    }
+
+    fn limits(&self) -> SentLimits {
+        let SentLimits { base_cache_bytes, lines_bytes } = default_limits();
+        SentLimits {
+            base_cache_bytes: self.base_cache.bytes_or(base_cache_bytes),
+            lines_bytes: self.line_cache.bytes_or(lines_bytes),
+        }
     }
 
     fn ticket(&self) -> Result<Ticket, Failure> {

@@ -12,8 +12,8 @@
 
 use crate::page::{PAGE_SIZE_BYTES, PageBytes, PageIndex, Version};
 
-/// Slots of one allocation: 1 MiB of pages, so that a small guest costs little.
-const CHUNK_SLOTS: usize = 256;
+/// Slots of one allocation: 256 KiB of pages, so that a small guest costs little.
+const CHUNK_SLOTS: usize = 64;
 /// How many slots the hand looks at to find a colder page.
 const HAND_STEPS: usize = 16;
 /// All counters are halved after so many touches per slot.
@@ -83,7 +83,7 @@ impl BaseCache {
 
     /// What the cache occupies now, in bytes.
     pub fn memory_bytes(&self) -> usize {
-        self.chunks.len() * CHUNK_SLOTS * PAGE_SIZE_BYTES
+        self.chunks.iter().map(|chunk| size_of_val(&**chunk)).sum::<usize>()
             + self.slots.capacity() * size_of::<Slot>()
             + self.index.len() * size_of::<u32>()
             + self.heat.counters.len() * size_of::<u64>()
@@ -106,18 +106,26 @@ impl BaseCache {
 
     /// Takes the bytes that were just sent for `page`. When the cache holds an older version, that
     /// is replaced. Otherwise, in a full cache, the page is kept only if it is hotter than one that
-    /// can go. True when the page is held now.
+    /// can go, which is shown to `evicted` then. True when the page is held now.
     ///
     /// # Panics
     /// When the page is beyond the guest.
-    pub fn insert(&mut self, page: PageIndex, version: Version, bytes: &PageBytes) -> bool {
+    pub fn insert(
+        &mut self,
+        page: PageIndex,
+        version: Version,
+        bytes: &PageBytes,
+        evicted: impl FnOnce(PageIndex, Version, &PageBytes),
+    ) -> bool {
         assert!(page.0 < self.guest_pages, "{page:?} beyond {} pages", self.guest_pages);
         let slot = match self.slot_of(page) {
             Some(slot) => slot,
             None if self.slots.len() < self.capacity_slots => self.grow(page),
             None => match self.colder_than(self.heat.of(page)) {
                 Some(slot) => {
-                    self.unlink(self.slots[slot].page);
+                    let Slot { page: colder, version } = self.slots[slot];
+                    evicted(colder, version, &self.chunks[slot / CHUNK_SLOTS][slot % CHUNK_SLOTS]);
+                    self.unlink(colder);
                     self.slots[slot].page = page;
                     self.link(page, slot);
                     slot
@@ -153,8 +161,9 @@ impl BaseCache {
         let slot = self.slots.len();
         if slot == self.chunks.len() * CHUNK_SLOTS {
             // Exact, chunk by chunk: doubling would take more than the capacity allows.
-            self.slots.reserve_exact(CHUNK_SLOTS);
-            self.chunks.push(vec![[0; PAGE_SIZE_BYTES]; CHUNK_SLOTS].into_boxed_slice());
+            let slots = CHUNK_SLOTS.min(self.capacity_slots - slot);
+            self.slots.reserve_exact(slots);
+            self.chunks.push(vec![[0; PAGE_SIZE_BYTES]; slots].into_boxed_slice());
         }
         self.slots.push(Slot { page, version: Version::NONE });
         self.link(page, slot);

@@ -56,6 +56,7 @@ const EMPTY: Entry =
 /// hold any, so 32.5 MiB per GiB.
 pub struct LineStore {
     chunks: Vec<Option<Box<[Entry]>>>,
+    capacity_chunks: usize,
     chunks_left: usize,
     guest_pages: u64,
 }
@@ -65,11 +66,18 @@ impl LineStore {
     /// that come when it is full have no fingerprints.
     pub fn new(capacity_bytes: usize, guest_pages: u64) -> Self {
         let chunks = guest_pages.div_ceil(CHUNK_PAGES as u64) as usize;
+        let capacity_chunks = capacity_bytes / (CHUNK_PAGES * size_of::<Entry>());
         LineStore {
             chunks: (0..chunks).map(|_| None).collect(),
-            chunks_left: capacity_bytes / (CHUNK_PAGES * size_of::<Entry>()),
+            capacity_chunks,
+            chunks_left: capacity_chunks,
             guest_pages,
         }
+    }
+
+    /// False when there is no room for any page.
+    pub fn is_on(&self) -> bool {
+        self.capacity_chunks > 0
     }
 
     /// What was sent last for `page`, and as which version.

@@ -6,6 +6,8 @@
 //! | [`delta`] | pages that the other side holds in an older version: what changed |
 //! | [`bases`] | the bounded store of those older versions |
 //! | [`lines`] | fingerprints of sent pages, for which there is no room in that store |
+//! | [`copies`] | contents by their hash |
+//! | [`sent`] | the account of what was sent, made of the last three |
 //! | [`pack`] | compression of whole pages or deltas, up to 64 pages together |
 //! | [`ladder`] | which codec for which link |
 //! | [`blob`] | device state against that of a rehearsal |
@@ -15,11 +17,13 @@
 
 pub mod bases;
 pub mod blob;
+pub mod copies;
 pub mod delta;
 mod id;
 pub mod ladder;
 pub mod lines;
 pub mod pack;
+pub mod sent;
 #[cfg(test)]
 pub(crate) mod test_pages;
 pub mod xbzrle;
@@ -27,9 +31,11 @@ pub mod zero;
 mod zstandard;
 
 pub use bases::BaseCache;
+pub use copies::CopyIndex;
 pub use id::{CodecCounts, CodecId, Content, Packing};
 pub use ladder::{CodecChoice, DeltaCodec, PageCodec};
 pub use lines::{LineFingerprint, LineStore};
+pub use sent::{ContentHash, Known, SentLimits, SentMemory, SentPages};
 pub use zero::is_zero;
 
 /// Why coded bytes could not be decoded.

@@ -19,6 +19,8 @@ pub struct RoundSummary {
     pub duration: Duration,
     /// Pages that the guest has changed since their last sending.
     pub dirty_pages: u64,
+    /// How many of these are not sent before the freeze, since the guest writes to them all the time.
+    pub held_back_pages: u64,
     /// How many bytes a changed page costs, as far as this is known: from deltas sent so far.
     pub bytes_per_dirty_page: Option<u64>,
     /// What the link carries.
@@ -31,8 +33,17 @@ impl RoundSummary {
     /// How long the changed pages would take to send. Before the first delta is known, a changed page
     /// counts as a whole one of average size.
     pub fn remainder(&self) -> Duration {
+        self.time_of(self.dirty_pages)
+    }
+
+    /// How long those of them would take that another round would send.
+    pub fn next_round(&self) -> Duration {
+        self.time_of(self.dirty_pages.saturating_sub(self.held_back_pages))
+    }
+
+    fn time_of(&self, dirty_pages: u64) -> Duration {
         let whole = self.sent_bytes.checked_div(self.sent_pages).unwrap_or(4096);
-        let bytes = self.dirty_pages.saturating_mul(self.bytes_per_dirty_page.unwrap_or(whole));
+        let bytes = dirty_pages.saturating_mul(self.bytes_per_dirty_page.unwrap_or(whole));
         Duration::from_secs_f64(bytes as f64 / self.link_bytes_per_s.max(1) as f64)
     }
 }
@@ -83,24 +94,31 @@ pub fn rehearsal_pays(state_is_small: bool, link_bytes_per_s: u64) -> bool {
 }
 
 impl SwitchoverPolicy {
+    /// How much fits the downtime budget: what crosses right behind the flight while the destination loads.
+    pub fn downtime_bytes(&self, link_bytes_per_s: u64, round_trip: Duration) -> u64 {
+        let room = self.downtime_budget.saturating_sub(FIXED_DOWNTIME + round_trip / 2);
+        (room.as_secs_f64() * link_bytes_per_s as f64) as u64
+    }
+
     /// What comes after round number `rounds` (from 1 on).
     ///
     /// A remainder that fits the downtime budget ends the migration without post-copy, in either
     /// strategy: it is the safer end. It ends at once when the remainder is small beside the rest of
     /// the downtime, else only when another short round would not shrink it much further. A
     /// remainder that does not fit: hybrid goes on while rounds pay, that is while the changes made
-    /// during the next round (which takes as long as the remainder) are expected to be less than what
-    /// is left now.
+    /// during the next round are expected to be less than what that round sends. Pages that are held back are
+    /// part of the remainder, but no reason for a round.
     pub fn after_round(&self, strategy: Strategy, rounds: u16, round: &RoundSummary) -> Next {
         let remainder = round.remainder();
         let fixed = FIXED_DOWNTIME + round.round_trip / 2;
-        // Changes come at the rate of the last round; the next one takes `remainder` plus the round
-        // trip of its acknowledgement.
+        // Changes come at the rate of the last round; the next one takes as long as what it sends plus
+        // the round trip of its acknowledgement.
+        let next = round.next_round();
         let last_s = round.duration.as_secs_f64().max(0.001);
-        let shrinks = (remainder + round.round_trip).as_secs_f64() / last_s < SHRINK;
+        let shrinks = (next + round.round_trip).as_secs_f64() / last_s < SHRINK;
         if remainder + fixed <= self.downtime_budget || round.dirty_pages == 0 {
             let limit = self.max_rounds.unwrap_or(HYBRID_ROUNDS);
-            return if remainder > SMALL_REMAINDER && shrinks && rounds < limit {
+            return if next > SMALL_REMAINDER && shrinks && rounds < limit {
                 Next::AnotherRound
             } else {
                 Next::Switchover(RunWhen::Complete)
@@ -124,7 +142,7 @@ impl SwitchoverPolicy {
             }
             Strategy::Hybrid => {
                 let limit = self.max_rounds.unwrap_or(HYBRID_ROUNDS);
-                if rounds < limit && shrinks {
+                if rounds < limit && shrinks && !next.is_zero() {
                     Next::AnotherRound
                 } else {
                     Next::Switchover(RunWhen::Loaded)
@@ -149,6 +167,7 @@ mod tests {
             sent_bytes: 100_000_000,
             duration: Duration::from_millis(duration_ms),
             dirty_pages,
+            held_back_pages: 0,
             bytes_per_dirty_page: Some(bytes_per_dirty_page),
             link_bytes_per_s: 12_500_000,
             round_trip: Duration::from_millis(40),
@@ -182,6 +201,23 @@ mod tests {
         assert_eq!(next, Next::Switchover(RunWhen::Loaded));
         let next = POLICY.after_round(Strategy::Hybrid, HYBRID_ROUNDS, &shrinking);
         assert_eq!(next, Next::Switchover(RunWhen::Loaded));
+    }
+
+    #[test]
+    fn what_goes_along_with_the_flight_fits_the_downtime_budget() {
+        let bytes = POLICY.downtime_bytes(10_000_000, Duration::from_millis(40));
+        assert_eq!(bytes, 2_400_000, "300 ms less 40 and half a round trip");
+        assert_eq!(POLICY.downtime_bytes(10_000_000, Duration::from_secs(1)), 0);
+    }
+
+    #[test]
+    fn no_round_is_for_pages_that_are_held_back() {
+        let held = |held_back_pages| RoundSummary { held_back_pages, ..round(5000, 300, 10_000) };
+        let next = |round| POLICY.after_round(Strategy::Hybrid, 2, &round);
+        assert_eq!(next(held(0)), Next::AnotherRound);
+        assert_eq!(next(held(4900)), Next::Switchover(RunWhen::Complete));
+        let all_of_many = RoundSummary { held_back_pages: 100_000, ..round(100_000, 300, 10_000) };
+        assert_eq!(next(all_of_many), Next::Switchover(RunWhen::Loaded));
     }
 
     #[test]

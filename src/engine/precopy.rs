@@ -1,26 +1,39 @@
-//! Which pages a pre-copy round still has to send.
+//! Which pages a pre-copy round still has to send, and in which order.
 //!
 //! The plan walks the guest chunk by chunk. Just before a chunk is read, its newest writes are
 //! collected from the tracker, so that a page which was dirtied since the round began but before its
 //! turn is sent once, not twice.
+//!
+//! What is written to all the time is worth little before the end: it is sent at the end of the first round
+//! that has it, so that its copy there is as young as can be and its last change small; and in later
+//! rounds it is held back, since it will be dirty again at the freeze whatever is sent now.
 
 use super::heat::Heat;
 use crate::page::{PageIndex, PageRange, PageSet};
 
 /// Pages looked at in one go: 4 MiB of guest memory.
-pub const CHUNK_PAGES: u64 = 1024;
+pub const CHUNK_PAGES: u64 = super::heat::CHUNK_PAGES;
 
 /// The page sets of a pre-copy.
 #[derive(Debug)]
 pub struct PrecopyPlan {
     /// To be sent in this round.
     todo: PageSet,
+    /// To be sent at the end of this round: hot pages.
+    late: PageSet,
+    /// The end of this round has come.
+    is_late: bool,
+    /// What the tracker has found and nobody has looked at yet.
+    found: PageSet,
     /// Changed since their last sending.
     dirty: PageSet,
-    /// Sent at least once.
+    /// Written to since the interval began.
+    fresh: PageSet,
+    /// Sent, and not known to be lost.
     sent: PageSet,
     /// Sent in this round.
     sent_now: PageSet,
+    has_begun: bool,
     heat: Heat,
     cursor: u64,
 }
@@ -28,26 +41,49 @@ pub struct PrecopyPlan {
 impl PrecopyPlan {
     /// A guest of `pages` pages of which nothing was sent.
     pub fn new(pages: u64) -> Self {
+        let empty = || PageSet::empty(pages);
         PrecopyPlan {
-            todo: PageSet::empty(pages),
-            dirty: PageSet::empty(pages),
-            sent: PageSet::empty(pages),
-            sent_now: PageSet::empty(pages),
+            todo: empty(),
+            late: empty(),
+            is_late: false,
+            found: empty(),
+            dirty: empty(),
+            fresh: empty(),
+            sent: empty(),
+            sent_now: empty(),
+            has_begun: false,
             heat: Heat::new(pages),
             cursor: 0,
         }
     }
 
-    /// Begins a round: the first takes every page, a later one those that are dirty.
+    /// Begins a round: the first takes every page, a later one those that are dirty and likely to
+    /// stay as they are sent.
     pub fn begin_round(&mut self) {
         let pages = self.todo.pages();
-        self.todo = if self.sent.is_empty() {
-            PageSet::full(pages)
-        } else {
-            std::mem::replace(&mut self.dirty, PageSet::empty(pages))
-        };
+        self.todo = PageSet::empty(pages);
+        self.late = PageSet::empty(pages);
+        self.is_late = false;
         self.sent_now = PageSet::empty(pages);
         self.cursor = 0;
+        if !std::mem::replace(&mut self.has_begun, true) {
+            self.todo = PageSet::full(pages);
+        } else {
+            self.take_in(PageRange::new(0, pages));
+            std::mem::swap(&mut self.todo, &mut self.dirty);
+            for page in self.held_back_of(&self.todo) {
+                self.todo.remove(page);
+                self.dirty.insert(page);
+            }
+        }
+        self.put_hot_pages_late();
+    }
+
+    /// The pages of this round that were not sent yet. Until the round ends no others are sent.
+    pub fn left(&self) -> PageSet {
+        let mut left = self.todo.clone();
+        left.union_with(&self.late);
+        left
     }
 
     /// The link was lost in this round, or before it was acknowledged, and of the round's pages the
@@ -58,29 +94,50 @@ impl PrecopyPlan {
     /// Of `held` only pages that were sent in this round are believed.
     pub fn end_round_early(&mut self, held: &PageSet) -> PageSet {
         let pages = self.todo.pages();
-        let mut lost = std::mem::replace(&mut self.sent_now, PageSet::empty(pages));
+        let take = |set: &mut PageSet| std::mem::replace(set, PageSet::empty(pages));
+        let mut lost = take(&mut self.sent_now);
         lost.subtract(held);
+        self.sent.subtract(&lost);
         self.dirty.union_with(&lost);
-        self.dirty.union_with(&std::mem::replace(&mut self.todo, PageSet::empty(pages)));
+        self.dirty.union_with(&take(&mut self.todo));
+        self.dirty.union_with(&take(&mut self.late));
         lost
     }
 
     /// The next chunk that has pages to send in this round; the caller collects its writes into
-    /// [`Self::dirty_mut`] and then takes its pages.
+    /// [`Self::found_mut`] and then takes its pages. A chunk comes twice where some of its pages are hot.
     pub fn next_chunk(&mut self) -> Option<PageRange> {
-        let first = self.todo.first_from(PageIndex(self.cursor))?;
+        let mut first = self.todo.first_from(PageIndex(self.cursor));
+        if first.is_none() && !self.is_late {
+            self.is_late = true;
+            // Empty, since a chunk's pages are taken together and none join a chunk that is behind.
+            std::mem::swap(&mut self.todo, &mut self.late);
+            first = self.todo.first_from(PageIndex(0));
+        }
+        let first = first?;
         let start = first.0 / CHUNK_PAGES * CHUNK_PAGES;
         let end = (start + CHUNK_PAGES).min(self.todo.pages());
         self.cursor = end;
         Some(PageRange::new(start.max(first.0), end))
     }
 
-    /// A round is sent and the writes since then are collected: notes which pages are dirty again.
-    pub fn end_round(&mut self) {
-        self.heat.end_round(&self.dirty);
+    /// All writes are collected: an interval is over, by itself or with the round that has been sent. Notes
+    /// which pages were written to in it.
+    pub fn end_interval(&mut self) {
+        let pages = self.found.pages();
+        self.take_in(PageRange::new(0, pages));
+        self.heat.end_interval(&self.fresh);
+        self.fresh = PageSet::empty(pages);
+        self.put_hot_pages_late();
     }
 
-    /// How hot each page is, as of the last [`Self::end_round`].
+    /// Pages written to in this interval, as far as was collected.
+    pub fn fresh(&self) -> impl Iterator<Item = PageIndex> {
+        let found = self.found.iter().filter(|page| !self.fresh.contains(*page));
+        self.fresh.iter().chain(found)
+    }
+
+    /// How hot each page is, as of the last [`Self::end_interval`].
     pub fn heat(&self) -> &Heat {
         &self.heat
     }
@@ -91,18 +148,15 @@ impl PrecopyPlan {
     }
 
     /// Where the tracker's findings go.
-    pub fn dirty_mut(&mut self) -> &mut PageSet {
-        &mut self.dirty
+    pub fn found_mut(&mut self) -> &mut PageSet {
+        &mut self.found
     }
 
     /// The pages of `chunk` to send now, which counts as sent from here on.
     pub fn take(&mut self, chunk: PageRange, into: &mut Vec<PageIndex>) {
+        self.take_in(chunk);
         into.clear();
-        let mut at = chunk.start;
-        while let Some(page) = self.todo.first_from(at).filter(|page| *page < chunk.end) {
-            into.push(page);
-            at = PageIndex(page.0 + 1);
-        }
+        into.extend(members(&self.todo, chunk));
         for page in into.iter() {
             self.todo.remove(*page);
             self.dirty.remove(*page);
@@ -111,16 +165,26 @@ impl PrecopyPlan {
         }
     }
 
-    /// Pages that must be sent again whatever the tracker says.
+    /// These pages, taken in the first round, are not sent now after all, but in the next one.
+    pub fn put_off(&mut self, pages: &[PageIndex]) {
+        for page in pages {
+            self.sent.remove(*page);
+            self.sent_now.remove(*page);
+            self.dirty.insert(*page);
+        }
+    }
+
+    /// The destination does not have these pages: they must be sent again whatever the tracker says.
     pub fn mark_dirty(&mut self, pages: &[PageIndex]) {
         for page in pages {
             if page.0 < self.dirty.pages() {
                 self.dirty.insert(*page);
+                self.sent.remove(*page);
             }
         }
     }
 
-    /// Pages changed since their last sending, as far as was collected.
+    /// Pages changed since their last sending, as far as was collected and taken in.
     pub fn dirty(&self) -> &PageSet {
         &self.dirty
     }
@@ -130,12 +194,17 @@ impl PrecopyPlan {
         self.dirty.len()
     }
 
-    /// Pages of this round not yet taken.
-    pub fn left_in_round(&self) -> u64 {
-        self.todo.len()
+    /// How many of them the next round would leave to the freeze.
+    pub fn held_back_pages(&self) -> u64 {
+        self.held_back_of(&self.dirty).len() as u64
     }
 
-    /// Pages sent so far, at whatever version.
+    /// Pages of this round not yet taken.
+    pub fn left_in_round(&self) -> u64 {
+        self.todo.len() + self.late.len()
+    }
+
+    /// Pages sent so far, at whatever version, and not known to be lost.
     pub fn sent(&self) -> &PageSet {
         &self.sent
     }
@@ -145,6 +214,7 @@ impl PrecopyPlan {
         let mut unsent = PageSet::full(self.sent.pages());
         unsent.subtract(&self.sent);
         unsent.union_with(&self.dirty);
+        unsent.union_with(&self.found);
         unsent
     }
 
@@ -157,6 +227,56 @@ impl PrecopyPlan {
         need.subtract(&zero);
         Remainder { need, zero }
     }
+
+    /// What was found in `range` is dirty.
+    fn take_in(&mut self, range: PageRange) {
+        if range.len() == self.found.pages() {
+            let found = PageSet::empty(range.len());
+            let found = std::mem::replace(&mut self.found, found);
+            self.dirty.union_with(&found);
+            self.fresh.union_with(&found);
+            return;
+        }
+        let mut at = range.start;
+        while let Some(page) = self.found.first_from(at).filter(|page| *page < range.end) {
+            self.found.remove(page);
+            self.dirty.insert(page);
+            self.fresh.insert(page);
+            at = PageIndex(page.0 + 1);
+        }
+    }
+
+    /// A copy that the destination has is the base of a restless page's last change; what it has none
+    /// of is not held back.
+    fn held_back_of(&self, pages: &PageSet) -> Vec<PageIndex> {
+        let restless = |page: &PageIndex| self.heat.is_restless(*page) && self.sent.contains(*page);
+        pages.iter().filter(restless).collect()
+    }
+
+    fn put_hot_pages_late(&mut self) {
+        if self.is_late || self.todo.is_empty() {
+            return;
+        }
+        for start in (0..self.todo.pages()).step_by(CHUNK_PAGES as usize) {
+            if self.heat.is_cold(PageIndex(start)) {
+                continue;
+            }
+            for page in (start..(start + CHUNK_PAGES).min(self.todo.pages())).map(PageIndex) {
+                if self.heat.is_hot(page) && self.todo.remove(page) {
+                    self.late.insert(page);
+                }
+            }
+        }
+    }
+}
+
+fn members(set: &PageSet, range: PageRange) -> impl Iterator<Item = PageIndex> {
+    let mut at = range.start;
+    std::iter::from_fn(move || {
+        let page = set.first_from(at).filter(|page| *page < range.end)?;
+        at = PageIndex(page.0 + 1);
+        Some(page)
+    })
 }
 
 /// What the destination still needs at the freeze.
@@ -188,10 +308,12 @@ mod tests {
         #[test]
         fn what_is_not_in_the_remainder_was_sent_as_it_is(
             pages in 1u64..4000,
-            writes in prop::collection::vec((any::<u64>(), 0u8..4), 0..120),
-            rounds in 0usize..4,
+            writes in prop::collection::vec((0u64..1 << 40, 0u8..4), 0..120),
+            narrow in 1u64..4000,
+            rounds in 0usize..8,
             holes in prop::collection::vec(any::<u64>(), 0..10),
-            losses in prop::collection::vec(prop::option::of((0u64..5, any::<u64>())), 4),
+            losses in prop::collection::vec(prop::option::of((0u64..5, any::<u64>())), 8),
+            scans in any::<u64>(),
         ) {
             let mut model = Model {
                 now: vec![0; pages as usize],
@@ -203,14 +325,16 @@ mod tests {
             let mut write_some = |model: &mut Model, slot: u8| {
                 for (page, when) in writes.by_ref().take(3) {
                     if when == slot || when == 3 {
-                        let page = page % pages;
+                        // Few pages are written to again and again, so that some are hot.
+                        let page = page % narrow.min(pages);
                         model.now[page as usize] += 1;
                         model.tracked.insert(PageIndex(page));
                     }
                 }
             };
-            let mut taken = Vec::new();
-            for loss in losses.into_iter().take(rounds) {
+            let (mut taken, mut steps) = (Vec::new(), 0);
+            let lottery_of = |lottery: u64, step: u32| lottery >> (step % 64) & 1 == 1;
+            for (round, loss) in losses.into_iter().take(rounds).enumerate() {
                 plan.begin_round();
                 let before = model.sent.clone();
                 let (mut chunks, mut sent_now) = (0, PageSet::empty(pages));
@@ -223,16 +347,28 @@ mod tests {
                     write_some(&mut model, 0);
                     for page in chunk.pages() {
                         if model.tracked.remove(page) {
-                            plan.dirty_mut().insert(page);
+                            plan.found_mut().insert(page);
                         }
                     }
                     write_some(&mut model, 1);
                     plan.take(chunk, &mut taken);
+                    if round == 0 && lottery_of(scans, steps + 7) {
+                        let put_off: Vec<_> = taken.iter().copied().step_by(3).collect();
+                        plan.put_off(&put_off);
+                        taken.retain(|page| !put_off.contains(page));
+                    }
                     for page in &taken {
                         model.sent[page.0 as usize] = Some(model.now[page.0 as usize]);
                         sent_now.insert(*page);
                     }
                     write_some(&mut model, 2);
+                    steps += 1;
+                    if lottery_of(scans, steps) {
+                        let tracked =
+                            std::mem::replace(&mut model.tracked, PageSet::empty(pages));
+                        plan.found_mut().union_with(&tracked);
+                        plan.end_interval();
+                    }
                 }
                 if let Some((_, lottery)) = loss {
                     // The destination says it holds pages that were never sent in this round too.
@@ -248,7 +384,7 @@ mod tests {
                     prop_assert_eq!(plan.end_round_early(&held), lost);
                 }
             }
-            plan.dirty_mut().union_with(&model.tracked);
+            plan.found_mut().union_with(&model.tracked);
             let mut populated = PageSet::full(pages);
             for hole in holes {
                 populated.remove(PageIndex(hole % pages));
@@ -277,8 +413,46 @@ mod tests {
         assert_eq!(plan.left_in_round(), 0);
         plan.begin_round();
         assert_eq!(plan.next_chunk(), None);
-        plan.dirty_mut().insert(PageIndex(7));
-        plan.end_round();
+        plan.found_mut().insert(PageIndex(7));
+        plan.end_interval();
         assert_eq!((plan.heat().of(PageIndex(7)), plan.heat().of(PageIndex(8))), (128, 0));
+    }
+
+    /// Sends a round during which, after each chunk, `written` is written to and an interval ends.
+    fn round_of(plan: &mut PrecopyPlan, written: &[u64]) -> Vec<u64> {
+        plan.begin_round();
+        let (mut all, mut taken) = (Vec::new(), Vec::new());
+        while let Some(chunk) = plan.next_chunk() {
+            plan.take(chunk, &mut taken);
+            all.extend(taken.iter().map(|page| page.0));
+            written.iter().for_each(|page| {
+                plan.found_mut().insert(PageIndex(*page));
+            });
+            plan.end_interval();
+        }
+        all
+    }
+
+    #[test]
+    fn a_hot_page_is_sent_at_the_end_of_the_first_round_and_then_not_before_the_freeze() {
+        let mut plan = PrecopyPlan::new(8 * CHUNK_PAGES);
+        let hot = 5 * CHUNK_PAGES + 3;
+        let sent = round_of(&mut plan, &[hot]);
+        assert_eq!((sent.len(), sent.last()), (8 * CHUNK_PAGES as usize, Some(&hot)));
+        assert_eq!((plan.dirty_pages(), plan.held_back_pages()), (1, 1));
+        plan.found_mut().insert(PageIndex(9));
+        assert_eq!(round_of(&mut plan, &[hot]), [9]);
+        let need = plan.remainder(&PageSet::full(8 * CHUNK_PAGES)).need;
+        assert_eq!(need.iter().collect::<Vec<_>>(), [PageIndex(hot)]);
+    }
+
+    #[test]
+    fn a_hot_page_that_the_destination_lost_is_sent_in_a_round() {
+        let mut plan = PrecopyPlan::new(8 * CHUNK_PAGES);
+        let hot = 5 * CHUNK_PAGES + 3;
+        round_of(&mut plan, &[hot]);
+        plan.mark_dirty(&[PageIndex(hot)]);
+        assert_eq!(plan.held_back_pages(), 0);
+        assert_eq!(round_of(&mut plan, &[hot]), [hot]);
     }
 }

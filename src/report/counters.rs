@@ -19,6 +19,10 @@ pub struct Counters {
     pub pushed_pages: AtomicU64,
     /// Pages that went along with the replies to faults (source).
     pub bundled_pages: AtomicU64,
+    /// Duplicates that were put off from the first round to the second (source).
+    pub put_off_pages: AtomicU64,
+    /// Hot pages that the last round has left to the freeze (source).
+    pub held_back_pages: AtomicU64,
     /// Pages that came a second time and were dropped (destination).
     pub duplicate_pages: AtomicU64,
     /// The most memory that this process was seen to take for itself.

@@ -1,5 +1,6 @@
 //! What a migration tells: counters and a picture while it goes on, events, and the report at its end.
 
+mod account;
 mod counters;
 mod live;
 mod memory;
@@ -10,6 +11,7 @@ mod postcopy;
 mod summary;
 mod trace;
 
+pub use account::AccountFigures;
 pub use counters::Counters;
 pub use live::{History, Live, MapShape, MemoryMap, Screen, Step, draw, stages_by_cell};
 pub use metrics::serve_metrics;

@@ -7,7 +7,7 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 
 use super::PhaseTimes;
-use super::{FaultFigures, PushFigures};
+use super::{AccountFigures, FaultFigures, PushFigures};
 use crate::memory::adopt::HugePages;
 use crate::units::{format_bytes, format_rate};
 use crate::wire::message::Strategy;
@@ -109,6 +109,9 @@ pub struct Report {
     pub faults: Option<FaultFigures>,
     /// How what was left then was sent: only the source knows.
     pub push: Option<PushFigures>,
+    /// What is remembered of what was sent: only the source knows.
+    #[serde(default)]
+    pub account: Option<AccountFigures>,
     /// The link's shortest round trip.
     pub round_trip_ms: f64,
     /// Outages of the link that were mended.
@@ -206,6 +209,9 @@ impl fmt::Display for Report {
         }
         if let Some(push) = &self.push {
             row("pages pushed", push.to_string())?;
+        }
+        if let Some(account) = &self.account {
+            row("remembered", account.to_string())?;
         }
         if self.reconnects > 0 {
             row("reconnects", self.reconnects.to_string())?;

@@ -163,11 +163,8 @@ impl Arrivals {
         for entry in frame.pages() {
             let claimed = match self.table.claim(entry.page, version) {
                 Claim::Claimed { previous } => {
-                    let fits = entry.base.is_none_or(|base| {
-                        base.page == entry.page
-                            && previous.stage == Stage::Stale
-                            && previous.version == base.version
-                    });
+                    let fits =
+                        entry.base.is_none_or(|base| self.is_there(base, entry.page, previous));
                     if !fits {
                         self.table.abandon(entry.page, previous);
                         rejected.push(entry.page);
@@ -253,6 +250,22 @@ impl Arrivals {
             self.map(&arrived)?;
         }
         Ok(())
+    }
+
+    /// True when this content is here, to be built on for `page`, which is claimed and was `previous`.
+    ///
+    /// Of a delta that settles it, since the page is the claimer's. The original of a copy is not: until the
+    /// switchover nothing replaces it while the copy may be on its way (the source makes none of a page that it
+    /// sends at the same version), and afterwards the guest may write to it at any moment. So it
+    /// is the check of the whole resulting page, of 64 bits, that tells whether what was read was still it.
+    fn is_there(&self, base: Base, page: PageIndex, previous: PageState) -> bool {
+        let state = if base.page == page { previous } else { self.table.state(base.page) };
+        let whole = match base.page == page {
+            true => state.stage == Stage::Stale,
+            false => state.stage == Stage::Stale || state.is_complete(),
+        };
+        // A page of zeros may be a hole, which reading would fill.
+        whole && !(state.zero && base.page != page) && state.version == base.version
     }
 
     /// Makes `run` zero. Whether a page has content is asked of its file, not of the table: a page that an

@@ -861,6 +861,7 @@ impl Session {
                 .map(|faults| FaultLatency::of(&faults.remote_latency_us)),
             faults: faults.as_ref().map(FaultFigures::of),
             push: None,
+            account: None,
             round_trip_ms: stats.min_rtt_us as f64 / 1e3,
             reconnects: self.links.reconnects(),
             peak_rss_bytes: self.counters.peak_rss_bytes.load(Ordering::Relaxed),

@@ -1,13 +1,13 @@
-//! The source's pages after the guest was stopped: they do not change any more, so the pusher and the
+//! The source's pages after the guest was stopped: they do not change any more, so all pushing threads and the
 //! fault lane read and encode them side by side, and wait for each other only where the next page is chosen.
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, RwLock};
+use std::sync::{Arc, Mutex};
 
 use bytes::Bytes;
 
-use super::reader::{BATCH_PAGES, PageReader, is_full};
-use crate::codec::{BaseCache, CodecCounts, Content};
+use super::reader::{Against, BATCH_PAGES, PageReader, is_full};
+use crate::codec::{CodecCounts, Content, SentPages};
 use crate::engine::heat::Heat;
 use crate::engine::precopy::Remainder;
 use crate::engine::pusher::{BundleStats, Pusher, PusherKind};
@@ -23,7 +23,7 @@ pub(super) const BUNDLE_MESSAGE_PAGES: usize = 16;
 pub(super) struct FrozenPages {
     memory: Arc<GuestMemory>,
     /// Written between two links only.
-    bases: RwLock<BaseCache>,
+    sent: Arc<SentPages>,
     version: Version,
     /// Holes that the destination does not know to be zero.
     zero: PageSet,
@@ -36,7 +36,7 @@ pub(super) struct FrozenPages {
 impl FrozenPages {
     pub(super) fn new(
         memory: Arc<GuestMemory>,
-        bases: BaseCache,
+        sent: Arc<SentPages>,
         version: Version,
         remainder: Remainder,
         (heat, pusher): (Heat, PusherKind),
@@ -46,8 +46,15 @@ impl FrozenPages {
         counters.remaining_pages.store(need.len(), Ordering::Relaxed);
         let pusher = Mutex::new(Pusher::new(need.clone(), heat, pusher));
         let costs = Costs::new(&counters.codecs());
-        let bases = RwLock::new(bases);
-        FrozenPages { memory, bases, version, zero, need, pusher, costs, counters }
+        FrozenPages { memory, sent, version, zero, need, pusher, costs, counters }
+    }
+
+    /// The hottest pages that can go as deltas are pushed first, as many as take `bytes`: the guest will
+    /// want them at once.
+    pub(super) fn push_hottest_first(&self, bytes: u64) {
+        let pages = bytes / u64::from(self.costs.of(true).max(1));
+        let mut pusher = self.pusher.lock().expect("no holder panics");
+        pusher.hottest_first(pages as usize, &|page| self.sent.knows(page));
     }
 
     /// Nothing of what was sent is taken to have arrived: all that was needed is to be sent.
@@ -58,11 +65,8 @@ impl FrozenPages {
     /// Of all that was needed the destination lacks `missing`, and has no older copies of
     /// `without_base`.
     pub(super) fn resend(&self, missing: &PageSet, without_base: &PageSet) {
-        {
-            let mut bases = self.bases.write().expect("no holder panics");
-            for page in without_base.iter() {
-                bases.forget(page);
-            }
+        for run in without_base.runs() {
+            self.sent.forget(run);
         }
         let mut pusher = self.pusher.lock().expect("no holder panics");
         pusher.begin_again(missing);
@@ -97,8 +101,8 @@ impl FrozenPages {
         }
     }
 
-    /// The next push message; `None` when every page was sent. `message` is where the last call ended:
-    /// frames that did not fit the message before.
+    /// The next push message of one of the threads that push; `None` when every page was sent. `message` is
+    /// where the thread's last call ended: frames that did not fit the message before.
     pub(super) fn next_push(
         &self,
         reader: &mut PageReader,
@@ -160,14 +164,13 @@ impl FrozenPages {
 
     /// What a page will take on the link, by whether it goes as a delta.
     pub(super) fn encoded_bytes(&self, page: PageIndex) -> u32 {
-        let bases = self.bases.read().expect("no holder panics");
-        self.costs.of(bases.get(page).is_some())
+        self.costs.of(self.sent.knows(page))
     }
 
     fn encode(&self, pages: &[PageIndex], whole: bool, reader: &mut PageReader, out: &mut Vec<u8>) {
-        let bases = self.bases.read().expect("no holder panics");
-        let bases = (!whole).then_some(&*bases);
-        let counts = reader.encode(&self.memory, bases, self.version, pages, out);
+        let against = Against { sent: &self.sent, sending: &self.need };
+        let against = (!whole).then_some(against);
+        let counts = reader.encode(&self.memory, against, self.version, pages, out);
         self.costs.learn(&counts);
         self.counters.add_frames(&counts);
     }

@@ -34,14 +34,17 @@ use links::Links;
 mod answers;
 mod arrivals;
 pub mod control;
+mod desk;
 pub mod destination;
 mod frozen;
 pub mod journal;
 mod links;
+mod pace;
 mod reader;
 mod rehearsal;
 pub mod resolve;
 mod rounds;
+pub mod share;
 pub mod source;
 
 impl From<GuestError> for Failure {

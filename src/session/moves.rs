@@ -1,10 +1,12 @@
 //! Whole migrations inside this process: two sessions, a real QUIC link on loopback, built-in guests.
 
+use std::cell::RefCell;
 use std::io::Write;
 use std::net::Ipv4Addr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use crate::codec::SentLimits;
 use crate::engine::policy::SwitchoverPolicy;
 use crate::engine::pusher::PusherKind;
 use crate::engine::source::{SourceConfig, SourceTimeouts};
@@ -12,10 +14,11 @@ use crate::engine::source::{SourceConfig, SourceTimeouts};
 use crate::guest::kvm::{self, KvmGuest};
 use crate::guest::threads::ThreadsGuest;
 use crate::guest::workload::{GuestPlan, Pattern, WorkingGuest};
-use crate::guest::{SharedGuest, SourceGuest};
+use crate::guest::{DestinationGuest, SharedGuest, SourceGuest};
 use crate::lab::relay::Relay;
 use crate::lab::replay::{Link, Simulation, from_trace};
 use crate::memory::{HostCapabilities, TrackerKind};
+use crate::page::{PAGE_SIZE_BYTES, PageIndex, PageRange, PageSet};
 use crate::report::{MigrationResult, Output, Report, TraceRecord, read_trace};
 use crate::session::destination::{ReceiveOptions, receive};
 use crate::session::source::{SendOptions, send};
@@ -38,6 +41,7 @@ struct Method {
     reconnect_for: Duration,
     /// An emulated link in between; without one it is the loopback interface.
     link: Option<&'static str>,
+    limits: SentLimits,
 }
 
 impl Default for Method {
@@ -51,6 +55,7 @@ impl Default for Method {
             traced: false,
             reconnect_for: Duration::from_secs(30),
             link: None,
+            limits: SentLimits { base_cache_bytes: 64 << 20, lines_bytes: 16 << 20 },
         }
     }
 }
@@ -116,7 +121,8 @@ async fn send_over(
             },
             timeouts: SourceTimeouts::default(),
         },
-        base_cache_bytes: 64 << 20,
+        limits: method.limits,
+        encoders: 2,
         codecs: None,
         tracker: method.tracker,
         trace: method.traced.then(|| state_dir.with_file_name("source.trace")),
@@ -265,6 +271,70 @@ fn a_guest_of_threads_moves_whole_under_every_workload() {
     }
     for pattern in Pattern::ALL {
         moves_whole(threads, waiting_threads, &plan(pattern, 20_000, 32, 2), Method::default());
+    }
+}
+
+/// Pages by what they went as, from the names of the codecs.
+fn pages_as(report: &Report, prefix: &str) -> u64 {
+    let pages = report.pages_by_codec.iter().filter(|(codec, _)| codec.starts_with(prefix));
+    pages.map(|(_, pages)| pages).sum()
+}
+
+#[test]
+fn a_guest_moves_whole_when_nearly_all_that_is_remembered_of_its_pages_is_fingerprints() {
+    if !can_serve_faults("moves by lines") {
+        return;
+    }
+    let plan = plan(Pattern::Sparse, 20_000, 32, 2);
+    let limits = SentLimits { base_cache_bytes: 1 << 20, lines_bytes: 16 << 20 };
+    for strategy in [Strategy::Hybrid, Strategy::Precopy] {
+        let bandwidth_bytes_per_s = Some(16 << 20);
+        let method = Method { strategy, limits, bandwidth_bytes_per_s, ..Method::default() };
+        let Moved { sent, .. } = moves_whole(threads, waiting_threads, &plan, method);
+        assert!(pages_as(&sent, "lines") > 100, "{:?}", sent.pages_by_codec);
+        let account = sent.account.unwrap();
+        assert!(account.base_cache_bytes < 2 << 20, "{account:?}");
+    }
+}
+
+#[test]
+fn a_guest_full_of_duplicates_moves_whole_and_sends_most_of_them_as_copies() {
+    if !can_serve_faults("moves duplicates") {
+        return;
+    }
+    let plan = plan(Pattern::Sparse, 5_000, 32, 2);
+    let duplicate = |page: PageIndex| [(page.0 % 7 + 1) as u8; PAGE_SIZE_BYTES];
+    for strategy in [Strategy::Hybrid, Strategy::Postcopy] {
+        let (unused, arrived) = (RefCell::new(PageSet::empty(0)), RefCell::new(None));
+        let boot = |plan: &GuestPlan| -> Box<dyn WorkingGuest> {
+            let guest = ThreadsGuest::boot(plan).unwrap();
+            let memory = SourceGuest::memory(&guest);
+            let mut holes = PageSet::full(memory.pages());
+            holes.subtract(&memory.populated(PageRange::new(0, memory.pages())).unwrap());
+            holes.iter().for_each(|page| memory.write_page(page, &duplicate(page)).unwrap());
+            unused.replace(holes);
+            Box::new(guest)
+        };
+        let await_arrival = |plan: &GuestPlan| -> Box<dyn WorkingGuest> {
+            let guest = ThreadsGuest::await_arrival(plan).unwrap();
+            arrived.replace(Some(DestinationGuest::memory(&guest)));
+            Box::new(guest)
+        };
+        let method = Method { strategy, ..Method::default() };
+        let Moved { sent, .. } = moves_whole(boot, await_arrival, &plan, method);
+        let (unused, memory) = (unused.into_inner(), arrived.into_inner().unwrap());
+        let mut bytes = [0; PAGE_SIZE_BYTES];
+        for page in unused.iter() {
+            memory.read_page(page, &mut bytes);
+            assert!(bytes == duplicate(page), "{page:?} is not what it was");
+        }
+        let (copies, duplicates) = (pages_as(&sent, "copy"), unused.len());
+        assert!(duplicates > 1000, "{duplicates}");
+        match strategy {
+            // A batch does not know its own pages yet, nor what another thread is about to send.
+            Strategy::Hybrid => assert!(copies > duplicates / 2, "{copies} of {duplicates}"),
+            _ => assert_eq!(copies, 0, "nothing is certain to be there"),
+        }
     }
 }
 

@@ -1,14 +1,16 @@
 //! Copies pages out of the guest and encodes the copies, by the codecs that suit the link.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::pace::Pace;
 use crate::codec::ladder::{CodecChoice, DeltaCodec, Ladder};
-use crate::codec::{BaseCache, CodecCounts};
+use crate::codec::{CodecCounts, ContentHash, Known, LineFingerprint, SentPages, is_zero};
 use crate::memory::GuestMemory;
-use crate::page::{PAGE_SIZE_BYTES, PageBytes, PageIndex, PageRange, Version};
+use crate::page::{PAGE_SIZE_BYTES, PageBytes, PageIndex, PageRange, PageSet, Version};
 use crate::transport::Lane;
 use crate::wire::limits::MAX_PAGES_PER_FRAME;
-use crate::wire::{FrameEncoder, PageToSend};
+use crate::wire::{Base, CopyToSend, FrameEncoder, LinesToSend, PageToSend};
 
 /// Pages encoded together.
 pub(super) const BATCH_PAGES: usize = MAX_PAGES_PER_FRAME;
@@ -36,68 +38,169 @@ pub(super) enum Purpose {
     Fault,
 }
 
+/// With more changed lines than this a page is sent whole: see the same for words.
+const MAX_DELTA_LINES: usize = 48;
+
+/// What the pages of a batch may be told by, other than by themselves.
+#[derive(Clone, Copy)]
+pub(super) struct Against<'a> {
+    /// What the destination holds.
+    pub(super) sent: &'a SentPages,
+    /// Pages that are sent at the same version. They may be replaced there at any moment, so that nothing
+    /// is a copy of them.
+    pub(super) sending: &'a PageSet,
+}
+
+/// How a page of the last batch went.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Went {
+    AsZero,
+    AsCopy,
+    /// As itself or as a change.
+    Otherwise(Option<ContentHash>),
+    PutOff,
+}
+
 /// One for each thread that sends.
 pub(super) struct PageReader {
     purpose: Purpose,
     fixed: Option<CodecChoice>,
     copies: Box<[PageBytes]>,
+    bases: Box<[PageBytes]>,
+    went: Vec<Went>,
+    put_off: Vec<PageIndex>,
     encoder: FrameEncoder,
     batch: Vec<u8>,
     ladder: Ladder,
-    pace: Pace,
+    pace: Arc<Pace>,
 }
 
 impl PageReader {
-    /// `fixed` is the operator's choice of codecs; without it they follow the link's rate, which is
-    /// taken to be `link_bytes_per_s` until this thread's own sending tells better.
-    pub(super) fn new(
-        purpose: Purpose,
-        fixed: Option<CodecChoice>,
-        link_bytes_per_s: Option<u64>,
-    ) -> Self {
+    /// `fixed` is the operator's choice of codecs; without it they follow the link's rate, as `pace` has it.
+    pub(super) fn new(purpose: Purpose, fixed: Option<CodecChoice>, pace: Arc<Pace>) -> Self {
+        let pages = || vec![[0; PAGE_SIZE_BYTES]; BATCH_PAGES].into_boxed_slice();
         PageReader {
             purpose,
             fixed,
-            copies: vec![[0; PAGE_SIZE_BYTES]; BATCH_PAGES].into_boxed_slice(),
+            copies: pages(),
+            bases: pages(),
+            went: Vec::new(),
+            put_off: Vec::new(),
             encoder: FrameEncoder::default(),
             batch: Vec::new(),
             ladder: Ladder::default(),
-            pace: Pace::new(link_bytes_per_s),
+            pace,
         }
     }
 
     /// Copies `pages` (at most [`BATCH_PAGES`]) once and appends their frames to `message`, unless the
     /// message would outgrow its lane: then it is left as it is, and the frames are had from
-    /// [`Self::left_over`]. The copies can be had from [`Self::copies`] until the next call.
+    /// [`Self::left_over`]. Without `against` each page goes as it is.
+    ///
+    /// In the first round a page that equals one sent in the same round is not sent: see
+    /// [`Self::put_off`].
     pub(super) fn encode(
         &mut self,
         memory: &GuestMemory,
-        bases: Option<&BaseCache>,
+        against: Option<Against<'_>>,
         version: Version,
         pages: &[PageIndex],
         message: &mut Vec<u8>,
     ) -> CodecCounts {
         let begin = Instant::now();
         let choice = self.choice(pages.len());
-        self.encoder.set_choice(choice);
-        self.batch.clear();
-        for (page, copy) in pages.iter().zip(self.copies.iter_mut()) {
-            memory.read_page(*page, copy);
+        let may_put_off = self.purpose == Purpose::Round && version == Version(1);
+        // Nothing is gained by it where one page goes, and a copy may have to be asked for again.
+        let may_copy = self.purpose != Purpose::Fault;
+        let PageReader { copies, bases, went, put_off, encoder, batch, .. } = self;
+        encoder.set_choice(choice);
+        batch.clear();
+        went.clear();
+        put_off.clear();
+        let (mut plain, mut lines, mut copied) = (Vec::new(), Vec::new(), Vec::new());
+        for ((page, bytes), base) in pages.iter().zip(copies.iter_mut()).zip(bases.iter_mut()) {
+            let page = *page;
+            memory.read_page(page, bytes);
+            let bytes = &*bytes;
+            let mut to_send = PageToSend { page, bytes, base: None };
+            if is_zero(bytes) {
+                went.push(Went::AsZero);
+                plain.push(to_send);
+                continue;
+            }
+            let Some(Against { sent, sending }) = against else {
+                went.push(Went::Otherwise(None));
+                plain.push(to_send);
+                continue;
+            };
+            let known = sent.recall(page, base);
+            let base = &*base;
+            let is_unchanged = matches!(known, Known::Bytes(_)) && base == bytes;
+            let hash = (may_copy && sent.finds_copies()).then(|| ContentHash::of(bytes));
+            if let Some(hash) = hash.filter(|_| known != Known::Distrusted && !is_unchanged) {
+                let settled = |other| !sending.contains(other);
+                if let Some((page_there, version)) = sent.original_of(page, bytes, hash, settled) {
+                    let original = Base { page: page_there, version };
+                    copied.push(CopyToSend { page, bytes, original });
+                    went.push(Went::AsCopy);
+                    continue;
+                }
+                if may_put_off && sent.original_of(page, bytes, hash, |_| true).is_some() {
+                    put_off.push(page);
+                    went.push(Went::PutOff);
+                    continue;
+                }
+            }
+            went.push(Went::Otherwise(hash));
+            match known {
+                Known::Bytes(version) => to_send.base = Some((version, base)),
+                Known::Lines(base, old) if choice.delta != DeltaCodec::Off => {
+                    let changed = old.changed(&LineFingerprint::of(bytes));
+                    if changed.count() <= MAX_DELTA_LINES {
+                        lines.push(LinesToSend { page, bytes, base, changed });
+                        continue;
+                    }
+                }
+                Known::Lines(..) | Known::Nothing | Known::Distrusted => {}
+            }
+            plain.push(to_send);
         }
-        let list: Vec<PageToSend<'_>> = pages
-            .iter()
-            .zip(&self.copies)
-            .map(|(page, bytes)| {
-                let base = bases.and_then(|bases| bases.get(*page));
-                PageToSend { page: *page, bytes, base }
-            })
-            .collect();
-        let counts = self.encoder.encode(version, &list, &mut self.batch);
-        if message.len() + self.batch.len() <= Lane::Push.limit_bytes() {
-            message.append(&mut self.batch);
-        }
+        let mut counts = encoder.encode(version, &plain, batch);
         self.ladder.observe(choice, &counts, begin.elapsed());
+        counts += encoder.encode_lines(version, &lines, batch);
+        counts += encoder.encode_copies(version, &copied, batch);
+        if message.len() + batch.len() <= Lane::Push.limit_bytes() {
+            message.append(batch);
+        }
         counts
+    }
+
+    /// Notes in `sent` how the pages that were encoded last went, and shows each copy that was sent to
+    /// `saw`.
+    pub(super) fn remember(
+        &self,
+        sent: &SentPages,
+        version: Version,
+        pages: &[PageIndex],
+        mut saw: impl FnMut(PageIndex, &PageBytes),
+    ) {
+        for ((page, bytes), went) in pages.iter().zip(&self.copies).zip(&self.went) {
+            match *went {
+                // Not worth a place: it is told in a few bits.
+                Went::AsZero => sent.forget(PageRange::new(page.0, page.0 + 1)),
+                // The original stays the one that is found: this round's other copies are of it too.
+                Went::AsCopy => sent.remember(*page, version, bytes, None),
+                Went::Otherwise(hash) => sent.remember(*page, version, bytes, hash),
+                Went::PutOff => continue,
+            }
+            saw(*page, bytes);
+        }
+    }
+
+    /// Pages of the last batch that were not sent, since the destination is about to have them as another page:
+    /// in the next round they go as copies of it.
+    pub(super) fn put_off(&self) -> &[PageIndex] {
+        &self.put_off
     }
 
     /// Frames that did not fit the message.
@@ -115,24 +218,19 @@ impl PageReader {
         self.encoder.encode_zero_runs(version, runs, out)
     }
 
-    /// The copies that were encoded last.
-    pub(super) fn copies(&self) -> &[PageBytes] {
-        &self.copies
-    }
-
     /// A message of so many bytes was handed over, after waiting so long for the link.
-    pub(super) fn sent(&mut self, bytes: usize, waited: Duration) {
-        self.pace.sent(bytes as u64, waited);
+    pub(super) fn sent(&self, bytes: usize, waited: Duration) {
+        self.pace.sent(bytes, waited);
     }
 
     fn choice(&mut self, pages: usize) -> CodecChoice {
         if let Some(fixed) = self.fixed {
             return self.without_old_words(fixed, pages);
         }
-        let rate = self.pace.link_bytes_per_s;
+        let rate = self.pace.link_bytes_per_s();
         let choice = match self.purpose {
             Purpose::Fault if pages == 1 => self.ladder.choose_for_fault(rate),
-            _ => self.ladder.choose(rate, 1),
+            _ => self.ladder.choose(rate, self.pace.encoders()),
         };
         self.without_old_words(choice, pages)
     }
@@ -152,88 +250,5 @@ pub(super) fn is_full(message: &[u8]) -> bool {
     message.len() >= MESSAGE_BYTES
 }
 
-/// How fast the link takes what this thread makes.
-///
-/// While the thread waits for the link, the link's rate is what leaves; while it does not, the encoder is
-/// the bottleneck and the link is faster than anything seen: then more is assumed, so that a quicker
-/// codec gets its turn.
-#[derive(Debug)]
-struct Pace {
-    link_bytes_per_s: f64,
-    window: Instant,
-    bytes: u64,
-    waited: Duration,
-}
-
-/// Taken for the link's rate before anything is known: in the middle of the ladder.
-const UNKNOWN_LINK_BYTES_PER_S: f64 = 60e6;
-/// How often the rate is judged.
-const PACE_WINDOW: Duration = Duration::from_millis(200);
-/// Waiting for less than this share of the time, the encoder is the bottleneck.
-const LINK_BOUND: f64 = 0.15;
-/// No link is faster than this, as far as codecs go.
-const FASTEST_BYTES_PER_S: f64 = 20e9;
-
-impl Pace {
-    fn new(link_bytes_per_s: Option<u64>) -> Self {
-        let rate = link_bytes_per_s.filter(|rate| *rate > 0);
-        Pace {
-            link_bytes_per_s: rate.map_or(UNKNOWN_LINK_BYTES_PER_S, |rate| rate as f64),
-            window: Instant::now(),
-            bytes: 0,
-            waited: Duration::ZERO,
-        }
-    }
-
-    fn sent(&mut self, bytes: u64, waited: Duration) {
-        self.bytes += bytes;
-        self.waited += waited;
-        let elapsed = self.window.elapsed();
-        if elapsed >= PACE_WINDOW {
-            self.judge(elapsed);
-            (self.window, self.bytes, self.waited) = (Instant::now(), 0, Duration::ZERO);
-        }
-    }
-
-    fn judge(&mut self, elapsed: Duration) {
-        let rate = self.bytes as f64 / elapsed.as_secs_f64();
-        self.link_bytes_per_s = if self.waited.as_secs_f64() >= LINK_BOUND * elapsed.as_secs_f64() {
-            rate
-        } else {
-            (rate.max(self.link_bytes_per_s) * 1.5).min(FASTEST_BYTES_PER_S)
-        };
-    }
-}
-
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::codec::ladder::PageCodec;
-
-    #[test]
-    fn a_slow_link_gets_dense_codecs_and_one_that_never_waits_quick_ones() {
-        let mut reader = PageReader::new(Purpose::Round, None, None);
-        reader.pace.bytes = 3_000_000;
-        reader.pace.waited = Duration::from_millis(900);
-        reader.pace.judge(Duration::from_secs(1));
-        assert_eq!(reader.choice(64).page, PageCodec::Zstd { level: 6 });
-        for _ in 0..20 {
-            reader.pace.waited = Duration::ZERO;
-            reader.pace.bytes = 100_000_000;
-            reader.pace.judge(Duration::from_secs(1));
-        }
-        assert_eq!(reader.choice(64).page, PageCodec::Raw);
-    }
-
-    #[test]
-    fn after_the_switchover_no_frame_needs_the_bases_of_all_its_pages() {
-        let old = |purpose, pages| {
-            let mut reader = PageReader::new(purpose, None, Some(3_000_000));
-            matches!(reader.choice(pages).delta, DeltaCodec::ZstdOld { .. })
-        };
-        assert!(old(Purpose::Round, 64));
-        assert!(!old(Purpose::Push, 64));
-        assert!(!old(Purpose::Fault, 16));
-        assert!(old(Purpose::Fault, 1));
-    }
-}
+mod tests;

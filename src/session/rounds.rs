@@ -1,59 +1,77 @@
 //! The source's pages while the guest still runs: pre-copy rounds and the freeze.
 //!
-//! All of this blocks and runs on a thread of its own; messages leave through a bounded channel, so
-//! that encoding goes on while the link is busy and stops when it is far behind.
+//! All of this blocks and runs on threads of its own. Each core encodes: a thread takes the next pages
+//! from the [`Desk`], which looks for the guest's newest writes just before it gives them out, and then
+//! works alone. Messages leave through a bounded channel, so that encoding goes on while the link is busy
+//! and stops when it is far behind.
 
-use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use tokio::sync::mpsc;
 
+use super::desk::{Desk, Task};
 use super::frozen::FrozenPages;
-use super::reader::{BATCH_PAGES, PageReader, Purpose, is_full};
-use crate::codec::BaseCache;
+use super::pace::Pace;
+use super::reader::{Against, BATCH_PAGES, PageReader, Purpose, is_full};
 use crate::codec::ladder::CodecChoice;
+use crate::codec::{CodecCounts, SentLimits, SentPages};
 use crate::engine::Failure;
 use crate::engine::policy::RoundSummary;
 use crate::engine::precopy::PrecopyPlan;
 use crate::engine::pusher::PusherKind;
 use crate::memory::{DirtyTracker, GuestMemory, MemoryError, ReadWitness};
-use crate::page::{PageBytes, PageIndex, PageRange, PageSet, Version};
+use crate::page::{PageIndex, PageRange, PageSet, Version};
 use crate::report::Counters;
 
 /// Changed pages that are encoded for trial to learn what a changed page costs.
 const SAMPLE_PAGES: u64 = 256;
+
+/// How pages are encoded.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Encoding {
+    /// Threads that do it.
+    pub(super) encoders: usize,
+    /// The operator's choice of codecs.
+    pub(super) codecs: Option<CodecChoice>,
+    /// How much of what is sent may be remembered.
+    pub(super) limits: SentLimits,
+}
 
 /// Reads, encodes and remembers pages of the running guest.
 pub(super) struct RoundSender {
     memory: Arc<GuestMemory>,
     tracker: Option<Box<dyn DirtyTracker>>,
     plan: PrecopyPlan,
-    bases: BaseCache,
+    sent: Arc<SentPages>,
     /// Must be told of everything that is sent, where the tracker wants to know.
     witness: Option<Arc<dyn ReadWitness>>,
-    reader: PageReader,
+    readers: Vec<PageReader>,
     counters: Arc<Counters>,
     pusher: PusherKind,
 }
 
 impl RoundSender {
-    /// A guest of which nothing was sent. `base_cache_bytes` bounds what is kept of sent pages.
+    /// A guest of which nothing was sent.
     pub(super) fn new(
         memory: Arc<GuestMemory>,
-        base_cache_bytes: usize,
-        codecs: Option<CodecChoice>,
+        encoding: Encoding,
         counters: Arc<Counters>,
         pusher: PusherKind,
     ) -> Self {
         let pages = memory.pages();
+        let encoders = encoding.encoders.max(1);
+        let pace = Arc::new(Pace::new(encoders, None));
+        let reader = || PageReader::new(Purpose::Round, encoding.codecs, pace.clone());
         RoundSender {
             plan: PrecopyPlan::new(pages),
-            bases: BaseCache::new(base_cache_bytes, pages),
+            sent: Arc::new(SentPages::new(encoding.limits, pages)),
             memory,
             tracker: None,
             witness: None,
-            reader: PageReader::new(Purpose::Round, codecs, None),
+            readers: (0..encoders).map(|_| reader()).collect(),
             counters,
             pusher,
         }
@@ -82,10 +100,15 @@ impl RoundSender {
         self.plan.dirty()
     }
 
+    /// What is remembered of what was sent.
+    pub(super) fn sent(&self) -> &Arc<SentPages> {
+        &self.sent
+    }
+
     /// The destination could not apply these pages: send them whole next time.
     pub(super) fn forget(&mut self, pages: &[PageIndex]) {
-        for page in pages {
-            self.bases.forget(*page);
+        for page in pages.iter().filter(|page| page.0 < self.memory.pages()) {
+            self.sent.distrust(*page);
         }
         self.plan.mark_dirty(pages);
     }
@@ -93,10 +116,11 @@ impl RoundSender {
     /// The link was lost in the last round, and the destination holds `held` of its pages: sends the
     /// others again, whole.
     pub(super) fn end_round_early(&mut self, held: &PageSet) {
-        for page in self.plan.end_round_early(held).iter() {
-            self.bases.forget(page);
+        for run in self.plan.end_round_early(held).runs() {
+            self.sent.forget(run);
         }
-        self.tell_remaining();
+        let remaining = self.plan.left_in_round() + self.plan.dirty_pages();
+        self.counters.remaining_pages.store(remaining, Ordering::Relaxed);
     }
 
     /// Sends a round into `messages`. `None` when the channel is closed before: whoever closed it knows
@@ -107,62 +131,49 @@ impl RoundSender {
         messages: &mpsc::Sender<Bytes>,
     ) -> Result<Option<RoundSummary>, Failure> {
         let begin = Instant::now();
-        let mut summary = RoundSummary::default();
-        let mut outgoing = Outgoing { messages, buffer: Vec::new(), sent: 0, closed: false };
-        let (mut taken, mut full, mut holes) = (Vec::new(), Vec::new(), Vec::new());
         self.plan.begin_round();
-        while let Some(chunk) = self.plan.next_chunk() {
-            self.collect(chunk)?;
-            self.plan.take(chunk, &mut taken);
-            self.split_holes(chunk, &taken, &mut full, &mut holes)?;
-            let mut counts = self.reader.encode_zero_runs(version, &holes, &mut outgoing.buffer);
-            for run in &holes {
-                for hole in run.pages() {
-                    self.bases.forget(hole);
-                }
-                if let Some(witness) = &self.witness {
-                    witness.saw_holes(*run);
-                }
+        let RoundSender { memory, tracker, plan, sent, witness, readers, counters, .. } = self;
+        let round = Round {
+            memory,
+            sent,
+            sending: &plan.left(),
+            witness: witness.as_deref(),
+            counters,
+            version,
+            messages,
+        };
+        // A short round is not worth a thread.
+        let batches = plan.left_in_round().div_ceil(BATCH_PAGES as u64) as usize;
+        let encoders = readers.len().min(batches).max(1);
+        let (first, others) = readers.split_first_mut().expect("at least one encoder");
+        let desk = Mutex::new(Desk::new(memory, sent, plan, tracker.as_deref_mut(), counters));
+        let done = std::thread::scope(|scope| {
+            let work = |reader| round.work(&desk, reader);
+            let others: Vec<_> = others[..encoders - 1]
+                .iter_mut()
+                .map(|reader| scope.spawn(move || work(reader)))
+                .collect();
+            let mut done = work(first);
+            for other in others {
+                let other = other.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+                done = done.and_then(|done| Ok(done.and(other?)));
             }
-            self.counters.add_frames(&counts);
-            // Of a guest of many GiB of holes, what tells of them fills messages too.
-            if is_full(&outgoing.buffer) {
-                outgoing.send(&mut self.reader);
-            }
-            for batch in full.chunks(BATCH_PAGES) {
-                let RoundSender { memory, bases, reader, witness, .. } = self;
-                let buffer = &mut outgoing.buffer;
-                let batch_counts = reader.encode(memory, Some(bases), version, batch, buffer);
-                if let Some(left_over) = reader.left_over() {
-                    outgoing.send(reader);
-                    outgoing.buffer = left_over;
-                }
-                for (page, copy) in batch.iter().zip(reader.copies()) {
-                    remember(bases, *page, version, copy);
-                    if let Some(witness) = witness {
-                        witness.saw(*page, copy);
-                    }
-                }
-                self.counters.add_frames(&batch_counts);
-                summary.sent_pages += batch.len() as u64;
-                counts += batch_counts;
-                if is_full(&outgoing.buffer) {
-                    outgoing.send(&mut self.reader);
-                }
-            }
-            summary.sent_bytes += counts.total_bytes();
-            self.tell_remaining();
-            if outgoing.closed {
-                return Ok(None);
-            }
+            done
+        })?;
+        if done.closed {
+            return Ok(None);
         }
-        outgoing.send(&mut self.reader);
-        self.collect(PageRange::new(0, self.memory.pages()))?;
-        self.plan.end_round();
-        self.tell_remaining();
-        summary.messages = outgoing.sent;
-        summary.duration = begin.elapsed();
-        summary.dirty_pages = self.plan.dirty_pages();
+        desk.into_inner().expect("no holder panics").end_round()?;
+        let mut summary = RoundSummary {
+            messages: done.messages,
+            sent_pages: done.pages,
+            sent_bytes: done.counts.total_bytes(),
+            duration: begin.elapsed(),
+            dirty_pages: self.plan.dirty_pages(),
+            held_back_pages: self.plan.held_back_pages(),
+            ..RoundSummary::default()
+        };
+        self.counters.held_back_pages.store(summary.held_back_pages, Ordering::Relaxed);
         summary.bytes_per_dirty_page = self.cost_of_a_dirty_page(version);
         Ok(Some(summary))
     }
@@ -171,20 +182,14 @@ impl RoundSender {
     /// [`FrozenPages`]; writes are followed until this sender is dropped, in case the guest runs on here.
     pub(super) fn freeze(&mut self, version: Version) -> Result<FrozenPages, Failure> {
         let all = PageRange::new(0, self.memory.pages());
-        self.collect(all)?;
+        if let Some(tracker) = &mut self.tracker {
+            tracker.collect(all, self.plan.found_mut())?;
+        }
         let populated = self.populated_of(&self.plan.unsent())?;
         let remainder = self.plan.remainder(&populated);
-        let bases = std::mem::replace(&mut self.bases, BaseCache::new(0, self.memory.pages()));
-        let (memory, counters) = (self.memory.clone(), self.counters.clone());
+        let (memory, sent) = (self.memory.clone(), self.sent.clone());
         let order = (self.plan.take_heat(), self.pusher);
-        Ok(FrozenPages::new(memory, bases, version, remainder, order, counters))
-    }
-
-    fn collect(&mut self, range: PageRange) -> Result<(), MemoryError> {
-        match &mut self.tracker {
-            Some(tracker) => tracker.collect(range, self.plan.dirty_mut()),
-            None => Ok(()),
-        }
+        Ok(FrozenPages::new(memory, sent, version, remainder, order, self.counters.clone()))
     }
 
     /// Those of `pages` that are not holes, as quickly as can be told: the guest stands still.
@@ -197,43 +202,12 @@ impl RoundSender {
         Ok(populated)
     }
 
-    fn tell_remaining(&self) {
-        let remaining = self.plan.left_in_round() + self.plan.dirty_pages();
-        self.counters.remaining_pages.store(remaining, std::sync::atomic::Ordering::Relaxed);
-    }
-
-    /// Splits `taken` into pages with content and runs of holes, which are never read: reading a hole
-    /// of shared memory through a mapping would fill it.
-    fn split_holes(
-        &self,
-        chunk: PageRange,
-        taken: &[PageIndex],
-        full: &mut Vec<PageIndex>,
-        holes: &mut Vec<PageRange>,
-    ) -> Result<(), MemoryError> {
-        full.clear();
-        holes.clear();
-        let populated = self.memory.populated_runs(chunk)?;
-        let mut runs = populated.iter().peekable();
-        for page in taken {
-            while runs.next_if(|run| run.end <= *page).is_some() {}
-            if runs.peek().is_some_and(|run| run.contains(*page)) {
-                full.push(*page);
-            } else {
-                match holes.last_mut() {
-                    Some(run) if run.end == *page => run.end = PageIndex(page.0 + 1),
-                    _ => holes.push(PageRange::new(page.0, page.0 + 1)),
-                }
-            }
-        }
-        Ok(())
-    }
-
     /// Encodes some of the dirty pages, evenly drawn, without sending them.
     fn cost_of_a_dirty_page(&mut self, version: Version) -> Option<u64> {
         let next = version.next()?;
-        let step = self.plan.dirty_pages().div_ceil(SAMPLE_PAGES).max(1);
-        let sample: Vec<PageIndex> = self.plan.dirty_mut().iter().step_by(step as usize).collect();
+        let dirty = self.plan.dirty();
+        let step = dirty.len().div_ceil(SAMPLE_PAGES).max(1);
+        let sample: Vec<PageIndex> = dirty.iter().step_by(step as usize).collect();
         let is_populated = |page: &PageIndex| {
             let runs = self.memory.populated_runs(PageRange::new(page.0, page.0 + 1));
             runs.is_ok_and(|runs| !runs.is_empty())
@@ -242,42 +216,95 @@ impl RoundSender {
         let mut bytes = 0;
         for batch in populated.chunks(BATCH_PAGES) {
             let mut trial = Vec::new();
-            let bases = Some(&self.bases);
-            let counts = self.reader.encode(&self.memory, bases, next, batch, &mut trial);
+            let against = Some(Against { sent: &self.sent, sending: dirty });
+            let reader = &mut self.readers[0];
+            let counts = reader.encode(&self.memory, against, next, batch, &mut trial);
             bytes += counts.total_bytes();
         }
         bytes.checked_div(sample.len() as u64)
     }
 }
 
-/// Keeps the bytes that were sent. A zero page is not worth its place: it is told in a few bits.
-fn remember(bases: &mut BaseCache, page: PageIndex, version: Version, bytes: &PageBytes) {
-    if version > Version(1) {
-        // It was changed since it was sent: of the kind that changes again.
-        bases.touch(page);
-    }
-    if crate::codec::is_zero(bytes) || !bases.insert(page, version, bytes) {
-        bases.forget(page);
-    }
+/// What the threads that send a round share.
+struct Round<'a> {
+    memory: &'a GuestMemory,
+    sent: &'a SentPages,
+    /// All pages of the round.
+    sending: &'a PageSet,
+    witness: Option<&'a dyn ReadWitness>,
+    counters: &'a Counters,
+    version: Version,
+    messages: &'a mpsc::Sender<Bytes>,
 }
 
-/// Frames on their way into the channel.
-struct Outgoing<'a> {
-    messages: &'a mpsc::Sender<Bytes>,
-    buffer: Vec<u8>,
-    sent: u64,
+/// What a thread has sent.
+#[derive(Default)]
+struct Done {
+    pages: u64,
+    messages: u64,
+    counts: CodecCounts,
+    /// Nobody takes messages any more.
     closed: bool,
 }
 
-impl Outgoing<'_> {
-    fn send(&mut self, reader: &mut PageReader) {
-        if self.buffer.is_empty() {
+impl Done {
+    fn and(mut self, other: Done) -> Done {
+        self.pages += other.pages;
+        self.messages += other.messages;
+        self.counts += other.counts;
+        self.closed |= other.closed;
+        self
+    }
+}
+
+impl Round<'_> {
+    /// Takes tasks until there are no more.
+    fn work(&self, desk: &Mutex<Desk<'_>>, reader: &mut PageReader) -> Result<Done, Failure> {
+        let mut done = Done::default();
+        let (mut task, mut message) = (Task::default(), Vec::new());
+        while !done.closed {
+            if !desk.lock().expect("no holder panics").next(&mut task)? {
+                break;
+            }
+            let mut counts = reader.encode_zero_runs(self.version, &task.holes, &mut message);
+            for run in &task.holes {
+                self.sent.forget(*run);
+                if let Some(witness) = self.witness {
+                    witness.saw_holes(*run);
+                }
+            }
+            let against = Some(Against { sent: self.sent, sending: self.sending });
+            counts += reader.encode(self.memory, against, self.version, &task.pages, &mut message);
+            if let Some(left_over) = reader.left_over() {
+                let full = std::mem::replace(&mut message, left_over);
+                self.hand_over(full, reader, &mut done);
+            }
+            reader.remember(self.sent, self.version, &task.pages, |page, copy| {
+                if let Some(witness) = self.witness {
+                    witness.saw(page, copy);
+                }
+            });
+            if !reader.put_off().is_empty() {
+                desk.lock().expect("no holder panics").put_off(reader.put_off());
+            }
+            done.pages += (task.pages.len() - reader.put_off().len()) as u64;
+            self.counters.add_frames(&counts);
+            done.counts += counts;
+            if is_full(&message) {
+                self.hand_over(std::mem::take(&mut message), reader, &mut done);
+            }
+        }
+        self.hand_over(message, reader, &mut done);
+        Ok(done)
+    }
+
+    fn hand_over(&self, message: Vec<u8>, reader: &PageReader, done: &mut Done) {
+        if message.is_empty() {
             return;
         }
-        let message = Bytes::from(std::mem::take(&mut self.buffer));
         let (bytes, begin) = (message.len(), Instant::now());
-        self.sent += 1;
-        self.closed |= self.messages.blocking_send(message).is_err();
+        done.messages += 1;
+        done.closed |= self.messages.blocking_send(Bytes::from(message)).is_err();
         reader.sent(bytes, begin.elapsed());
     }
 }
@@ -298,7 +325,8 @@ mod tests {
         let region = RegionLayout { name: "ram0".to_owned(), size_bytes: 4 << 30 };
         let memory = Arc::new(GuestMemory::create(&MemoryLayout::new(vec![region])).unwrap());
         let pages = memory.pages();
-        let mut sender = RoundSender::new(memory, 0, None, Arc::default(), PusherKind::default());
+        let encoding = Encoding { encoders: 1, codecs: None, limits: SentLimits::default() };
+        let mut sender = RoundSender::new(memory, encoding, Arc::default(), PusherKind::default());
         let (messages, mut sent) = mpsc::channel(1 << 10);
         sender.send_round(Version(1), &messages).unwrap();
         let every_other: Vec<PageIndex> = (0..pages).step_by(2).map(PageIndex).collect();

@@ -15,10 +15,12 @@ use super::control::Verdict;
 use super::frozen::FrozenPages;
 use super::journal::{About, Journal, Side};
 use super::links::{Backoff, Links, OnLink, until, until_quiet};
+use super::pace::Pace;
 use super::reader::{PageReader, Purpose};
 use super::rehearsal::{Rehearsal, Rehearsed, rehearse};
-use super::rounds::{RoundSender, ms};
+use super::rounds::{Encoding, RoundSender, ms};
 use super::{PROGRESS_INTERVAL, ProgressMeter, Shared, StopSignals, Timeline, blocking};
+use crate::codec::SentLimits;
 use crate::codec::ladder::CodecChoice;
 use crate::engine::pusher::PusherKind;
 use crate::engine::source::*;
@@ -26,7 +28,9 @@ use crate::engine::{Failure, MigrationPhase};
 use crate::guest::SourceGuest;
 use crate::memory::TrackerKind;
 use crate::page::Version;
-use crate::report::{Counters, LinkState, MigrationResult, Output, Report, Role, TraceFile};
+use crate::report::{
+    AccountFigures, Counters, LinkState, MigrationResult, Output, Report, Role, TraceFile,
+};
 use crate::transport::{
     Lane, Link, LinkError, SavedSender, SessionKey, Ticket, TransportOptions, connect, reconnect,
 };
@@ -61,8 +65,10 @@ const ANSWERERS: std::ops::RangeInclusive<usize> = 2..=8;
 pub struct SendOptions {
     /// Strategy, handover, limits.
     pub engine: SourceConfig,
-    /// Most memory for copies of sent pages, against which changed ones are sent as deltas.
-    pub base_cache_bytes: usize,
+    /// How much of what is sent is remembered, so that changed pages go as deltas.
+    pub limits: SentLimits,
+    /// Threads that encode pages.
+    pub encoders: usize,
     /// The codecs to use; by default those that suit the link.
     pub codecs: Option<CodecChoice>,
     /// How to follow the guest's writes.
@@ -224,8 +230,11 @@ impl Session {
         Session {
             sender: Some(Box::new(RoundSender::new(
                 memory,
-                options.base_cache_bytes,
-                options.codecs,
+                Encoding {
+                    encoders: options.encoders,
+                    codecs: options.codecs,
+                    limits: options.limits,
+                },
                 counters.clone(),
                 options.pusher,
             ))),
@@ -583,6 +592,11 @@ impl Session {
         let Some(mut sender) = self.sender.take() else { return };
         let (guest, happened) = (self.guest.clone(), self.happened.clone());
         let (timeline, stopped_at) = (self.timeline.clone(), self.stopped_at.clone());
+        let stats = self.links.stats();
+        let budget_bytes = self.options.engine.policy.downtime_bytes(
+            stats.delivery_rate_bytes_per_s,
+            Duration::from_micros(stats.min_rtt_us),
+        );
         self.tasks.spawn_blocking(move || {
             let freeze = |sender: &mut RoundSender| {
                 let begin = Instant::now();
@@ -596,6 +610,7 @@ impl Session {
                 timeline.part("freeze.device_state", saving.elapsed());
                 let scanning = Instant::now();
                 let frozen = sender.freeze(version)?;
+                frozen.push_hottest_first(budget_bytes);
                 timeline.part("freeze.last_scan", scanning.elapsed());
                 Ok(Box::new((frozen, device_state)))
             };
@@ -670,20 +685,27 @@ impl Session {
         let Some(on_link) = self.links.on_link() else { return };
         let Some(frozen) = self.frozen.clone() else { return };
         let (messages, queue) = mpsc::channel(2);
-        let (pushed, pusher) = (frozen.clone(), on_link.clone());
         let (codecs, rate) = (self.options.codecs, self.links.stats().delivery_rate_bytes_per_s);
-        self.tasks.spawn_blocking(move || {
-            let _on_link = pusher;
-            let mut reader = PageReader::new(Purpose::Push, codecs, Some(rate));
-            let mut begun = Vec::new();
-            while let Some(message) = pushed.next_push(&mut reader, &mut begun) {
-                let (bytes, waiting) = (message.len(), Instant::now());
-                if messages.blocking_send(message).is_err() {
-                    return;
+        // Each thread takes the pages that are due and encodes ahead of the link by a message; the
+        // remainder is sent when the last of them lets go of the channel.
+        let encoders = self.options.encoders.max(1);
+        let pace = Arc::new(Pace::new(encoders, Some(rate)));
+        for _ in 0..encoders {
+            let (frozen, on_link, messages) = (frozen.clone(), on_link.clone(), messages.clone());
+            let mut reader = PageReader::new(Purpose::Push, codecs, pace.clone());
+            self.tasks.spawn_blocking(move || {
+                let _on_link = on_link;
+                let mut begun = Vec::new();
+                while let Some(message) = frozen.next_push(&mut reader, &mut begun) {
+                    let (bytes, waiting) = (message.len(), Instant::now());
+                    if messages.blocking_send(message).is_err() {
+                        return;
+                    }
+                    reader.sent(bytes, waiting.elapsed());
                 }
-                reader.sent(bytes, waiting.elapsed());
-            }
-        });
+            });
+        }
+        drop(messages);
         let (pushing, happened) = (on_link.clone(), self.happened.clone());
         self.tasks.spawn(async move {
             let link = pushing.link.clone();
@@ -696,14 +718,15 @@ impl Session {
                 Err(error) => link_ended(&happened, &pushing, error),
             }
         });
-        let reader = move || PageReader::new(Purpose::Fault, codecs, Some(rate));
+        let fault_pace = Arc::new(Pace::new(1, Some(rate)));
+        let reader = move || PageReader::new(Purpose::Fault, codecs, fault_pace.clone());
         let (answers, bundles) = Answers::new(on_link.link.clone(), frozen.clone());
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         for _ in 0..cores.clamp(*ANSWERERS.start(), *ANSWERERS.end()) {
             let (answers, happened) = (answers.clone(), self.happened.clone());
-            let on_link = on_link.clone();
+            let (on_link, reader) = (on_link.clone(), reader());
             self.tasks.spawn(async move {
-                match answers.serve(reader()).await {
+                match answers.serve(reader).await {
                     Ok(error) => link_ended(&happened, &on_link, error),
                     Err(failure) => {
                         let _ = happened.send(Happened::Event(SourceEvent::Failed(failure)));
@@ -756,6 +779,16 @@ impl Session {
         }
     }
 
+    fn account_of(&self, sender: &RoundSender) -> AccountFigures {
+        AccountFigures {
+            encoders: self.options.encoders.max(1) as u64,
+            put_off_pages: self.counters.put_off_pages.load(Ordering::Relaxed),
+            held_back_pages: self.counters.held_back_pages.load(Ordering::Relaxed),
+            ..AccountFigures::default()
+        }
+        .occupying(sender.sent().memory())
+    }
+
     async fn finish(mut self) -> Report {
         let outcome = self.outcome.take().expect("the loop ends with an outcome");
         self.timeline.enter(MigrationPhase::Done, &self.output);
@@ -781,7 +814,7 @@ impl Session {
         if tokio::time::timeout(ROUND_GRACE, self.take_sender_back()).await.is_err() {
             tracing::warn!("a pre-copy round did not end: the guest's writes are still followed");
         }
-        self.sender = None;
+        let account = self.sender.take().map(|sender| self.account_of(&sender));
         self.tasks.shutdown().await;
         if let Some(failure) = &failure {
             self.output.error(failure);
@@ -833,6 +866,7 @@ impl Session {
             fault_latency_us: None,
             faults: None,
             push: self.frozen.as_ref().map(|frozen| frozen.figures(self.options.pusher)),
+            account,
             round_trip_ms: stats.min_rtt_us as f64 / 1e3,
             reconnects: self.links.reconnects(),
             huge_pages: None,

@@ -11,7 +11,7 @@
 //! | pages | number of runs; for each its distance to the one before, times two, plus one if it is longer than a page; then if so, its length less two |
 //! | base | where pages build on other contents: the version of all bases, or 0 and then that of each; for copies then the page that each is a copy of |
 //! | units | deltas only: number of changed words or lines |
-//! | checks | deltas and copies: for each page the low 4 bytes of the xxh3-64 of its content, seeded with its index; all 8 for deltas of lines |
+//! | checks | deltas and copies: for each page the low 4 bytes of the xxh3-64 of its content, seeded with its index; all 8 for deltas of lines and copies |
 //! | body length | where there is a body |
 //! | checksum | 8 bytes: xxh3-64 of the decoded body, seeded with the xxh3-64 of all fields before |
 //! | body | |
@@ -23,8 +23,9 @@
 //! them. So each page of a delta has its own check of the resulting content. For words it only has
 //! to find a base other than the one that was named, which takes a fault of farfault or of the
 //! host's memory, never of the network; 4 bytes suffice for that, while 8 would be 3 % of a
-//! typical delta of 240 bytes. The same holds for copies. Deltas of lines go by truncated hashes, which *are* wrong once
-//! in 65,536 times, so there 8 bytes stand between a collision and the guest. Pages of
+//! typical delta of 240 bytes. Deltas of lines go by truncated hashes, which *are* wrong once
+//! in 65,536 times, so there 8 bytes stand between a collision and the guest. So they do for copies: after the
+//! switchover the guest may have written to the original. Pages of
 //! zeros and unchanged pages move no bytes; their checksum covers the list.
 
 use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
@@ -343,7 +344,7 @@ pub(super) fn page_check(page: PageIndex, bytes: &PageBytes) -> u64 {
 pub(super) fn check_bytes(content: Content) -> usize {
     match content {
         Content::Zero | Content::Unchanged | Content::Whole => 0,
-        Content::Words | Content::Copy => 4,
-        Content::Lines => 8,
+        Content::Words => 4,
+        Content::Lines | Content::Copy => 8,
     }
 }

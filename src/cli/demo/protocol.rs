@@ -134,6 +134,7 @@ mod tests {
             fault_latency_us: None,
             faults: None,
             push: None,
+            account: None,
             round_trip_ms: 40.5,
             reconnects: 0,
             tracker: Some("write-protect".into()),

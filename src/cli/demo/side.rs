@@ -12,6 +12,7 @@ use tokio::sync::mpsc;
 
 use super::guest::Guest;
 use super::protocol::{Method, Order, SideEvent, SideSettings};
+use crate::codec::SentLimits;
 use crate::engine::Failure;
 use crate::engine::policy::SwitchoverPolicy;
 use crate::engine::pusher::PusherKind;
@@ -21,14 +22,13 @@ use crate::memory::{PageTable, TrackerKind};
 use crate::report::{MemoryMap, Output, Role};
 use crate::session::destination::{ReceiveOptions, receive};
 use crate::session::journal::remove_state;
+use crate::session::share::{default_encoders, default_limits};
 use crate::session::source::{SendOptions, send};
 use crate::transport::{Listener, Ticket, TransportOptions};
 
 const GUEST_INTERVAL: Duration = Duration::from_millis(40);
 /// The map is told every so many looks at the guest.
 const MAP_EVERY: u64 = 3;
-/// As much as `farfault send` keeps unless told otherwise.
-const BASE_CACHE_BYTES: usize = 512 << 20;
 
 /// Runs a side until its standard input ends.
 pub(super) fn run() -> ExitCode {
@@ -145,7 +145,8 @@ impl Side {
                 timeouts: SourceTimeouts::default(),
             },
             // Where nothing is kept, there is nothing that a delta could be made against.
-            base_cache_bytes: if method.deltas { BASE_CACHE_BYTES } else { 0 },
+            limits: if method.deltas { default_limits() } else { SentLimits::default() },
+            encoders: default_encoders(),
             tracker: TrackerKind::Auto,
             codecs: None,
             trace: None,

@@ -21,8 +21,8 @@ fn gives_back_what_was_sent_last() {
     let mut cache = cache_of(10, 1000);
     let page = PageIndex(7);
     assert_eq!(cache.get(page), None);
-    assert!(cache.insert(page, Version(1), &page_with(1)));
-    assert!(cache.insert(page, Version(2), &page_with(2)));
+    assert!(cache.insert(page, Version(1), &page_with(1), |_, _, _| {}));
+    assert!(cache.insert(page, Version(2), &page_with(2), |_, _, _| {}));
     assert_eq!(cache.get(page), Some((Version(2), &page_with(2))));
     assert_eq!(cache.len(), 1);
     assert!(cache.forget(page));
@@ -37,10 +37,10 @@ fn a_first_pass_over_a_larger_guest_displaces_no_hot_page() {
     let hot: Vec<PageIndex> = (0..300).map(|i| PageIndex(i * 33)).collect();
     for &page in &hot {
         cache.touch(page);
-        assert!(cache.insert(page, Version(1), &page_with(page.0)));
+        assert!(cache.insert(page, Version(1), &page_with(page.0), |_, _, _| {}));
     }
     for page in (0..10_000).map(PageIndex) {
-        cache.insert(page, Version(2), &page_with(page.0));
+        cache.insert(page, Version(2), &page_with(page.0), |_, _, _| {});
     }
     assert!(hot.iter().all(|&page| cache.get(page).is_some()));
     assert_eq!(cache.len(), 300);
@@ -50,11 +50,11 @@ fn a_first_pass_over_a_larger_guest_displaces_no_hot_page() {
 fn a_hot_page_takes_the_place_of_a_cold_one() {
     let mut cache = cache_of(300, 10_000);
     for page in (0..10_000).map(PageIndex) {
-        assert_eq!(cache.insert(page, Version(1), &page_with(page.0)), page.0 < 300);
+        assert_eq!(cache.insert(page, Version(1), &page_with(page.0), |_, _, _| {}), page.0 < 300);
     }
     for page in (5_000..5_300).map(PageIndex) {
         cache.touch(page);
-        assert!(cache.insert(page, Version(2), &page_with(page.0)));
+        assert!(cache.insert(page, Version(2), &page_with(page.0), |_, _, _| {}));
     }
     assert!((5_000..5_300).all(|page| cache.get(PageIndex(page)).is_some()));
 }
@@ -70,7 +70,7 @@ fn a_working_set_twice_the_cache_still_hits_half_the_time() {
                 looks += 1;
                 hits += usize::from(cache.get(page).is_some());
             }
-            cache.insert(page, Version(round), &page_with(page.0));
+            cache.insert(page, Version(round), &page_with(page.0), |_, _, _| {});
         }
     }
     assert!(hits * 100 / looks >= 40, "{hits} hits of {looks}");
@@ -83,7 +83,7 @@ fn old_heat_fades_so_that_a_new_working_set_moves_in() {
         for round in 1..=rounds {
             for page in (first..first + 256).map(PageIndex) {
                 cache.touch(page);
-                cache.insert(page, Version(round), &page_with(page.0));
+                cache.insert(page, Version(round), &page_with(page.0), |_, _, _| {});
             }
         }
         (first..first + 256).filter(|&page| cache.get(PageIndex(page)).is_some()).count()
@@ -99,7 +99,7 @@ fn stays_within_its_capacity_and_starts_small() {
     let mut cache = BaseCache::new(capacity, guest_pages);
     assert!(cache.memory_bytes() < counters + (1 << 20), "{}", cache.memory_bytes());
     for page in (0..guest_pages / 4).map(PageIndex) {
-        cache.insert(page, Version(1), &page_with(page.0));
+        cache.insert(page, Version(1), &page_with(page.0), |_, _, _| {});
     }
     assert_eq!(cache.len(), cache.capacity());
     assert!(cache.capacity() * PAGE_SIZE_BYTES > capacity * 98 / 100);
@@ -111,7 +111,7 @@ fn stays_within_its_capacity_and_starts_small() {
 fn a_cache_of_nothing_keeps_nothing() {
     let mut cache = BaseCache::new(0, 100);
     cache.touch(PageIndex(3));
-    assert!(!cache.insert(PageIndex(3), Version(1), &page_with(3)));
+    assert!(!cache.insert(PageIndex(3), Version(1), &page_with(3), |_, _, _| {}));
     assert_eq!(cache.get(PageIndex(3)), None);
 }
 
@@ -141,7 +141,18 @@ proptest! {
             match op {
                 Op::Insert(page) => {
                     let version = time as u16 + 1;
-                    let kept = cache.insert(PageIndex(page), Version(version), &page_with(version.into()));
+                    let mut evicted = None;
+                    let kept = cache.insert(
+                        PageIndex(page),
+                        Version(version),
+                        &page_with(version.into()),
+                        |page, version, bytes| evicted = Some((page, version, *bytes)),
+                    );
+                    if let Some((colder, version, bytes)) = evicted {
+                        prop_assert!(kept && cache.get(colder).is_none());
+                        prop_assert_eq!(sent.get(&colder.0), Some(&version.0));
+                        prop_assert!(bytes == page_with(version.0.into()));
+                    }
                     prop_assert_eq!(kept, cache.get(PageIndex(page)).is_some());
                     sent.insert(page, version);
                 }

@@ -86,7 +86,7 @@ impl SourcePages {
     fn collect(&mut self, range: PageRange) {
         for page in range.pages() {
             if self.tracked.remove(page) {
-                self.plan.dirty_mut().insert(page);
+                self.plan.found_mut().insert(page);
             }
         }
     }

@@ -60,7 +60,7 @@ mod tests {
             for page in dirty {
                 set.insert(PageIndex(page));
             }
-            heat.end_round(&set);
+            heat.end_interval(&set);
         }
         let mut pusher = Pusher::new(PageSet::full(5000), heat, PusherKind::Heat);
         let mut pages = Vec::new();

@@ -10,10 +10,11 @@
 //! * [`PusherKind::Trend`]: along the streams that the faults of each thread show.
 //! * [`PusherKind::Stall`]: streams too, else by how much waiting a byte sent is expected to avoid.
 
+use std::collections::VecDeque;
 use std::fmt;
 use std::str::FromStr;
 
-use super::heat::Heat;
+use super::heat::{CHUNK_PAGES, Heat};
 use crate::page::{PageIndex, PageRange, PageSet};
 pub use crate::wire::message::Wanted;
 
@@ -133,6 +134,8 @@ impl FromStr for PusherKind {
 pub struct Pusher {
     need: PageSet,
     unsent: Unsent,
+    /// These go before the policy is asked.
+    first: VecDeque<PageIndex>,
     heat: Heat,
     policy: Box<dyn Policy>,
 }
@@ -140,7 +143,8 @@ pub struct Pusher {
 impl Pusher {
     /// Everything in `need` is still to be sent.
     pub fn new(need: PageSet, heat: Heat, kind: PusherKind) -> Self {
-        Pusher { unsent: Unsent::new(&need), need, heat, policy: kind.policy() }
+        let (unsent, first) = (Unsent::new(&need), VecDeque::new());
+        Pusher { unsent, first, need, heat, policy: kind.policy() }
     }
 
     /// What was sent may be lost, and the destination lacks exactly `missing`: of what was needed, these
@@ -182,6 +186,36 @@ impl Pusher {
         true
     }
 
+    /// Whatever the policy says, the hottest of the pages that `may` go first, at most `count`.
+    pub fn hottest_first(&mut self, count: usize, may: &dyn Fn(PageIndex) -> bool) {
+        let mut hot: Vec<PageIndex> = Vec::new();
+        for start in (0..self.need.pages()).step_by(CHUNK_PAGES as usize).map(PageIndex) {
+            if self.heat.is_cold(start) {
+                continue;
+            }
+            let mut at = start;
+            while let Some(page) = self.unsent.first_from(at) {
+                if page.0 >= start.0 + CHUNK_PAGES {
+                    break;
+                }
+                if self.heat.of(page) > 0 && may(page) {
+                    hot.push(page);
+                }
+                at = PageIndex(page.0 + 1);
+            }
+        }
+        let by_heat = |page: &PageIndex| {
+            let often = self.heat.intervals_dirty(*page);
+            (std::cmp::Reverse((often, self.heat.of(*page))), *page)
+        };
+        if count > 0 && hot.len() > count {
+            hot.select_nth_unstable_by_key(count - 1, by_heat);
+        }
+        hot.truncate(count);
+        hot.sort_unstable_by_key(by_heat);
+        self.first = hot.into();
+    }
+
     /// The next at most `count` pages in the pusher's order, into `into` (cleared first).
     pub fn take(
         &mut self,
@@ -190,6 +224,13 @@ impl Pusher {
         into: &mut Vec<PageIndex>,
     ) {
         into.clear();
+        while into.len() < count
+            && let Some(page) = self.first.pop_front()
+        {
+            if self.unsent.remove(page) {
+                into.push(page);
+            }
+        }
         while into.len() < count && !self.unsent.is_empty() {
             let left = Left { unsent: &self.unsent, heat: &self.heat, encoded_bytes };
             let run = self.policy.next(&left).unwrap_or(PageRange::new(0, 0));

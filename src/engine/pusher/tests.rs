@@ -9,7 +9,7 @@ fn heat_of(pages: u64, rounds: &[Vec<u64>]) -> Heat {
         for page in round {
             dirty.insert(PageIndex(page % pages));
         }
-        heat.end_round(&dirty);
+        heat.end_interval(&dirty);
     }
     heat
 }
@@ -35,6 +35,31 @@ fn a_page_is_sent_again_when_it_is_asked_for_again() {
         assert!(pusher.request(wanted, 0, &|_| 1, &mut Vec::new()));
         assert!(pusher.request(wanted, 0, &|_| 1, &mut Vec::new()), "it may be lost");
         assert_eq!(pusher.left(), 99);
+    }
+}
+
+#[test]
+fn the_hottest_go_first_where_they_may_and_each_page_once() {
+    for kind in PusherKind::ALL {
+        let rounds = [vec![2000, 7, 5], vec![2000, 7], vec![2000, 2001, 9]];
+        let heat = heat_of(3000, &rounds);
+        let mut pusher = Pusher::new(PageSet::full(3000), heat, kind);
+        pusher.hottest_first(4, &|page| page != PageIndex(9));
+        let mut pages = Vec::new();
+        pusher.take(2, &|_| 1, &mut pages);
+        assert_eq!(pages, [2000, 7].map(PageIndex));
+        // Asked for before its turn.
+        let wanted = Wanted { page: PageIndex(2001), thread: 0 };
+        assert!(pusher.request(wanted, 0, &|_| 1, &mut Vec::new()));
+        let mut rest = Vec::new();
+        while pusher.left() > 0 {
+            pusher.take(64, &|_| 1, &mut pages);
+            rest.append(&mut pages);
+        }
+        assert_eq!(rest[0], PageIndex(5));
+        rest.sort_unstable();
+        rest.dedup();
+        assert_eq!(rest.len(), 2997);
     }
 }
 

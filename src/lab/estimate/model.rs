@@ -113,6 +113,7 @@ impl<'a> Play<'a> {
                 sent_bytes: (pages * cost) as u64,
                 duration: Duration::from_secs_f64(time_s),
                 dirty_pages: seen as u64,
+                held_back_pages: 0,
                 bytes_per_dirty_page: Some(remembered as u64),
                 link_bytes_per_s: self.bytes_per_s as u64,
                 round_trip: Duration::from_secs_f64(self.round_trip_s),

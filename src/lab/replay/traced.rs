@@ -61,7 +61,7 @@ pub fn from_trace(records: &[TraceRecord]) -> Result<Touches, TraceError> {
     for record in records {
         match record {
             TraceRecord::Guest { .. } | TraceRecord::Cut => {}
-            TraceRecord::Dirty { runs, .. } => heat.end_round(&set(runs)?),
+            TraceRecord::Dirty { runs, .. } => heat.end_interval(&set(runs)?),
             TraceRecord::Missing { runs } => need = set(runs)?,
             TraceRecord::Touch { at_us, waited_us, thread, page } => {
                 let PageIndex(first) = *page;

@@ -97,6 +97,10 @@ impl DirtyTracker for HashScan {
         Some(Arc::clone(&self.hashes) as Arc<dyn ReadWitness>)
     }
 
+    fn is_quick(&self) -> bool {
+        false
+    }
+
     fn disarm(&mut self) -> Result<(), MemoryError> {
         Ok(())
     }

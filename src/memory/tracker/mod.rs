@@ -36,6 +36,11 @@ pub trait DirtyTracker: Send {
         None
     }
 
+    /// False when a collection reads the guest's memory: then not oftener than it must be.
+    fn is_quick(&self) -> bool {
+        true
+    }
+
     /// Stops tracking and leaves the process as it was. Also done on drop.
     fn disarm(&mut self) -> Result<(), MemoryError>;
 }

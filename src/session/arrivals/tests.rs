@@ -4,7 +4,7 @@ use super::*;
 use crate::codec::BaseCache;
 use crate::memory::{MemoryLayout, RegionLayout};
 use crate::page::{PAGE_SIZE_BYTES, PageBytes};
-use crate::wire::{FrameEncoder, PageToSend};
+use crate::wire::{CopyToSend, FrameEncoder, PageToSend};
 
 const PAGES: u64 = 64;
 
@@ -57,7 +57,7 @@ impl World {
     fn remember(&mut self, version: u16, pages: &[u64]) {
         for page in pages {
             let bytes = self.source[*page as usize];
-            self.bases.insert(PageIndex(*page), Version(version), &bytes);
+            self.bases.insert(PageIndex(*page), Version(version), &bytes, |_, _, _| {});
         }
     }
 
@@ -201,6 +201,52 @@ fn zeros_come_over_holes_content_and_pages_of_others_alike() {
         let state = world.table.state(PageIndex(page));
         assert_eq!((state.stage, state.version, state.zero), (Stage::Stale, Version(2), true));
     }
+}
+
+/// A message by which `page` is a copy of what `original` was at version 1.
+fn copy_of(world: &mut World, original: u64, page: u64) -> Vec<u8> {
+    let copy = CopyToSend {
+        page: PageIndex(page),
+        bytes: &world.source[original as usize],
+        original: Base { page: PageIndex(original), version: Version(1) },
+    };
+    let mut out = Vec::new();
+    world.encoder.encode_copies(Version(2), &[copy], &mut out);
+    out
+}
+
+#[test]
+fn a_page_may_be_a_copy_of_one_that_is_here_at_that_version() {
+    let mut world = World::new();
+    world.source[3] = [3; PAGE_SIZE_BYTES];
+    world.send(1, &World::all());
+    let copy = copy_of(&mut world, 3, 9);
+    assert_eq!(world.apply(&copy).unwrap().rejected, vec![]);
+    assert_eq!(world.at_destination(9), [3; PAGE_SIZE_BYTES]);
+    // The original has been replaced since.
+    let late = copy_of(&mut world, 3, 10);
+    world.source[3][0] = 99;
+    world.send(2, &[3]);
+    assert_eq!(world.apply(&late).unwrap().rejected, vec![PageIndex(10)]);
+    assert_eq!(world.at_destination(10), [0; PAGE_SIZE_BYTES]);
+}
+
+#[test]
+fn after_the_switchover_a_copy_of_what_the_guest_has_changed_is_rejected() {
+    let mut world = World::new();
+    world.source[3] = [3; PAGE_SIZE_BYTES];
+    world.send(1, &World::all());
+    let need = World::set_of(&[9, 10]);
+    world.arrivals.switch_over(Version(2), &need, &World::set_of(&[])).unwrap();
+    world.table.mark_mapped(PageRange::new(3, 4));
+    let (early, late) = (copy_of(&mut world, 3, 9), copy_of(&mut world, 3, 10));
+    assert_eq!(world.apply(&early).unwrap().rejected, vec![]);
+    assert_eq!(world.at_destination(9), [3; PAGE_SIZE_BYTES]);
+    let mut written = [3; PAGE_SIZE_BYTES];
+    written[4095] = 4;
+    world.memory.write_page(PageIndex(3), &written).unwrap();
+    assert_eq!(world.apply(&late).unwrap().rejected, vec![PageIndex(10)]);
+    assert!(!world.table.state(PageIndex(10)).is_complete());
 }
 
 /// What a guest does to a page between two rounds.

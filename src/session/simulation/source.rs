@@ -305,7 +305,7 @@ impl Source {
     fn collect(&mut self) {
         let none = PageSet::empty(self.pages());
         let tracked = std::mem::replace(&mut self.tracked, none);
-        self.plan.dirty_mut().union_with(&tracked);
+        self.plan.found_mut().union_with(&tracked);
     }
 
     /// The round's sender goes on: takes the round's pages, reads and sends one message of them, or is

@@ -5,7 +5,7 @@
 //! lies frozen in its files, the destination says what it lacks, and that is sent, without deltas.
 
 use super::*;
-use crate::codec::BaseCache;
+use crate::codec::SentLimits;
 use crate::engine::heat::Heat;
 use crate::engine::precopy::Remainder;
 use crate::guest::qemu::{LeftQemu, is_running, let_run};
@@ -83,7 +83,7 @@ pub async fn resume_send(
     };
     output.link(LinkState::Up);
     options.engine.strategy = keep.strategy;
-    options.base_cache_bytes = 0;
+    options.limits = SentLimits::default();
     let machine = SourceMachine::resumed(options.engine.clone(), has(Entry::Running));
     let memory = SourceGuest::memory(&guest);
     let pages = memory.pages();
@@ -92,9 +92,10 @@ pub async fn resume_send(
     session.machine = machine;
     // The destination says what of this it lacks.
     let remainder = Remainder { need: PageSet::full(pages), zero: PageSet::empty(pages) };
-    let (bases, counters) = (BaseCache::new(0, pages), session.counters.clone());
+    let nothing = session.sender.as_ref().expect("no round goes on").sent().clone();
+    let counters = session.counters.clone();
     let order = (Heat::new(pages), session.options.pusher);
-    let frozen = FrozenPages::new(memory, bases, version, remainder, order, counters);
+    let frozen = FrozenPages::new(memory, nothing, version, remainder, order, counters);
     session.frozen = Some(Arc::new(frozen));
     let _ = session.happened.send(Happened::Event(SourceEvent::LinkUp));
     Ok(session.run(signals).await)

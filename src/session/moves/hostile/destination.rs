@@ -21,7 +21,8 @@ fn send_options(strategy: Strategy, state_dir: &std::path::Path) -> SendOptions 
     let policy = SwitchoverPolicy { downtime_budget: Duration::from_millis(300), max_rounds: None };
     SendOptions {
         engine: SourceConfig { strategy, handover: HandoverForm::OneFlight, policy, timeouts },
-        base_cache_bytes: 1 << 20,
+        limits: SentLimits { base_cache_bytes: 1 << 20, lines_bytes: 0 },
+        encoders: 2,
         codecs: None,
         tracker: TrackerKind::Auto,
         trace: None,
