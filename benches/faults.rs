@@ -32,8 +32,6 @@ use farfault::transport::{Listener, TransportOptions};
 use farfault::wire::message::{HandoverForm, Strategy};
 use hdrhistogram::Histogram;
 
-const PAGE_BYTES: u64 = PAGE_SIZE_BYTES as u64;
-
 struct Case {
     name: &'static str,
     link: &'static str,
@@ -135,7 +133,7 @@ async fn migrate(
     let directory = tempfile::tempdir().unwrap();
     let address = (Ipv4Addr::LOCALHOST, 0).into();
     let (listener, mut ticket) = Listener::bind(address, Vec::new(), &transport).unwrap();
-    let queue = QueueLimit::Bdp(case.queue_bdp.into());
+    let queue = QueueLimit::Bdp(case.queue_bdp);
     let relay = Relay::with_queue(link, queue, ticket.addresses[0], 1).unwrap();
     ticket.addresses = vec![relay.address()];
     let reconnect_for = Duration::ZERO;
@@ -146,6 +144,7 @@ async fn migrate(
         reconnect_for,
         page_table: Arc::default(),
         trace: None,
+        huge_pages: false,
     };
     let migration = ticket.migration.to_string();
     let receiving = tokio::spawn(async move {
