@@ -291,3 +291,15 @@ fn a_sender_that_is_ended_in_precopy_leaves_nothing_and_the_source_runs() -> Res
     case.source_goes_on()?;
     case.nothing_is_left()
 }
+
+#[test]
+fn a_source_whose_qemu_ends_in_precopy_is_told_and_the_receiver_leaves_nothing() -> Result<()> {
+    let Some(mut case) = Case::new("20Mbit,20ms", &small_pc(), &small_pc())? else {
+        return Ok(());
+    };
+    let (receive, send) = in_precopy(&case)?;
+    case.source.kill();
+    says(&send.wait(LIMIT)?, &["QEMU"])?;
+    says(&receive.wait(LIMIT)?, &["gave up"])?;
+    case.nothing_is_left()
+}

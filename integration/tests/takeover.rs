@@ -258,3 +258,32 @@ fn both_sides_killed_in_postcopy_are_taken_over() -> Result<()> {
     moving.take_over()?;
     moving.runs_whole_at_the_destination()
 }
+
+/// farfault has the guest's memory, whatever becomes of the QEMU that it has left.
+#[test]
+fn a_source_whose_qemu_ends_in_postcopy_still_gives_every_page() -> Result<()> {
+    let Some(mut moving) = Move::in_postcopy()? else { return Ok(()) };
+    moving.source.kill();
+    let (send, receive) = (moving.send.take(), moving.receive.take());
+    send.context("it runs")?.wait(LIMIT)?.report()?;
+    receive.context("it runs")?.wait(LIMIT)?.report()?;
+    moving.destination.log.wait_for_sweeps(2, LIMIT)?;
+    assert_eq!(moving.destination.monitor()?.status()?, "running");
+    Ok(())
+}
+
+/// The host that has the last pages dies: the destination says so, and its guest waits rather than see wrong bytes.
+#[test]
+fn a_source_host_that_dies_in_postcopy_leaves_a_guest_that_waits_and_is_told_of() -> Result<()> {
+    let Some(mut moving) = Move::in_postcopy()? else { return Ok(()) };
+    Move::kill(&mut moving.send)?;
+    moving.source.kill();
+    let told = Move::failure(&mut moving.receive)?;
+    assert!(told.contains("could not be reached again"), "{told}");
+    let left = status_of(&moving.lab, "destination")?.context("it is told of")?;
+    assert_eq!(left["state"], "left", "{left}");
+    assert!(moving.resolve_refused("destination", "--run-source")?.contains("has arrived"));
+    let complaints = moving.destination.log.complaints();
+    ensure!(complaints.is_empty(), "{complaints:?}");
+    Ok(())
+}

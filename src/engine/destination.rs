@@ -201,6 +201,8 @@ pub struct DestinationMachine {
     outages: u32,
     /// The source has asked where this side stands, and waits.
     asked: bool,
+    /// The guest of an earlier process has yet to be seen to run.
+    starts_again: bool,
     releasing: bool,
     released: bool,
     /// That every page is here is on disk.
@@ -238,6 +240,7 @@ impl DestinationMachine {
             link: Reach::Up,
             outages: 0,
             asked: false,
+            starts_again: false,
             releasing: false,
             released: false,
             complete_noted: false,
@@ -251,12 +254,14 @@ impl DestinationMachine {
     }
 
     /// One that takes the place of another, which was killed after the source's decision had come and was
-    /// written down: the guest runs here. The link is down.
+    /// written down: the guest runs here, or will. It must be let run, harmless when it does, and
+    /// [`DestinationEvent::Running`] be told: it is not let go of before. The link is down.
     pub fn resumed() -> Self {
         DestinationMachine {
             state: State::Postcopy,
             committed: true,
             commit_begun: true,
+            starts_again: true,
             link: Reach::Down,
             ..Self::new()
         }
@@ -336,7 +341,7 @@ impl DestinationMachine {
             DestinationEvent::PagesComplete => {
                 self.complete = true;
                 match self.state {
-                    State::Postcopy => self.finish(),
+                    State::Postcopy if !self.starts_again => self.finish(),
                     _ => self.run_when_due(),
                 }
             }
@@ -362,7 +367,10 @@ impl DestinationMachine {
                 self.journal_failed(record, failure);
             }
             DestinationEvent::Running => {
-                if self.state == State::Starting {
+                let started_again = std::mem::take(&mut self.starts_again);
+                if started_again && self.complete && self.state == State::Postcopy {
+                    self.finish();
+                } else if self.state == State::Starting {
                     self.state = State::Postcopy;
                     self.say(ToSource::Running);
                     if self.complete {

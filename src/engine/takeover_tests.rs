@@ -91,6 +91,8 @@ fn a_destination_says_what_its_running_guest_lacks() {
     let told = DestinationAction::Send(ToSource::Resync { at, running_us: None });
     assert_eq!(destination.poll(), Some(told));
     destination.handle(DestinationEvent::PagesComplete);
+    assert_eq!(destination.poll(), None, "its guest has yet to be seen to run");
+    destination.handle(DestinationEvent::Running);
     let complete = DestinationAction::Journal(DestinationRecord::Complete);
     assert_eq!(destination.poll(), Some(complete));
 }

@@ -201,9 +201,12 @@ impl Left {
         }
         let happened = session.happened.clone();
         session.tasks.spawn(async move {
-            if let Ok(Err(failure)) = starting.await {
-                let _ = happened.send(Happened::Event(DestinationEvent::Failed(failure)));
-            }
+            let event = match starting.await {
+                Ok(Ok(())) => DestinationEvent::Running,
+                Ok(Err(failure)) => DestinationEvent::Failed(failure),
+                Err(error) => DestinationEvent::Failed(Failure::plain(error.to_string())),
+            };
+            let _ = happened.send(Happened::Event(event));
         });
         (session.asked, session.counters, session.mapper) = (asked, counters, mapper);
         session.asking = Arc::new(tokio::sync::Mutex::new(asking));

@@ -38,12 +38,10 @@ pub(super) enum Mutation {
     ForgetTheDecision,
     /// A destination that takes over lets a guest run that was only loaded.
     RunWhatIsLoaded,
-    /// A destination that takes over takes what was being written for whole.
-    TrustWhatWasBeingWritten,
 }
 
 impl Mutation {
-    pub(super) const ALL: [Mutation; 18] = [
+    pub(super) const ALL: [Mutation; 17] = [
         Mutation::AnswerBeforeTheDisk,
         Mutation::BelieveTheRoundArrived,
         Mutation::ForgetRejectedPages,
@@ -61,6 +59,5 @@ impl Mutation {
         Mutation::GiveUpAtOnce,
         Mutation::ForgetTheDecision,
         Mutation::RunWhatIsLoaded,
-        Mutation::TrustWhatWasBeingWritten,
     ];
 }

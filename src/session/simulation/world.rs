@@ -10,7 +10,7 @@ use super::plan::Plan;
 use super::source::Source;
 use crate::engine::Failure;
 use crate::engine::destination::DestinationEvent;
-use crate::engine::source::SourceEvent;
+use crate::engine::source::{SourceEvent, SourceRecord};
 use crate::guest::Shape;
 use crate::memory::MemoryLayout;
 use crate::page::PageIndex;
@@ -201,8 +201,12 @@ impl World {
         let (source, destination) = (!self.source.is_over(), !self.destination.is_over());
         let mut add = |way, can: bool| ways.extend(can.then_some(way));
         add(Way::Cut, self.plan.cuts > 0 && self.network.carries);
-        add(Way::SourceCrashes, self.plan.crashes > 0 && source);
-        add(Way::DestinationCrashes, self.plan.crashes > 0 && destination);
+        // Most of a schedule goes by before the decision, and most of what can be lost is behind it.
+        let weight = if self.source.journal.has(SourceRecord::Decided) { 8 } else { 1 };
+        for _ in 0..weight {
+            add(Way::SourceCrashes, self.plan.crashes > 0 && source);
+            add(Way::DestinationCrashes, self.plan.crashes > 0 && destination);
+        }
         add(Way::SourceCancels, self.plan.cancels > 0 && source);
         add(Way::DestinationCancels, self.plan.cancels > 0 && destination);
         add(Way::Late, self.plan.late_answers > 0 && source);

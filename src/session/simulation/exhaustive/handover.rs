@@ -312,7 +312,7 @@ impl Handover {
             self.destination = Some(DestinationMachine::resumed());
             self.flight_here = true;
             let due = &mut self.destination_due;
-            due.extend((!self.runs_at_destination).then_some(DestinationEvent::Running));
+            due.push(DestinationEvent::Running);
             due.extend(self.pages_here.then_some(DestinationEvent::PagesComplete));
         } else {
             if self.runs_at_destination {
