@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail};
 
 use super::record::{Machine, Outcome, Record, key};
 use super::scenario::{Cell, GuestKind, Scenario};
@@ -53,7 +53,10 @@ pub fn run(
     mut tell: impl FnMut(&str),
 ) -> Result<Tally> {
     let all = scenario.runs(&options.only);
-    ensure!(!all.is_empty(), "no cell's name contains any of {:?}", options.only);
+    if all.is_empty() {
+        let example = scenario.runs(&[]).first().map(Cell::name).unwrap_or_default();
+        bail!("no cell's name contains any of {:?}; they have names like {example}", options.only);
+    }
     let is_made = |cell: &Cell| store.has(&key(scenario, cell), cell.repetition);
     let (kept, todo): (Vec<Cell>, Vec<Cell>) = all.into_iter().partition(is_made);
     let program = std::env::current_exe().context("where is this program?")?;
