@@ -144,7 +144,6 @@ async fn migrate(
         reconnect_for,
         page_table: Arc::default(),
         trace: None,
-        huge_pages: false,
     };
     let migration = ticket.migration.to_string();
     let receiving = tokio::spawn(async move {

@@ -66,8 +66,8 @@ pub(super) struct Send {
     /// Threads that encode pages; auto is one a core, up to 8.
     #[arg(long, value_name = "auto|N", default_value = "auto", value_parser = encoders)]
     encoders: Encoders,
-    /// Codecs, as PAGES/DELTAS: raw, lz4 or zstd:LEVEL, and off, plain, lz4, zstd:LEVEL or
-    /// zstd-old:LEVEL. auto follows the link's rate.
+    /// Codecs, as PAGES/DELTAS: raw, lz4 or zstd:LEVEL, and off, plain, lz4, zstd:LEVEL,
+    /// zstd-old:LEVEL or xbzrle. auto follows the link's rate.
     #[arg(long, value_name = "auto|CODECS", default_value = "auto", value_parser = codecs)]
     codec: Codecs,
     /// How the guest's writes are followed: auto takes the fastest that the kernel has.

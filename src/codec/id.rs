@@ -36,6 +36,8 @@ pub enum CodecId {
     LinesZstd = 11,
     /// Pages with the content of another page that the other side holds.
     Copy = 12,
+    /// Runs of changed bytes, as QEMU codes them: for comparison in experiments.
+    Xbzrle = 13,
 }
 
 /// What the frames of a codec carry.
@@ -51,6 +53,8 @@ pub enum Content {
     Words,
     /// Changed lines and where they go.
     Lines,
+    /// Runs of changed bytes and of bytes that stay.
+    Runs,
     /// Nothing: the pages are as other pages.
     Copy,
 }
@@ -70,7 +74,7 @@ pub enum Packing {
 
 impl CodecId {
     /// Every codec, in the order of the numbers on the wire.
-    pub const ALL: [CodecId; 13] = [
+    pub const ALL: [CodecId; 14] = [
         CodecId::Zero,
         CodecId::Unchanged,
         CodecId::Raw,
@@ -84,6 +88,7 @@ impl CodecId {
         CodecId::LinesLz4,
         CodecId::LinesZstd,
         CodecId::Copy,
+        CodecId::Xbzrle,
     ];
 
     /// The codec with this number on the wire.
@@ -117,6 +122,7 @@ impl CodecId {
             CodecId::LinesLz4 => "lines-lz4",
             CodecId::LinesZstd => "lines-zstd",
             CodecId::Copy => "copy",
+            CodecId::Xbzrle => "xbzrle",
         }
     }
 
@@ -130,6 +136,7 @@ impl CodecId {
             CodecId::DeltaZstd | CodecId::DeltaZstdOld => Content::Words,
             CodecId::Lines | CodecId::LinesLz4 | CodecId::LinesZstd => Content::Lines,
             CodecId::Copy => Content::Copy,
+            CodecId::Xbzrle => Content::Runs,
         }
     }
 
@@ -152,7 +159,7 @@ impl CodecId {
 impl Content {
     /// True when the frame has a body; otherwise it says everything in its header.
     pub fn has_body(self) -> bool {
-        matches!(self, Content::Whole | Content::Words | Content::Lines)
+        matches!(self, Content::Whole | Content::Words | Content::Lines | Content::Runs)
     }
 
     /// True when each page builds on another content: of itself, or, for a copy, of another page.

@@ -53,6 +53,8 @@ pub enum DeltaCodec {
         /// zstd's own number.
         level: i32,
     },
+    /// As QEMU does, page by page: for comparison in experiments, never chosen.
+    Xbzrle,
 }
 
 impl PageCodec {
@@ -70,7 +72,7 @@ impl DeltaCodec {
     /// How masks and units are compressed when the old units are not used.
     pub fn compression(self) -> Compression {
         match self {
-            DeltaCodec::Off | DeltaCodec::Plain => Compression::None,
+            DeltaCodec::Off | DeltaCodec::Plain | DeltaCodec::Xbzrle => Compression::None,
             DeltaCodec::Lz4 => Compression::Lz4,
             DeltaCodec::Zstd { level } | DeltaCodec::ZstdOld { level } => {
                 Compression::Zstd { level }
@@ -82,7 +84,7 @@ impl DeltaCodec {
 /// Which codecs an encoder uses. Zero and unchanged pages are always told apart.
 ///
 /// Written as `PAGES/DELTAS`, for instance `zstd:3/zstd-old:1`, `lz4/off`, `raw/plain`; `PAGES` alone
-/// takes the deltas that go with it.
+/// takes the deltas that go with it. `xbzrle` alone is `raw/xbzrle`, what QEMU does.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct CodecChoice {
     /// For pages that go whole.
@@ -104,6 +106,7 @@ impl fmt::Display for CodecChoice {
             DeltaCodec::Lz4 => f.write_str("lz4"),
             DeltaCodec::Zstd { level } => write!(f, "zstd:{level}"),
             DeltaCodec::ZstdOld { level } => write!(f, "zstd-old:{level}"),
+            DeltaCodec::Xbzrle => f.write_str("xbzrle"),
         }
     }
 }
@@ -112,7 +115,7 @@ impl fmt::Display for CodecChoice {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
     "no codec {text:?}: write PAGES or PAGES/DELTAS, where PAGES is raw, lz4 or zstd:LEVEL and DELTAS is \
-     off, plain, lz4, zstd:LEVEL or zstd-old:LEVEL, with levels from -7 to 19"
+     off, plain, lz4, zstd:LEVEL, zstd-old:LEVEL or xbzrle, with levels from -7 to 19"
 )]
 pub struct ParseCodecError {
     text: String,
@@ -127,6 +130,7 @@ impl FromStr for CodecChoice {
 }
 
 fn parse_choice(text: &str) -> Option<CodecChoice> {
+    let text = if text == "xbzrle" { "raw/xbzrle" } else { text };
     let (page, delta) = match text.split_once('/') {
         Some((page, delta)) => (page, Some(delta)),
         None => (text, None),
@@ -149,6 +153,7 @@ fn parse_choice(text: &str) -> Option<CodecChoice> {
             ("lz4", None) => DeltaCodec::Lz4,
             ("zstd", Some(level)) => DeltaCodec::Zstd { level },
             ("zstd-old", Some(level)) => DeltaCodec::ZstdOld { level },
+            ("xbzrle", None) => DeltaCodec::Xbzrle,
             _ => return None,
         },
     };

@@ -11,7 +11,7 @@
 //! | [`pack`] | compression of whole pages or deltas, up to 64 pages together |
 //! | [`ladder`] | which codec for which link |
 //! | [`blob`] | device state against that of a rehearsal |
-//! | [`xbzrle`] | QEMU's delta, for comparison |
+//! | [`xbzrle`] | QEMU's delta, for comparison in experiments |
 //!
 //! How coded pages are framed, checked and bounded on the wire is the business of [`crate::wire`].
 
@@ -57,4 +57,15 @@ pub enum DecodeError {
         /// Words or lines in the delta.
         expected: usize,
     },
+    /// The codings of XBZRLE are of other lengths than is said.
+    #[error("xbzrle codings of {found} bytes are announced, {expected} are there")]
+    Runs {
+        /// The sum of the lengths.
+        found: usize,
+        /// Bytes of the codings.
+        expected: usize,
+    },
+    /// The coding of a page is not one.
+    #[error("an xbzrle coding is broken or leaves the page")]
+    Run,
 }

@@ -5,8 +5,72 @@
 //! Compression Techniques for Efficient Live Migration of Large Virtual Machines", VEE 2011: runs of
 //! equal bytes and runs of unequal bytes in turn, each with its length as one or two bytes of LEB128, the
 //! unequal bytes with their new values; a run of equal bytes at the end is left out.
+//!
+//! QEMU sends each page by itself. Here up to 64 share a frame: first the length of each page's coding, in two
+//! bytes, then the codings.
 
+use super::DecodeError;
 use crate::page::{PAGE_SIZE_BYTES, PageBytes};
+
+/// Bytes that tell how long a page's coding is.
+pub const LENGTH_BYTES: usize = 2;
+
+/// Collects the codings of pages that share a frame.
+#[derive(Default)]
+pub struct RunPacker {
+    lengths: Vec<u8>,
+    codings: Vec<u8>,
+    one: Vec<u8>,
+}
+
+impl RunPacker {
+    /// Begins anew, keeping the buffers.
+    pub fn clear(&mut self) {
+        self.lengths.clear();
+        self.codings.clear();
+    }
+
+    /// Adds a page. False, and nothing is added, when its coding would be longer than itself.
+    pub fn push(&mut self, old: &PageBytes, new: &PageBytes) -> bool {
+        if !encode(old, new, PAGE_SIZE_BYTES, &mut self.one) {
+            return false;
+        }
+        self.lengths.extend_from_slice(&(self.one.len() as u16).to_le_bytes());
+        self.codings.extend_from_slice(&self.one);
+        true
+    }
+
+    /// Bytes of all codings.
+    pub fn coded_bytes(&self) -> usize {
+        self.codings.len()
+    }
+
+    /// Writes lengths and codings into `packed`, which is overwritten.
+    pub fn finish(&self, packed: &mut Vec<u8>) {
+        packed.clear();
+        packed.extend_from_slice(&self.lengths);
+        packed.extend_from_slice(&self.codings);
+    }
+}
+
+/// The coding of each of `pages` pages, in the order in which they were packed.
+///
+/// # Errors
+/// When the lengths are not exactly those of what follows them.
+pub fn unpack(packed: &[u8], pages: usize) -> Result<impl Iterator<Item = &[u8]>, DecodeError> {
+    let (lengths, codings) = packed.split_at(packed.len().min(pages * LENGTH_BYTES));
+    let (lengths, _) = lengths.as_chunks::<LENGTH_BYTES>();
+    let length = |bytes: &[u8; LENGTH_BYTES]| usize::from(u16::from_le_bytes(*bytes));
+    let found = lengths.iter().map(length).sum();
+    if lengths.len() != pages || found != codings.len() {
+        return Err(DecodeError::Runs { found, expected: codings.len() });
+    }
+    Ok(lengths.iter().scan(codings, move |left, bytes| {
+        let (coding, rest) = left.split_at(length(bytes));
+        *left = rest;
+        Some(coding)
+    }))
+}
 
 /// Codes `new` against `old` into `coded`, which is overwritten: nothing for an unchanged page. False
 /// when the result would be longer than `limit_bytes` (QEMU: a page); `coded` is then of no use.
@@ -124,7 +188,31 @@ mod tests {
         assert_eq!(decode(&[0xff, 0x1f, 2, 1, 1], &mut ZERO.clone()), None, "beyond the page");
     }
 
+    #[test]
+    fn lengths_that_are_not_those_of_the_codings_are_refused() {
+        for (packed, pages) in [(&[1, 0][..], 1), (&[0, 0, 7], 1), (&[0, 0], 2), (&[0], 1)] {
+            assert!(unpack(packed, pages).is_err(), "{packed:?}");
+        }
+    }
+
     proptest! {
+        #[test]
+        fn pages_that_share_a_frame_come_back_in_order(
+            pages in prop::collection::vec(page_and_change(), 0..6),
+        ) {
+            let (mut packer, mut packed) = (RunPacker::default(), Vec::new());
+            let fit: Vec<_> = pages.iter().filter(|(old, new)| packer.push(old, new)).collect();
+            packer.finish(&mut packed);
+            prop_assert_eq!(packed.len(), fit.len() * LENGTH_BYTES + packer.coded_bytes());
+            let codings: Vec<_> = unpack(&packed, fit.len()).unwrap().collect();
+            prop_assert_eq!(codings.len(), fit.len());
+            for (coding, (old, new)) in codings.into_iter().zip(fit) {
+                let mut page = *old;
+                prop_assert_eq!(decode(coding, &mut page), Some(()));
+                prop_assert!(page == *new);
+            }
+        }
+
         #[test]
         fn pages_round_trip((old, new) in page_and_change()) {
             let mut bytes = Vec::new();

@@ -201,7 +201,7 @@ impl Costs {
     fn learn(&self, counts: &CodecCounts) {
         for (codec, pages, bytes) in counts.used() {
             let kind = match codec.content() {
-                Content::Words | Content::Lines | Content::Unchanged => &self.delta,
+                Content::Words | Content::Lines | Content::Runs | Content::Unchanged => &self.delta,
                 Content::Whole => &self.whole,
                 // As good as free, and not known beforehand.
                 Content::Zero | Content::Copy => continue,

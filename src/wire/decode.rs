@@ -5,7 +5,7 @@ use super::frame::{Base, Frame};
 use super::limits::MAX_PAGES_PER_FRAME;
 use crate::codec::delta::{LineMask, PackedDeltas, WordMask};
 use crate::codec::pack::Decompressor;
-use crate::codec::{Content, DecodeError, Packing};
+use crate::codec::{Content, DecodeError, Packing, xbzrle};
 use crate::page::{PAGE_SIZE_BYTES, PageBytes, PageIndex};
 
 /// Memory to decode into, kept from frame to frame: one for each thread that decodes.
@@ -161,6 +161,10 @@ impl<'a> Frame<'a> {
                 )?;
                 Decoded::Built(pages, outcomes)
             }
+            Content::Runs => {
+                self.apply_runs(pages, outcomes, base_of)?;
+                Decoded::Built(pages, outcomes)
+            }
             content @ (Content::Words | Content::Lines) => {
                 let packed = if codec.packing() == Packing::Plain {
                     self.body
@@ -219,6 +223,27 @@ impl<'a> Frame<'a> {
             let there = base_of(position, base, bytes);
             if there {
                 delta.apply(bytes);
+            }
+            outcomes.push(self.outcome(position, entry.page, there, bytes));
+        }
+        Ok(())
+    }
+
+    /// Checks the codings of XBZRLE and applies each to its base.
+    fn apply_runs(
+        &self,
+        pages: &mut [PageBytes],
+        outcomes: &mut Vec<Outcome>,
+        mut base_of: impl FnMut(usize, Base, &mut PageBytes) -> bool,
+    ) -> Result<(), FrameError> {
+        self.check(self.body)?;
+        let codings = xbzrle::unpack(self.body, pages.len())?;
+        for (position, (coding, entry)) in codings.zip(self.pages()).enumerate() {
+            let bytes = &mut pages[position];
+            let base = entry.base.expect("parsing gave each page of a delta its base");
+            let there = base_of(position, base, bytes);
+            if there {
+                xbzrle::decode(coding, bytes).ok_or(DecodeError::Run)?;
             }
             outcomes.push(self.outcome(position, entry.page, there, bytes));
         }

@@ -6,6 +6,7 @@ use super::page_list;
 use super::write::FrameParts;
 use crate::codec::delta::{DeltaPacker, LineMask, UnitMask, WordMask};
 use crate::codec::pack::{Compression, Compressor};
+use crate::codec::xbzrle::RunPacker;
 use crate::codec::{CodecChoice, CodecCounts, CodecId, Content, DeltaCodec, Packing, is_zero};
 use crate::page::{PageBytes, PageIndex, PageRange, Version};
 
@@ -58,6 +59,7 @@ pub struct FrameEncoder {
     words: Deltas<{ WordMask::BYTES }, { WordMask::UNIT_BYTES }>,
     lines: Deltas<{ LineMask::BYTES }, { LineMask::UNIT_BYTES }>,
     old_words: Vec<u8>,
+    runs: Runs,
     whole: Vec<PageIndex>,
     /// The content of `whole`, page after page.
     block: Vec<u8>,
@@ -77,6 +79,13 @@ struct Listed {
 struct Deltas<const MASK: usize, const UNIT: usize> {
     list: Listed,
     packer: DeltaPacker<MASK, UNIT>,
+    packed: Vec<u8>,
+}
+
+#[derive(Default)]
+struct Runs {
+    list: Listed,
+    packer: RunPacker,
     packed: Vec<u8>,
 }
 
@@ -121,6 +130,7 @@ impl FrameEncoder {
         }
         self.coder.put_list(CodecId::Unchanged, version, &self.unchanged, out, &mut counts);
         self.put_words(version, out, &mut counts);
+        self.put_runs(version, out, &mut counts);
         self.put_whole(version, out, &mut counts);
         counts
     }
@@ -201,6 +211,8 @@ impl FrameEncoder {
         self.unchanged.clear();
         self.words.clear();
         self.old_words.clear();
+        self.runs.list.clear();
+        self.runs.packer.clear();
         self.whole.clear();
         self.block.clear();
         for &PageToSend { page, bytes, base } in pages {
@@ -218,7 +230,12 @@ impl FrameEncoder {
                     self.unchanged.bases.push(base);
                     continue;
                 }
-                if self.choice.delta != DeltaCodec::Off && words <= MAX_DELTA_WORDS {
+                if self.choice.delta == DeltaCodec::Xbzrle {
+                    if self.runs.packer.push(base_bytes, bytes) {
+                        self.runs.list.push(base, bytes);
+                        continue;
+                    }
+                } else if self.choice.delta != DeltaCodec::Off && words <= MAX_DELTA_WORDS {
                     self.words.push(base, &mask, bytes);
                     if matches!(self.choice.delta, DeltaCodec::ZstdOld { .. }) {
                         mask.gather(base_bytes, &mut self.old_words);
@@ -248,6 +265,24 @@ impl FrameEncoder {
             self.coder.compressor.pack_with_old(masks, words, &self.old_words, level, coded);
         let packing = if shrunk { Packing::ZstdOld } else { Packing::Plain };
         self.coder.put_packed(Content::Words, packing, version, &self.words, out, counts);
+    }
+
+    fn put_runs(&mut self, version: Version, out: &mut Vec<u8>, counts: &mut CodecCounts) {
+        let Runs { list, packer, packed } = &mut self.runs;
+        if list.pages.is_empty() {
+            return;
+        }
+        packer.finish(packed);
+        page_list::collect(list.pages.iter().copied(), &mut self.coder.runs);
+        let frame = FrameParts {
+            bases: &list.bases,
+            units: packer.coded_bytes(),
+            checks: &list.checks,
+            decoded: packed,
+            body: packed,
+            ..FrameParts::new(CodecId::Xbzrle, version, &self.coder.runs)
+        };
+        counts.add(CodecId::Xbzrle, list.pages.len() as u64, frame.write(out) as u64);
     }
 
     fn put_whole(&mut self, version: Version, out: &mut Vec<u8>, counts: &mut CodecCounts) {
@@ -338,6 +373,13 @@ impl Listed {
         self.bases.clear();
         self.checks.clear();
     }
+
+    /// Adds a page that builds on an older content of itself.
+    fn push(&mut self, base: Base, bytes: &PageBytes) {
+        self.pages.push(base.page);
+        self.bases.push(base);
+        self.checks.push(page_check(base.page, bytes));
+    }
 }
 
 impl<const MASK: usize, const UNIT: usize> Deltas<MASK, UNIT> {
@@ -347,9 +389,7 @@ impl<const MASK: usize, const UNIT: usize> Deltas<MASK, UNIT> {
     }
 
     fn push(&mut self, base: Base, mask: &UnitMask<MASK, UNIT>, bytes: &PageBytes) {
-        self.list.pages.push(base.page);
-        self.list.bases.push(base);
-        self.list.checks.push(page_check(base.page, bytes));
+        self.list.push(base, bytes);
         self.packer.push(mask, bytes);
     }
 }

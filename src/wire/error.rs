@@ -67,8 +67,8 @@ pub enum FrameError {
         /// Size of the guest.
         guest_pages: u64,
     },
-    /// More changed words or lines than the pages have.
-    #[error("page frame announces {units} changed words or lines for {pages} pages")]
+    /// More changed words, lines or bytes than the pages have.
+    #[error("page frame announces {units} changed units for {pages} pages")]
     Units {
         /// How many.
         units: u64,

@@ -10,7 +10,7 @@
 //! | version | of the content of all pages here, 1 to [`Version::MAX`] |
 //! | pages | number of runs; for each its distance to the one before, times two, plus one if it is longer than a page; then if so, its length less two |
 //! | base | where pages build on other contents: the version of all bases, or 0 and then that of each; for copies then the page that each is a copy of |
-//! | units | deltas only: number of changed words or lines |
+//! | units | deltas only: number of changed words or lines; of runs, the bytes of all codings |
 //! | checks | deltas and copies: for each page the low 4 bytes of the xxh3-64 of its content, seeded with its index; all 8 for deltas of lines and copies |
 //! | body length | where there is a body |
 //! | checksum | 8 bytes: xxh3-64 of the decoded body, seeded with the xxh3-64 of all fields before |
@@ -35,7 +35,7 @@ use super::limits::{MAX_BODY_BYTES, MAX_PAGES_PER_FRAME};
 use super::page_list::PageList;
 use super::varint;
 use crate::codec::delta::{LineMask, WordMask};
-use crate::codec::{CodecId, Content, Packing};
+use crate::codec::{CodecId, Content, Packing, xbzrle};
 use crate::page::{PAGE_SIZE_BYTES, PageBytes, PageIndex, PageRange, Version};
 
 /// First byte of every frame.
@@ -181,6 +181,7 @@ impl<'a> Frame<'a> {
             Content::Whole => pages * PAGE_SIZE_BYTES,
             Content::Words => pages * WordMask::BYTES + self.units * WordMask::UNIT_BYTES,
             Content::Lines => pages * LineMask::BYTES + self.units * LineMask::UNIT_BYTES,
+            Content::Runs => pages * xbzrle::LENGTH_BYTES + self.units,
         }
     }
 
@@ -299,9 +300,10 @@ fn take_units(rest: &mut &[u8], content: Content, pages: u64) -> Result<usize, F
     let units_per_page = match content {
         Content::Words => WordMask::UNITS_PER_PAGE,
         Content::Lines => LineMask::UNITS_PER_PAGE,
+        Content::Runs => PAGE_SIZE_BYTES,
         _ => return Ok(0),
     };
-    let units = take_number(rest, "number of changed words or lines")?;
+    let units = take_number(rest, "number of changed units")?;
     if units > pages * units_per_page as u64 {
         return Err(FrameError::Units { units, pages });
     }
@@ -344,7 +346,7 @@ pub(super) fn page_check(page: PageIndex, bytes: &PageBytes) -> u64 {
 pub(super) fn check_bytes(content: Content) -> usize {
     match content {
         Content::Zero | Content::Unchanged | Content::Whole => 0,
-        Content::Words => 4,
+        Content::Words | Content::Runs => 4,
         Content::Lines | Content::Copy => 8,
     }
 }

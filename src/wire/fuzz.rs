@@ -9,7 +9,7 @@ use super::message::{FaultRequest, Flight, PackedSet, ToDestination, ToSource, d
 use super::{DecodeScratch, DecodedPage, Frame};
 use crate::codec::delta::{LineMask, PackedDeltas, WordMask};
 use crate::codec::pack::Decompressor;
-use crate::codec::{CodecId, Content, Packing, xbzrle};
+use crate::codec::{CodecId, Content, Packing, blob, xbzrle};
 use crate::guest::Shape;
 use crate::memory::MemoryLayout;
 use crate::page::{PAGE_SIZE_BYTES, PageBytes};
@@ -75,7 +75,12 @@ pub fn fuzz_bodies(data: &[u8]) -> bool {
             accepted |= apply_deltas(&plain, pages);
         }
     }
-    accepted | xbzrle::decode(body, &mut [0; PAGE_SIZE_BYTES]).is_some()
+    accepted | apply_runs(body, pages) | blob::decode(body, &[b'o'; 100_000], words).is_ok()
+}
+
+fn apply_runs(packed: &[u8], pages: usize) -> bool {
+    let Ok(mut codings) = xbzrle::unpack(packed, pages) else { return false };
+    codings.all(|coding| xbzrle::decode(coding, &mut [0; PAGE_SIZE_BYTES]).is_some())
 }
 
 fn apply_deltas(packed: &[u8], pages: usize) -> bool {

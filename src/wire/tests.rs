@@ -11,6 +11,7 @@ use super::*;
 use crate::codec::delta::{DeltaPacker, LineMask, UnitMask};
 use crate::codec::pack::{Compression, Compressor};
 use crate::codec::test_pages::{noise_of, page_and_change, page_of};
+use crate::codec::xbzrle::{LENGTH_BYTES, RunPacker};
 use crate::codec::{CodecId, Content, LineFingerprint, Packing};
 use crate::page::{PAGE_SIZE_BYTES, PageBytes, PageIndex, PageRange, Version};
 
@@ -76,6 +77,7 @@ fn choices() -> impl Strategy<Value = CodecChoice> {
         DeltaCodec::Lz4,
         DeltaCodec::Zstd { level: 1 },
         DeltaCodec::ZstdOld { level: 3 },
+        DeltaCodec::Xbzrle,
     ];
     (prop::sample::select(page.to_vec()), prop::sample::select(delta.to_vec()))
         .prop_map(|(page, delta)| CodecChoice { page, delta })
@@ -313,12 +315,20 @@ fn refusal_of(codec: CodecId, change: impl FnOnce(&mut FrameParts<'static>)) -> 
         Content::Words => packed_twice::<64, 8>(&old, &new, codec),
         Content::Lines => packed_twice::<8, 64>(&old, &new, codec),
         Content::Whole => coded_as(codec, [new, new].concat()),
+        Content::Runs => {
+            let (mut packer, mut packed) = (RunPacker::default(), Vec::new());
+            assert!(packer.push(&old, &new) && packer.push(&old, &new));
+            packer.finish(&mut packed);
+            (packed.clone(), packed)
+        }
         _ => Default::default(),
     };
+    // Of runs the bytes of the codings.
+    let units = if content == Content::Runs { plain.len() - 2 * LENGTH_BYTES } else { 2 };
     let has_checks = !matches!(content, Content::Whole | Content::Zero | Content::Unchanged);
     let mut parts = FrameParts {
         bases: if content.has_bases() { base_list([1, 2]) } else { &[] },
-        units: 2,
+        units,
         checks: if has_checks { &[0; 2] } else { &[] },
         decoded: plain.leak(),
         body: coded.leak(),

@@ -45,7 +45,7 @@ impl<'a> FrameParts<'a> {
         varint::put(out, u64::from(self.version.0));
         page_list::put(out, self.runs);
         self.put_bases(out);
-        if matches!(content, Content::Words | Content::Lines) {
+        if matches!(content, Content::Words | Content::Lines | Content::Runs) {
             varint::put(out, self.units as u64);
         }
         for check in self.checks {

@@ -100,12 +100,15 @@ fn fault_replies_weigh_encoding_against_sending() {
 
 #[test]
 fn choices_are_read_as_they_are_written() {
-    for text in ["raw/plain", "lz4/off", "zstd:3/zstd-old:1", "zstd:-5/zstd:19", "lz4/lz4"] {
+    for text in ["raw/plain", "lz4/off", "zstd:3/zstd-old:1", "zstd:-5/zstd:19", "lz4/xbzrle"] {
         assert_eq!(text.parse::<CodecChoice>().unwrap().to_string(), text);
     }
     assert_eq!("zstd:6".parse::<CodecChoice>().unwrap().to_string(), "zstd:6/zstd-old:6");
+    assert_eq!("xbzrle".parse::<CodecChoice>().unwrap().to_string(), "raw/xbzrle");
     assert_eq!("lz4".parse::<CodecChoice>().unwrap(), CodecChoice::default());
-    for bad in ["", "zstd", "zstd:99", "raw:1", "lz4/", "lz4/x", "gzip", "zstd:3/zstd-old"] {
+    for bad in
+        ["", "zstd", "zstd:99", "raw:1", "lz4/", "lz4/x", "xbzrle:1", "gzip", "zstd:3/zstd-old"]
+    {
         assert!(bad.parse::<CodecChoice>().is_err(), "{bad}");
     }
 }

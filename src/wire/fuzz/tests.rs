@@ -3,6 +3,7 @@ use crate::codec::LineFingerprint;
 use crate::codec::delta::{DeltaPacker, UnitMask};
 use crate::codec::pack::{Compression, Compressor};
 use crate::codec::test_pages::page_of;
+use crate::codec::xbzrle::RunPacker;
 use crate::memory::RegionLayout;
 use crate::page::{PageIndex, PageRange, PageSet, Version};
 use crate::wire::message::{PROTOCOL, RunWhen, Strategy, Wanted};
@@ -31,6 +32,7 @@ fn frames() -> Vec<Vec<u8>> {
         (PageCodec::Lz4, DeltaCodec::Lz4),
         (PageCodec::Zstd { level: 1 }, DeltaCodec::Zstd { level: 1 }),
         (PageCodec::Lz4, DeltaCodec::ZstdOld { level: 1 }),
+        (PageCodec::Raw, DeltaCodec::Xbzrle),
     ];
     let mut seeds: Vec<Vec<u8>> = Vec::new();
     for (page, delta) in packings {
@@ -66,7 +68,8 @@ fn frames() -> Vec<Vec<u8>> {
     seeds
 }
 
-/// The bodies of a delta of two pages in each packing, with the sizes that a header would tell.
+/// The bodies of a delta of two pages in each packing, and of device state, with the sizes that a header
+/// would tell.
 fn bodies() -> Vec<Vec<u8>> {
     let mut packer = DeltaPacker::<{ WordMask::BYTES }, { WordMask::UNIT_BYTES }>::default();
     for page in [4, 5] {
@@ -85,8 +88,19 @@ fn bodies() -> Vec<Vec<u8>> {
     let (old, mut coded) = ([b'o'; 1000], Vec::new());
     compressor.pack_with_old(masks, new, &old, 1, &mut coded);
     bodies.push(coded);
+    let (mut runs, mut coded) = (RunPacker::default(), Vec::new());
+    for page in [4, 5] {
+        assert!(runs.push(&base_of(page), &changed(page)));
+    }
+    runs.finish(&mut coded);
+    bodies.push(coded);
     let sizes = [1, words as u8, (words >> 8) as u8];
-    bodies.iter().map(|body| [&sizes[..], body].concat()).collect()
+    let mut bodies: Vec<_> = bodies.iter().map(|body| [&sizes[..], body].concat()).collect();
+    // Device state, whose length stands where the number of words does.
+    let state = [&[b'o'; 500][..], b"changed"].concat();
+    let coded = blob::encode(&state, &[b'o'; 100_000], 1);
+    bodies.push([&[0, state.len() as u8, (state.len() >> 8) as u8], &coded[..]].concat());
+    bodies
 }
 
 fn messages() -> Vec<Vec<u8>> {
