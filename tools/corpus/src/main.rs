@@ -25,7 +25,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use clap::Parser;
-use farfault::lab::stage::place::{Image, Place, Tools};
+use farfault::lab::stage::place::{Image, Place, Tools, Turn};
 use farfault::lab::stage::process::{pause, wait_for};
 use farfault::lab::stage::qemu::{Guest, GuestSpec, Machine, Programs};
 use farfault::page::PAGE_SIZE_BYTES;
@@ -105,8 +105,9 @@ fn main() -> Result<()> {
 }
 
 fn take(job: &Job, tools: &Tools, out: &Path) -> Result<()> {
-    let link = "1Gbit,1ms".parse()?;
-    let place = Place::open(link, "bdp".parse()?, 1, tools.clone())?;
+    // Nothing crosses it.
+    let link = Some("1Gbit,1ms".parse()?);
+    let place = Place::open(link, "bdp".parse()?, 1, tools.clone(), Turn::Alone)?;
     let mut spec = GuestSpec::new(Machine::Pc, MEMORY_MIB, job.work);
     spec.programs = job.programs;
     let mut guest = Guest::prepare(&place, job.name, &spec)?;
