@@ -136,6 +136,10 @@ impl FrozenPages {
         bundle_bytes: u64,
         bundle: &mut Vec<PageIndex>,
     ) -> bool {
+        // Also what the guest does not have.
+        if !self.need.contains(wanted.page) {
+            return false;
+        }
         let mut pusher = self.pusher.lock().expect("no holder panics");
         let room = (bundle_bytes / u64::from(self.encoded_bytes(wanted.page).max(1))) as usize;
         let due = pusher.request(wanted, room, &|page| self.encoded_bytes(page), bundle);
