@@ -218,6 +218,8 @@ fn requests_that_are_none_end_the_migration_in_postcopy() {
             swallow(&link);
             agree_until(&link, |heard| *heard == ToDestination::Commit).await;
             say(&link, &ToSource::Running).await;
+            // On another stream the request could be there first, and leave the source in doubt.
+            tokio::time::sleep(Duration::from_millis(500)).await;
             link.send(Lane::FaultRequest, request.into()).await.unwrap();
             link.ended().await;
         });
