@@ -285,5 +285,8 @@ fn a_source_host_that_dies_in_postcopy_leaves_a_guest_that_waits_and_is_told_of(
     assert!(moving.resolve_refused("destination", "--run-source")?.contains("has arrived"));
     let complaints = moving.destination.log.complaints();
     ensure!(complaints.is_empty(), "{complaints:?}");
+    // What is there for a successor, who cannot come any more.
+    let pages = format!("/dev/shm/farfault-{}.pages", moving.name("destination")?);
+    std::fs::remove_file(&pages).context(pages)?;
     Ok(())
 }
