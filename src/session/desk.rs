@@ -152,7 +152,9 @@ impl<'a> Desk<'a> {
     }
 
     fn tell_remaining(&self) {
+        // A page that was written to while it waits for its turn is in both: the guest is the limit.
         let remaining = self.plan.left_in_round() + self.plan.dirty_pages();
+        let remaining = remaining.min(self.memory.pages());
         self.counters.remaining_pages.store(remaining, Ordering::Relaxed);
     }
 }
