@@ -10,161 +10,16 @@
 
 use std::collections::VecDeque;
 
-use serde::{Deserialize, Serialize};
-
 use super::{Failure, MigrationPhase, Reach};
-use crate::guest::Shape;
-use crate::page::{PageIndex, Version};
+use crate::page::Version;
 use crate::wire::message::{
-    DestinationStage, Lacking, PROTOCOL, PackedSet, RunWhen, SourceStage, Strategy, ToDestination,
-    ToSource,
+    DestinationStage, PROTOCOL, RunWhen, SourceStage, Strategy, ToDestination, ToSource,
 };
-use crate::wire::state::PackedState;
 
-/// A line of the destination's journal.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum DestinationRecord {
-    /// A guest is being received; it runs at the source.
-    Started,
-    /// Its device state is loaded, and the decision has not come: it could run here.
-    Loaded,
-    /// The source's decision has arrived: the guest runs here from now on.
-    Committed,
-    /// The guest has not run here and never will.
-    Refused,
-    /// Every page has arrived.
-    Complete,
-}
+mod outage;
+mod words;
 
-/// What happened.
-#[derive(Clone, Debug)]
-pub enum DestinationEvent {
-    /// A message of the source.
-    Message(ToDestination),
-    /// Answers [`DestinationAction::Prepare`].
-    Prepared,
-    /// Answers [`DestinationAction::AwaitRound`]: every message of the round was applied, except for
-    /// these pages.
-    RoundApplied {
-        /// The round.
-        round: Version,
-        /// Pages to be sent whole.
-        rejected: Vec<PageIndex>,
-    },
-    /// Answers [`DestinationAction::AwaitFlight`]: it is here and the page table knows what is missing.
-    FlightArrived,
-    /// Every page has come: after the flight, once.
-    PagesComplete,
-    /// Answers [`DestinationAction::LoadDeviceState`].
-    Loaded,
-    /// Answers [`DestinationAction::Journal`]: the record is on disk.
-    Journaled(DestinationRecord),
-    /// The same, when it could not be written.
-    JournalFailed(DestinationRecord, Failure),
-    /// The same, when it may be on disk all the same.
-    JournalUnknown(DestinationRecord, Failure),
-    /// Answers [`DestinationAction::RunGuest`].
-    Running,
-    /// Answers [`DestinationAction::ReleaseGuest`] and [`DestinationAction::DiscardGuest`].
-    Released,
-    /// Answers [`DestinationAction::CollectPages`].
-    PagesCollected {
-        /// As asked.
-        outage: u32,
-        /// As asked for.
-        pages: PagesHere,
-    },
-    /// The same, when it failed.
-    LetGoFailed,
-    /// A step here has failed.
-    Failed(Failure),
-    /// The link is broken. Nothing that was said on it and not heard will be heard any more.
-    LinkDown,
-    /// There is another link, and nothing works on the old one any more: no page is being applied.
-    LinkUp,
-    /// The source cannot be reached any more.
-    LinkLost(Failure),
-    /// The operator wants the migration to end.
-    Cancelled,
-}
-
-/// Which pages are to be collected.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum PagesOf {
-    /// Those held at the version of this round, which ends: no message of it comes any more.
-    Round(Version),
-    /// Those that lack their final content.
-    Remainder,
-}
-
-/// Pages as they were collected.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum PagesHere {
-    /// For [`PagesOf::Round`].
-    Held(PackedSet),
-    /// For [`PagesOf::Remainder`].
-    Lacking(Lacking),
-}
-
-/// What to do.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum DestinationAction {
-    /// Send on the control lane.
-    Send(ToSource),
-    /// Compare shapes, register memory, serve faults.
-    Prepare {
-        /// The guest that wants to move.
-        shape: Box<Shape>,
-        /// How.
-        strategy: Strategy,
-        /// False: leave it paused when all is done.
-        runs: bool,
-    },
-    /// Tell when this many messages of the round have been applied.
-    AwaitRound {
-        /// The round.
-        round: Version,
-        /// Its messages.
-        messages: u64,
-    },
-    /// Look up what the source must know of pages after an outage.
-    CollectPages {
-        /// To tell the answer from a late one for an earlier outage.
-        outage: u32,
-        /// Which.
-        of: PagesOf,
-    },
-    /// Keep the device state of a rehearsal, and say so.
-    KeepRehearsal(PackedState),
-    /// Tell when the flight has come.
-    AwaitFlight(Version),
-    /// Give the guest its device state.
-    LoadDeviceState,
-    /// Write to the journal and to disk.
-    Journal(DestinationRecord),
-    /// Let the guest run here.
-    RunGuest,
-    /// All is done: let go of the guest, which stays as it is.
-    ReleaseGuest,
-    /// The guest never ran here: end its monitor if it is ours.
-    DiscardGuest,
-    /// The migration is over.
-    End(DestinationOutcome),
-}
-
-/// How a migration ended, seen from the destination.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum DestinationOutcome {
-    /// The guest runs here with all its pages.
-    Migrated,
-    /// The guest has not run here and never will.
-    Refused(Failure),
-    /// The guest was ready to run here and the source's word did not come: it stays loaded and stopped.
-    InDoubt(Failure),
-    /// The guest runs here, and some of its pages have not arrived: threads that touch them wait.
-    LostPages(Failure),
-}
+pub use words::*;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
@@ -573,90 +428,6 @@ impl DestinationMachine {
         self.failure.clone().unwrap_or_else(|| Failure::plain("given up"))
     }
 
-    fn link_down(&mut self) {
-        if matches!(self.link, Reach::Down | Reach::Lost) {
-            return;
-        }
-        self.link = Reach::Down;
-        self.outages += 1;
-        self.asked = false;
-        // Perhaps it was not heard.
-        self.refusal_told = false;
-        if self.state == State::Completing {
-            // Complete and running: only the source does not know yet.
-            self.release();
-        }
-    }
-
-    /// The source asks where this side stands. What it says of itself must fit.
-    fn resync(&mut self, at: SourceStage) {
-        use State::*;
-        let outage = self.outages;
-        self.asked = true;
-        match (self.state, at) {
-            (Discarding, _) if self.refused => self.answer(None),
-            // As soon as the refusal is on disk.
-            (Discarding, _) | (Ended, _) => {}
-            (Waiting | Preparing | Receiving, SourceStage::Preparing)
-            | (Receiving | Offered, SourceStage::Decided) => self.answer(None),
-            (Completing, SourceStage::Decided) if self.complete_noted => self.answer(None),
-            (Receiving, SourceStage::Round(round)) => {
-                let of = PagesOf::Round(round);
-                self.act(DestinationAction::CollectPages { outage, of });
-            }
-            (
-                Loading | Loaded | Committing | Starting | Postcopy | Completing,
-                SourceStage::Decided,
-            ) => {
-                let of = PagesOf::Remainder;
-                self.act(DestinationAction::CollectPages { outage, of });
-            }
-            (state, at) => {
-                let text = format!("the source says it is {at:?} while {state:?}");
-                self.fail(Failure::plain(text));
-            }
-        }
-    }
-
-    /// Tells where this side stands. From here on the link is as good as the one before.
-    fn answer(&mut self, pages: Option<PagesHere>) {
-        let (held, lacking) = match pages {
-            Some(PagesHere::Held(held)) => (Some(held), None),
-            Some(PagesHere::Lacking(lacking)) => (None, Some(lacking)),
-            None => (None, None),
-        };
-        let at = match (self.state, lacking) {
-            (State::Waiting, _) => DestinationStage::Waiting,
-            (State::Preparing, _) => DestinationStage::Preparing,
-            (State::Receiving | State::Offered, _) => {
-                // An offer without its flight is void, and so is a decision about it: all come again.
-                self.state = State::Receiving;
-                self.committed = false;
-                DestinationStage::Receiving { held }
-            }
-            (
-                State::Loading | State::Loaded | State::Committing | State::Starting,
-                Some(lacking),
-            ) => DestinationStage::Loading { committed: self.committed, lacking },
-            (State::Completing, _) if self.complete_noted => DestinationStage::Done,
-            (State::Postcopy | State::Completing, Some(lacking)) => {
-                DestinationStage::Running { lacking }
-            }
-            (State::Discarding, _) if self.refused => {
-                let Failure { reason, hint } = self.reason_to_discard();
-                self.refusal_told = true;
-                DestinationStage::Refused { reason, hint }
-            }
-            // As soon as the refusal is on disk; or it is over.
-            _ => return,
-        };
-        self.asked = false;
-        self.awaited_round = None;
-        self.link = Reach::Up;
-        self.act(DestinationAction::Send(ToSource::Resync { at, running_us: None }));
-        self.end_when_due();
-    }
-
     fn fail(&mut self, failure: Failure) {
         match self.state {
             State::Ended => {}
@@ -684,32 +455,6 @@ impl DestinationMachine {
         self.failure = Some(failure);
         self.state = State::Discarding;
         self.act(DestinationAction::Journal(DestinationRecord::Refused));
-    }
-
-    fn lose_link(&mut self, failure: Failure) {
-        if std::mem::replace(&mut self.link, Reach::Lost) == Reach::Lost {
-            return;
-        }
-        self.asked = false;
-        match self.state {
-            State::Ended => {}
-            State::Discarding => self.end_when_due(),
-            // Decided, and nothing more is needed from the source.
-            State::Loading | State::Loaded | State::Committing | State::Starting
-                if self.committed && self.complete => {}
-            // Complete and running; the source's Bye is only a courtesy.
-            State::Completing => self.release(),
-            State::Starting | State::Postcopy => {
-                self.end(DestinationOutcome::LostPages(failure));
-            }
-            // The decision may have been made and lost on the way.
-            State::Offered | State::Loading | State::Loaded if !self.committed => {
-                let hint = "ask the source: if it says that the guest runs there, end this one; \
-                            the source lets it run on when it has not decided";
-                self.end(DestinationOutcome::InDoubt(Failure::new(failure.reason, hint)));
-            }
-            _ => self.discard(failure),
-        }
     }
 
     fn end(&mut self, outcome: DestinationOutcome) {

@@ -17,152 +17,18 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
-use serde::{Deserialize, Serialize};
-
-use super::policy::{Next, RoundSummary, SwitchoverPolicy};
+use super::policy::{Next, RoundSummary};
 use super::{Failure, MigrationPhase, Reach};
 use crate::page::Version;
 use crate::wire::message::{
-    DestinationStage, HandoverForm, Lacking, MAX_REJECTED_PAGES, PackedSet, RunWhen, SourceStage,
-    Strategy, ToDestination, ToSource,
+    DestinationStage, HandoverForm, MAX_REJECTED_PAGES, RunWhen, SourceStage, Strategy,
+    ToDestination, ToSource,
 };
 
-/// Longest time for each wait for the other side; generous, since a busy host swaps.
-#[derive(Clone, Copy, Debug)]
-pub struct SourceTimeouts {
-    /// From Hello to Prepared.
-    pub prepare: Duration,
-    /// From the end of a round to its acknowledgement, beyond what is still queued.
-    pub round: Duration,
-    /// From the offer to Ready or Running. What of the guest's memory goes before that gets as long, and
-    /// the downtime budget on top.
-    pub load: Duration,
-}
+mod outage;
+mod words;
 
-impl Default for SourceTimeouts {
-    fn default() -> Self {
-        SourceTimeouts {
-            prepare: Duration::from_secs(60),
-            round: Duration::from_secs(60),
-            load: Duration::from_secs(60),
-        }
-    }
-}
-
-/// What the operator asked for.
-#[derive(Clone, Debug)]
-pub struct SourceConfig {
-    /// How the guest moves.
-    pub strategy: Strategy,
-    /// Who must have said what before it runs on the other side.
-    pub handover: HandoverForm,
-    /// When to stop pre-copy.
-    pub policy: SwitchoverPolicy,
-    /// Limits of waiting.
-    pub timeouts: SourceTimeouts,
-}
-
-/// A line of the source's journal.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum SourceRecord {
-    /// A migration has begun; the guest runs here.
-    Started,
-    /// The guest may run at the destination; it never runs here again, unless Void follows.
-    Decided,
-    /// The decision is void: the destination was never told of it, or has refused.
-    Void,
-    /// The guest runs at the destination.
-    Running,
-    /// Every page has arrived: the copy here is not needed any more.
-    Complete,
-}
-
-/// What happened.
-#[derive(Clone, Debug)]
-pub enum SourceEvent {
-    /// The link is up and both ends are authenticated.
-    Connected(Box<ToDestination>),
-    /// A message of the destination.
-    Message(ToSource),
-    /// Answers [`SourceAction::SendRound`]: everything is handed to the transport.
-    RoundSent(RoundSummary),
-    /// Answers [`SourceAction::Freeze`].
-    Frozen,
-    /// The same, when it failed. The guest may be stopped or not.
-    FreezeFailed(Failure),
-    /// Answers [`SourceAction::SendRemainder`] once all of it is handed to the transport.
-    RemainderSent,
-    /// Answers [`SourceAction::Journal`]: the record is on disk.
-    Journaled(SourceRecord),
-    /// The same, when it could not be written.
-    JournalFailed(SourceRecord, Failure),
-    /// Answers [`SourceAction::ResumeGuest`].
-    Resumed,
-    /// The same, when it failed.
-    ResumeFailed(Failure),
-    /// Answers [`SourceAction::ReleaseGuest`].
-    Released,
-    /// A step here has failed.
-    Failed(Failure),
-    /// The link is broken. Nothing that was said on it and not heard will be heard any more.
-    LinkDown(Failure),
-    /// There is another link, and nothing works on the old one any more: no round is being sent.
-    LinkUp,
-    /// The destination cannot be reached any more.
-    LinkLost(Failure),
-    /// The operator wants the migration to end.
-    Cancelled,
-    /// Time has passed; look at the deadline.
-    Tick,
-}
-
-/// What to do.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum SourceAction {
-    /// Send on the control lane.
-    Send(ToDestination),
-    /// Send a pre-copy round, page contents at this version.
-    SendRound(Version),
-    /// These pages of the round were rejected by the destination: send them whole next time.
-    ForgetPages(Vec<crate::page::PageIndex>),
-    /// The round is over, and the destination holds these of its pages: all others must be sent again,
-    /// whole.
-    EndRound {
-        /// As the destination says; only pages that were sent in the round are to be believed.
-        held: PackedSet,
-    },
-    /// Stop the guest, take the final dirty set and the device state.
-    Freeze(Version),
-    /// Send the flight on the state lane.
-    SendFlight,
-    /// Push the missing pages, all that the flight names, and answer fault requests.
-    SendRemainder,
-    /// The same for what is still lacking, on a new link.
-    SendLacking(Lacking),
-    /// Write to the journal and to disk.
-    Journal(SourceRecord),
-    /// Let the guest run on here.
-    ResumeGuest,
-    /// The guest runs elsewhere for good: let go of it.
-    ReleaseGuest,
-    /// The migration is over.
-    End(SourceOutcome),
-}
-
-/// How a migration ended, seen from the source.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum SourceOutcome {
-    /// The guest runs at the destination with all its pages.
-    Migrated,
-    /// The guest runs on here.
-    Stayed(Failure),
-    /// The source has decided and does not know whether the guest runs at the destination: it stays
-    /// stopped here until a person or a reconnect tells.
-    InDoubt(Failure),
-    /// The guest runs at the destination, but not all its pages have arrived.
-    LostPages(Failure),
-}
+pub use words::*;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
@@ -482,102 +348,6 @@ impl SourceMachine {
         self.act(SourceAction::Journal(SourceRecord::Complete));
     }
 
-    fn link_down(&mut self, failure: Failure) {
-        if matches!(self.link, Reach::Down | Reach::Lost) {
-            return;
-        }
-        self.link = Reach::Down;
-        self.deadline = None;
-        if matches!(self.state, State::Freezing(..) | State::Offered | State::Deciding) {
-            self.fail(failure, false);
-        }
-    }
-
-    fn link_up(&mut self) {
-        let at = match self.state {
-            State::Preparing => SourceStage::Preparing,
-            State::Sending(round) | State::Draining(round, _) => SourceStage::Round(round),
-            State::Committed | State::Postcopy => SourceStage::Decided,
-            _ => return,
-        };
-        if self.link == Reach::Down {
-            self.link = Reach::Resyncing;
-            self.act(SourceAction::Send(ToDestination::Resync { at }));
-        }
-    }
-
-    /// The destination has said where it stands: goes on from there.
-    fn resync(&mut self, now: Duration, at: DestinationStage) {
-        use DestinationStage as At;
-        self.link = Reach::Up;
-        match (self.state, at) {
-            (_, At::Refused { reason, hint }) => self.handle_refused(reason, hint),
-            (State::Preparing, At::Waiting) => {
-                if let Some(hello) = self.hello.clone() {
-                    self.say(*hello);
-                }
-                self.wait(now, self.config.timeouts.prepare);
-            }
-            (State::Preparing, At::Preparing) => self.wait(now, self.config.timeouts.prepare),
-            (State::Preparing, At::Receiving { .. }) => self.prepared(),
-            // That acknowledges the round. Another one follows in any case: the guest has gone on
-            // writing, for longer than the round's figures know.
-            (
-                State::Sending(round) | State::Draining(round, _),
-                At::Receiving { held: Some(held) },
-            ) => {
-                self.act(SourceAction::EndRound { held });
-                self.broken_rounds += 1;
-                match round.next() {
-                    Some(next) => self.start_round(next),
-                    None => {
-                        self.fail(Failure::plain("no more pre-copy rounds are possible"), true);
-                    }
-                }
-            }
-            (State::Committed, At::Receiving { .. }) => {
-                let Some((final_version, run_when)) = self.offer else {
-                    // Without a device state the guest can run nowhere else, now or ever.
-                    let reason = "the device state was lost with the farfault that had it";
-                    let failure = Failure::plain(reason);
-                    self.abort(&failure);
-                    return self.void(failure);
-                };
-                self.say(ToDestination::Offer { final_version, run_when });
-                self.act(SourceAction::SendFlight);
-                self.act(SourceAction::SendRemainder);
-                self.say(ToDestination::Commit);
-                self.wait(now, self.config.timeouts.load);
-            }
-            (State::Committed, At::Loading { committed, lacking }) => {
-                self.act(SourceAction::SendLacking(lacking));
-                if !committed {
-                    self.say(ToDestination::Commit);
-                }
-                self.wait(now, self.config.timeouts.load);
-            }
-            (State::Committed, At::Running { lacking }) => {
-                self.running();
-                self.act(SourceAction::SendLacking(lacking));
-            }
-            (State::Postcopy, At::Running { lacking }) => {
-                self.act(SourceAction::SendLacking(lacking));
-            }
-            (State::Committed, At::Done) => {
-                self.running();
-                self.done();
-            }
-            (State::Postcopy, At::Done) => self.done(),
-            (state, at) => {
-                let stage = stage_name(&at);
-                self.fail(
-                    Failure::plain(format!("the destination is {stage} while {state:?}")),
-                    true,
-                );
-            }
-        }
-    }
-
     /// Waits for the destination; not for one that cannot be heard, which the session bounds.
     fn wait(&mut self, now: Duration, timeout: Duration) {
         self.deadline = (self.link == Reach::Up).then_some(now.saturating_add(timeout));
@@ -751,17 +521,5 @@ fn message_name(message: &ToSource) -> &'static str {
         ToSource::Refused { .. } => "Refused",
         ToSource::Done => "Done",
         ToSource::Resync { .. } => "Resync",
-    }
-}
-
-fn stage_name(stage: &DestinationStage) -> &'static str {
-    match stage {
-        DestinationStage::Waiting => "waiting",
-        DestinationStage::Preparing => "preparing",
-        DestinationStage::Receiving { .. } => "receiving",
-        DestinationStage::Loading { .. } => "loading",
-        DestinationStage::Running { .. } => "running",
-        DestinationStage::Done => "done",
-        DestinationStage::Refused { .. } => "refusing",
     }
 }

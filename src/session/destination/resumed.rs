@@ -7,6 +7,7 @@
 
 use tokio::task::JoinHandle;
 
+use super::actions::serve;
 use super::*;
 use crate::guest::qemu::{LeftQemu, end, let_run_when_it_answers};
 use crate::memory::Access;

@@ -1,0 +1,118 @@
+//! The end of it: the link is closed, the guest let go of, and the report written.
+
+use super::*;
+
+impl Session {
+    pub(super) async fn finish(mut self) -> Report {
+        let outcome = self.outcome.take().expect("the loop ends with an outcome");
+        self.timeline.enter(MigrationPhase::Done, &self.output);
+        let total_ms = ms(self.timeline.elapsed());
+        let stats = self.links.stats();
+        let failure = match &outcome {
+            DestinationOutcome::Migrated => None,
+            DestinationOutcome::Refused(failure)
+            | DestinationOutcome::InDoubt(failure)
+            | DestinationOutcome::LostPages(failure) => Some(failure.clone()),
+        };
+        let goodbye = failure.as_ref().map_or("done", |failure| failure.reason.as_str());
+        self.links.link().close(u32::from(failure.is_some()), goodbye).await;
+        self.tasks.shutdown().await;
+        if let Some(failure) = &failure {
+            self.output.error(failure);
+        }
+        let path = self.journal.lock().expect("no holder panics").path().to_owned();
+        match &outcome {
+            DestinationOutcome::Migrated | DestinationOutcome::Refused(_) => {
+                self.journal.lock().expect("no holder panics").remove();
+            }
+            _ => {
+                self.output.note(&format!(
+                    "what is known of this side is in {}; `farfault status` says what to type",
+                    path.display()
+                ));
+                // The guest stays as it is: loaded, or running with some threads that wait. Its
+                // memory stays registered, so that they do not go on with wrong bytes.
+                if let Err(error) = self.guest.call(|guest| guest.leave()).await {
+                    tracing::warn!("letting go of the guest: {error}");
+                }
+            }
+        }
+        let huge_pages = match &outcome {
+            DestinationOutcome::Migrated if self.options.huge_pages => self.gather().await,
+            _ => None,
+        };
+        self.finish_trace();
+        self.counters.note_own_memory();
+        let codecs = self.counters.codecs();
+        let prepared = self.prepared.lock().expect("no holder panics");
+        let faults = prepared.as_ref().map(|prepared| prepared.faults.stats());
+        Report {
+            role: Role::Destination,
+            result: match outcome {
+                DestinationOutcome::Migrated => MigrationResult::Migrated,
+                DestinationOutcome::Refused(_) => MigrationResult::Refused,
+                DestinationOutcome::InDoubt(_) => MigrationResult::InDoubt,
+                DestinationOutcome::LostPages(_) => MigrationResult::LostPages,
+            },
+            strategy: self.strategy,
+            total_ms,
+            downtime_ms: self.downtime_us.map(|us| ms(Duration::from_micros(us))),
+            wire_sent_bytes: stats.sent_bytes,
+            wire_received_bytes: stats.received_bytes,
+            pages_total: self.pages_total,
+            pages_by_codec: codecs
+                .used()
+                .map(|(codec, pages, _)| (codec.name().into(), pages))
+                .collect(),
+            bytes_by_codec: codecs
+                .used()
+                .map(|(codec, _, bytes)| (codec.name().into(), bytes))
+                .collect(),
+            precopy_rounds: self.rounds,
+            remaining_pages_at_freeze: *self.remaining_at_freeze.lock().expect("no panics"),
+            device_state_bytes: *self.device_state_bytes.lock().expect("no holder panics"),
+            rehearsal_ms: None,
+            huge_pages,
+            remote_faults: faults.as_ref().map_or(0, |faults| faults.remote_faults),
+            local_faults: faults.as_ref().map_or(0, |faults| faults.local_faults),
+            duplicate_pages: self.counters.duplicate_pages.load(Ordering::Relaxed),
+            fault_latency_us: faults
+                .as_ref()
+                .map(|faults| FaultLatency::of(&faults.remote_latency_us)),
+            faults: faults.as_ref().map(FaultFigures::of),
+            push: None,
+            account: None,
+            round_trip_ms: stats.min_rtt_us as f64 / 1e3,
+            reconnects: self.links.reconnects(),
+            peak_rss_bytes: self.counters.peak_rss_bytes.load(Ordering::Relaxed),
+            tracker: None,
+            phases_ms: self.timeline.parts_ms(),
+        }
+    }
+
+    /// The guest has all its pages, and runs: what is left is its comfort.
+    async fn gather(&self) -> Option<HugePages> {
+        let begin = Instant::now();
+        let gathered = self.guest.call(|guest| guest.gather_huge_pages()).await;
+        self.timeline.part("gather", begin.elapsed());
+        gathered.unwrap_or_else(|failure| {
+            self.output.note(&format!("the guest keeps its small pages: {failure}"));
+            None
+        })
+    }
+
+    fn finish_trace(&self) {
+        let Some(mut trace) = self.trace.lock().expect("no holder panics").take() else { return };
+        if let Some(prepared) = &*self.prepared.lock().expect("no holder panics") {
+            let (touches, cut) = prepared.faults.take_touches();
+            let record = |touch: Touched| TraceRecord::Touch {
+                at_us: touch.at.as_micros() as u64,
+                waited_us: touch.waited.as_micros() as u64,
+                thread: touch.thread,
+                page: touch.page,
+            };
+            trace.touches(touches.into_iter().map(record), cut);
+        }
+        crate::session::finish_trace(trace, &self.output);
+    }
+}

@@ -1,0 +1,301 @@
+//! What the machine asks for, carried out.
+
+use super::*;
+
+/// Tasks that answer faults: while one encodes a page, another takes the next request. As many as there are
+/// processors, within these.
+const ANSWERERS: std::ops::RangeInclusive<usize> = 2..=8;
+
+impl Session {
+    pub(super) async fn act(&mut self, action: SourceAction) {
+        match action {
+            SourceAction::Send(mut message) => {
+                if let ToDestination::Bye { downtime_us } = &mut message {
+                    *downtime_us = self.downtime.map(|downtime| downtime.as_micros() as u64);
+                }
+                let Some(on_link) = self.links.on_link() else { return };
+                if let Err(error) = on_link.link.control_send(encode(&message).into()).await {
+                    // The receiving task finds the same; this one may be first.
+                    link_ended(&self.happened, &on_link, error);
+                }
+            }
+            SourceAction::SendRound(version) => self.send_round(version),
+            SourceAction::ForgetPages(pages) => {
+                if let Some(sender) = &mut self.sender {
+                    sender.forget(&pages);
+                }
+            }
+            SourceAction::EndRound { held } => self.end_round(&held),
+            SourceAction::Freeze(version) => self.freeze(version),
+            SourceAction::SendFlight => self.send_flight(),
+            SourceAction::SendRemainder => {
+                if let Some(frozen) = &self.frozen {
+                    frozen.begin_again();
+                }
+                self.send_remainder();
+            }
+            SourceAction::SendLacking(lacking) => self.send_lacking(&lacking),
+            SourceAction::Journal(record) => {
+                let journal = self.journal.clone();
+                self.spawn_step(async move {
+                    let write = move || journal.lock().expect("no holder panics").record(&record);
+                    Ok(match blocking(write).await {
+                        Ok(()) => SourceEvent::Journaled(record),
+                        Err(failure) => SourceEvent::JournalFailed(record, failure),
+                    })
+                });
+            }
+            SourceAction::ResumeGuest => {
+                let guest = self.guest.clone();
+                self.spawn_step(async move {
+                    let resumed = guest.call(|guest| guest.resume()).await;
+                    Ok(resumed.map_or_else(SourceEvent::ResumeFailed, |()| SourceEvent::Resumed))
+                });
+            }
+            SourceAction::ReleaseGuest => {
+                let (guest, quit) = (self.guest.clone(), self.options.quit_source);
+                self.spawn_step(async move {
+                    guest
+                        .call(move |guest| guest.release(quit))
+                        .await
+                        .map(|()| SourceEvent::Released)
+                });
+            }
+            SourceAction::End(outcome) => self.outcome = Some(outcome),
+        }
+    }
+
+    /// Carries out a step whose result is an event.
+    fn spawn_step(
+        &mut self,
+        step: impl Future<Output = Result<SourceEvent, Failure>> + Send + 'static,
+    ) {
+        let happened = self.happened.clone();
+        self.tasks.spawn(async move {
+            let event = step.await.unwrap_or_else(SourceEvent::Failed);
+            let _ = happened.send(Happened::Event(event));
+        });
+    }
+
+    fn send_round(&mut self, version: Version) {
+        let Some(on_link) = self.links.on_link() else { return };
+        let Some(mut sender) = self.sender.take() else { return };
+        let (guest, kind) = (self.guest.clone(), self.options.tracker);
+        let (happened, link) = (self.happened.clone(), on_link.link.clone());
+        let (messages, queue) = mpsc::channel(4);
+        let (rehearsed, measured) = (happened.clone(), link.clone());
+        let number = on_link.number;
+        self.tasks.spawn(async move {
+            let forward = tokio::spawn(forward(link, queue, |link, message| async move {
+                link.push(message).await
+            }));
+            let round = tokio::task::spawn_blocking(move || {
+                let result = (|| {
+                    if !sender.is_tracking() {
+                        let tracker = guest.with(|guest| guest.track(kind))?;
+                        sender.track(tracker)?;
+                    }
+                    let summary = sender.send_round(version, &messages)?;
+                    if version == Version(1) && summary.is_some() {
+                        let rate = measured.stats().delivery_rate_bytes_per_s;
+                        if let Some(state) = rehearse(&guest, rate)? {
+                            let _ = rehearsed.send(Happened::Rehearsed(number, state));
+                        }
+                    }
+                    Ok(summary)
+                })();
+                drop(messages);
+                (sender, result)
+            });
+            let (sender, result) = match round.await {
+                Ok(done) => done,
+                Err(error) => {
+                    let failure = Failure::plain(format!("the sending thread failed: {error}"));
+                    let _ = happened.send(Happened::Event(SourceEvent::Failed(failure)));
+                    return;
+                }
+            };
+            // What the link still holds is waited for by the destination's acknowledgement.
+            if let Ok(Err(error)) = forward.await {
+                link_ended(&happened, &on_link, error);
+            }
+            let _ = happened.send(Happened::Round(sender, result));
+        });
+    }
+
+    fn freeze(&mut self, version: Version) {
+        let Some(mut sender) = self.sender.take() else { return };
+        let (guest, happened) = (self.guest.clone(), self.happened.clone());
+        let (timeline, stopped_at) = (self.timeline.clone(), self.stopped_at.clone());
+        let stats = self.links.stats();
+        let budget_bytes = self.options.engine.policy.downtime_bytes(
+            stats.delivery_rate_bytes_per_s,
+            Duration::from_micros(stats.min_rtt_us),
+        );
+        self.tasks.spawn_blocking(move || {
+            let freeze = |sender: &mut RoundSender| {
+                let begin = Instant::now();
+                *stopped_at.lock().expect("no holder panics") = Some(begin);
+                guest.with(|guest| guest.pause())?;
+                timeline.part("freeze.stop", begin.elapsed());
+                let saving = Instant::now();
+                // Before the last look at the dirty pages: what the monitor writes while it saves
+                // its state is then found too.
+                let device_state = guest.with(|guest| guest.save_device_state())?;
+                timeline.part("freeze.device_state", saving.elapsed());
+                let scanning = Instant::now();
+                let frozen = sender.freeze(version)?;
+                frozen.push_hottest_first(budget_bytes);
+                timeline.part("freeze.last_scan", scanning.elapsed());
+                Ok(Box::new((frozen, device_state)))
+            };
+            let result = freeze(&mut sender);
+            let _ = happened.send(Happened::Frozen(sender, result));
+        });
+    }
+
+    pub(super) fn pack_flight(&mut self, frozen: FrozenPages, device_state: &[u8]) {
+        let packing = Instant::now();
+        let device_state = PackedState::pack(device_state, self.rehearsal.base());
+        self.device_state_bytes = device_state.coded_bytes() as u64;
+        let flight = encode(&Flight {
+            final_version: frozen.version(),
+            need: PackedSet::pack(frozen.need()),
+            zero: PackedSet::pack(frozen.zero()),
+            device_state,
+        });
+        self.keep.final_version = Some(frozen.version());
+        self.journal.lock().expect("no holder panics").keep(&self.keep);
+        self.remaining_at_freeze = frozen.need().len();
+        self.flight = Some(flight.into());
+        self.frozen = Some(Arc::new(frozen));
+        self.timeline.part("freeze.pack", packing.elapsed());
+    }
+
+    fn send_flight(&mut self) {
+        let Some(flight) = self.flight.clone() else { return };
+        let Some(on_link) = self.links.on_link() else { return };
+        let happened = self.happened.clone();
+        self.tasks.spawn(async move {
+            if let Err(error) = on_link.link.send(Lane::State, flight).await {
+                link_ended(&happened, &on_link, error);
+            }
+        });
+    }
+
+    fn end_round(&mut self, held: &PackedSet) {
+        match held.unpack(self.pages_total) {
+            Ok(held) => {
+                if let Some(sender) = &mut self.sender {
+                    sender.end_round_early(&held);
+                }
+            }
+            Err(error) => self.fail(error.into()),
+        }
+    }
+
+    fn send_lacking(&mut self, lacking: &Lacking) {
+        let pages = self.pages_total;
+        let sets = lacking.missing.unpack(pages).and_then(|missing| {
+            let without_base = lacking.without_base.unpack(pages)?;
+            Ok((missing, without_base))
+        });
+        match sets {
+            Ok((missing, without_base)) => {
+                if let Some(frozen) = &self.frozen {
+                    frozen.resend(&missing, &without_base);
+                }
+                self.send_remainder();
+            }
+            Err(error) => self.fail(error.into()),
+        }
+    }
+
+    /// Starts the pusher and the fault lane.
+    fn send_remainder(&mut self) {
+        let Some(on_link) = self.links.on_link() else { return };
+        let Some(frozen) = self.frozen.clone() else { return };
+        let (messages, queue) = mpsc::channel(2);
+        let (codecs, rate) = (self.options.codecs, self.links.stats().delivery_rate_bytes_per_s);
+        // Each thread takes the pages that are due and encodes ahead of the link by a message; the
+        // remainder is sent when the last of them lets go of the channel.
+        let encoders = self.options.encoders.max(1);
+        let pace = Arc::new(Pace::new(encoders, Some(rate)));
+        for _ in 0..encoders {
+            let (frozen, on_link, messages) = (frozen.clone(), on_link.clone(), messages.clone());
+            let mut reader = PageReader::new(Purpose::Push, codecs, pace.clone());
+            self.tasks.spawn_blocking(move || {
+                let _on_link = on_link;
+                let mut begun = Vec::new();
+                while let Some(message) = frozen.next_push(&mut reader, &mut begun) {
+                    let (bytes, waiting) = (message.len(), Instant::now());
+                    if messages.blocking_send(message).is_err() {
+                        return;
+                    }
+                    reader.sent(bytes, waiting.elapsed());
+                }
+            });
+        }
+        drop(messages);
+        let (pushing, happened) = (on_link.clone(), self.happened.clone());
+        self.tasks.spawn(async move {
+            let link = pushing.link.clone();
+            match forward(link, queue, |link, message| async move { link.push(message).await })
+                .await
+            {
+                Ok(()) => {
+                    let _ = happened.send(Happened::Event(SourceEvent::RemainderSent));
+                }
+                Err(error) => link_ended(&happened, &pushing, error),
+            }
+        });
+        let fault_pace = Arc::new(Pace::new(1, Some(rate)));
+        let reader = move || PageReader::new(Purpose::Fault, codecs, fault_pace.clone());
+        let (answers, bundles) = Answers::new(on_link.link.clone(), frozen.clone());
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        for _ in 0..cores.clamp(*ANSWERERS.start(), *ANSWERERS.end()) {
+            let (answers, happened) = (answers.clone(), self.happened.clone());
+            let (on_link, reader) = (on_link.clone(), reader());
+            self.tasks.spawn(async move {
+                match answers.serve(reader).await {
+                    Ok(error) => link_ended(&happened, &on_link, error),
+                    Err(failure) => {
+                        let _ = happened.send(Happened::Event(SourceEvent::Failed(failure)));
+                    }
+                }
+            });
+        }
+        // Only those who serve keep the bundler going.
+        drop(answers);
+        let (messages, encoded) = mpsc::channel(2);
+        let bundler = on_link.clone();
+        self.tasks.spawn_blocking(move || {
+            let _on_link = bundler;
+            encode_bundles(&frozen, bundles, &messages, reader());
+        });
+        let happened = self.happened.clone();
+        self.tasks.spawn(async move {
+            let send = |link: Link, message| async move { link.send(Lane::Bundle, message).await };
+            if let Err(error) = forward(on_link.link.clone(), encoded, send).await {
+                link_ended(&happened, &on_link, error);
+            }
+        });
+    }
+}
+
+/// Tells the session's loop that work on a link has ended with the link.
+fn link_ended(happened: &mpsc::UnboundedSender<Happened>, on_link: &OnLink, error: LinkError) {
+    let _ = happened.send(Happened::LinkEnded(on_link.number, error));
+}
+
+/// Takes messages out of the queue until it ends and hands each to the link.
+async fn forward<F: Future<Output = Result<(), LinkError>>>(
+    link: Link,
+    mut queue: mpsc::Receiver<Bytes>,
+    send: impl Fn(Link, Bytes) -> F,
+) -> Result<(), LinkError> {
+    while let Some(message) = queue.recv().await {
+        send(link.clone(), message).await?;
+    }
+    Ok(())
+}
