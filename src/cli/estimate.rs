@@ -116,7 +116,13 @@ fn text(event: &EstimateEvent) -> String {
             sample.zero_share * 100.0
         ),
     );
-    row("a whole page", format!("{:.0} bytes", sample.whole_bytes_per_page));
+    row(
+        "a whole page",
+        format!(
+            "{:.0} bytes, {:.0} if it was written just now",
+            sample.whole_bytes_per_page, sample.written_bytes_per_page
+        ),
+    );
     row(
         "a changed page",
         format!(

@@ -6,8 +6,8 @@
 //! never the bottleneck. A fault reply is one page that somebody waits for: there the sum of the times to
 //! encode, send and decode it counts.
 //!
-//! The tables say how codecs compare, measured on the memory of real guests (redis, PostgreSQL,
-//! Python and SQLite, idle) by one core. How fast this machine is and how well this guest compresses is
+//! The tables say how codecs compare, measured on the memory of real guests (redis, SQLite, a compiler, idle)
+//! by one core: docs/codecs.md. How fast this machine is and how well this guest compresses is
 //! measured on the way ([`Ladder::observe`]).
 
 use std::fmt;
@@ -182,35 +182,38 @@ const fn rung<C: Copy>(codec: C, ratio: f64, encode: f64, decode: f64) -> Rung<C
     Rung { codec, ratio, encode_mb_per_s: encode, decode_mb_per_s: decode }
 }
 
-/// Whole pages, 64 together.
-const PAGES: [Rung<PageCodec>; 5] = [
-    rung(PageCodec::Raw, 1.0, 6_500.0, 18_000.0),
-    rung(PageCodec::Lz4, 0.438, 800.0, 2_960.0),
-    rung(PageCodec::Zstd { level: 1 }, 0.326, 561.0, 1_400.0),
-    rung(PageCodec::Zstd { level: 3 }, 0.314, 378.0, 1_330.0),
-    rung(PageCodec::Zstd { level: 6 }, 0.305, 139.0, 1_470.0),
+/// Whole pages, 64 together. What is denser than the last takes a whole core for less than 30 Mbit/s.
+const PAGES: [Rung<PageCodec>; 6] = [
+    rung(PageCodec::Raw, 1.0, 4_730.0, 18_000.0),
+    rung(PageCodec::Lz4, 0.480, 610.0, 2_700.0),
+    rung(PageCodec::Zstd { level: 1 }, 0.355, 440.0, 1_280.0),
+    rung(PageCodec::Zstd { level: 3 }, 0.339, 310.0, 1_200.0),
+    rung(PageCodec::Zstd { level: 6 }, 0.329, 110.0, 1_310.0),
+    rung(PageCodec::Zstd { level: 9 }, 0.323, 60.0, 1_310.0),
 ];
 
 /// Changed pages, 64 together.
-const DELTAS: [Rung<DeltaCodec>; 5] = [
-    rung(DeltaCodec::Plain, 0.258, 6_200.0, 10_800.0),
-    rung(DeltaCodec::Lz4, 0.104, 1_940.0, 4_540.0),
-    rung(DeltaCodec::Zstd { level: 1 }, 0.073, 1_440.0, 2_820.0),
-    rung(DeltaCodec::ZstdOld { level: 1 }, 0.064, 1_000.0, 2_130.0),
-    rung(DeltaCodec::ZstdOld { level: 3 }, 0.058, 760.0, 2_110.0),
+const DELTAS: [Rung<DeltaCodec>; 7] = [
+    rung(DeltaCodec::Plain, 0.141, 6_120.0, 8_860.0),
+    rung(DeltaCodec::Lz4, 0.059, 2_580.0, 5_800.0),
+    rung(DeltaCodec::Zstd { level: 1 }, 0.040, 1_990.0, 4_180.0),
+    rung(DeltaCodec::ZstdOld { level: 1 }, 0.029, 1_660.0, 3_600.0),
+    rung(DeltaCodec::ZstdOld { level: 3 }, 0.028, 1_460.0, 3_560.0),
+    rung(DeltaCodec::ZstdOld { level: 6 }, 0.026, 540.0, 3_550.0),
+    rung(DeltaCodec::ZstdOld { level: 9 }, 0.025, 310.0, 3_550.0),
 ];
 
 /// A whole page by itself.
 const SINGLE_PAGE: [Rung<PageCodec>; 3] = [
-    rung(PageCodec::Raw, 1.0, 6_500.0, 18_000.0),
-    rung(PageCodec::Lz4, 0.489, 800.0, 2_960.0),
-    rung(PageCodec::Zstd { level: 1 }, 0.370, 400.0, 1_400.0),
+    rung(PageCodec::Raw, 1.0, 5_700.0, 18_000.0),
+    rung(PageCodec::Lz4, 0.535, 600.0, 2_370.0),
+    rung(PageCodec::Zstd { level: 1 }, 0.397, 280.0, 730.0),
 ];
 
 /// A changed page by itself.
 const SINGLE_DELTA: [Rung<DeltaCodec>; 2] = [
-    rung(DeltaCodec::Plain, 0.258, 6_200.0, 10_800.0),
-    rung(DeltaCodec::ZstdOld { level: 1 }, 0.078, 515.0, 1_520.0),
+    rung(DeltaCodec::Plain, 0.146, 5_760.0, 8_790.0),
+    rung(DeltaCodec::ZstdOld { level: 1 }, 0.048, 780.0, 2_180.0),
 ];
 
 /// How fast one core finds a page to be zero or unchanged.
@@ -233,7 +236,10 @@ pub struct Ladder {
 
 impl Default for Ladder {
     fn default() -> Self {
-        let current = CodecChoice { page: PAGES[4].codec, delta: DELTAS[4].codec };
+        let current = CodecChoice {
+            page: PAGES[PAGES.len() - 1].codec,
+            delta: DELTAS[DELTAS.len() - 1].codec,
+        };
         Ladder { current, slowness: 1.0, page_bulk: 1.0, delta_bulk: 1.0 }
     }
 }

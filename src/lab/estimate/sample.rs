@@ -34,6 +34,8 @@ pub struct Sample {
     pub zero_share: f64,
     /// What another page costs, sent whole.
     pub whole_bytes_per_page: f64,
+    /// And one that has just been written.
+    pub written_bytes_per_page: f64,
     /// How many pages are written again and again.
     pub hot_pages: f64,
     /// What one of those costs that was sent before and has changed since.
@@ -121,6 +123,7 @@ impl Sample {
         let whole = encode(&before, None);
         let (hot_cost, cold_cost) =
             (encode(&hot_now, Some(&hot)), encode(&cold_now, Some(&before)));
+        let anew = encode(&hot_now, None) + encode(&cold_now, None);
         let known = |first: &Costs, second: &Costs| {
             let enough = [first, second].into_iter().find(|cost| cost.pages() >= FEW_PAGES);
             enough.map_or(whole.bytes_per_page(), Costs::bytes_per_changed_page)
@@ -132,6 +135,10 @@ impl Sample {
             populated_pages,
             zero_share: whole.zero_share(),
             whole_bytes_per_page: whole.bytes_per_page(),
+            written_bytes_per_page: match anew.pages() {
+                ..FEW_PAGES => whole.bytes_per_page(),
+                _ => anew.bytes_per_page(),
+            },
             hot_pages: early.len() as f64 * hot_share,
             hot_delta_bytes_per_page: known(&hot_cost, &cold_cost),
             cold_delta_bytes_per_page: known(&cold_cost, &hot_cost),

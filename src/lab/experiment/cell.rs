@@ -123,6 +123,7 @@ fn guest_spec(cell: &Cell) -> Result<GuestSpec> {
     );
     let mut spec = GuestSpec::new(Machine::Pc, guest.memory_bytes()? >> 20, &work);
     spec.programs = guest.programs();
+    spec.further = cell.method.arguments.clone();
     if cell.method.qemu.is_some() {
         // Its default. Sharing is what farfault needs.
         spec.ram = Ram::Private;

@@ -165,6 +165,9 @@ pub struct MethodPart {
     /// Further parameters of QEMU's migration, as `migrate-set-parameters` has them.
     #[serde(default, skip_serializing_if = "Map::is_empty")]
     pub parameters: Map<String, Value>,
+    /// Further arguments of QEMU's command line, on both sides.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub arguments: Vec<String>,
 }
 
 /// One run to be made.
@@ -388,7 +391,8 @@ impl MethodPart {
     fn check(&self) -> Result<()> {
         match (&self.send, &self.qemu) {
             (Some(_), None) => {
-                ensure!(self.parameters.is_empty(), "parameters are for QEMU's methods");
+                let plain = self.parameters.is_empty() && self.arguments.is_empty();
+                ensure!(plain, "parameters and arguments are for QEMU's methods");
             }
             (None, Some(_)) => drop(self.native()?),
             _ => {

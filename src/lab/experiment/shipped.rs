@@ -21,6 +21,7 @@ pub const SHIPPED: &[Shipped] = &[
     Shipped { name: "bytes", text: include_str!("../scenarios/bytes.toml") },
     Shipped { name: "faults", text: include_str!("../scenarios/faults.toml") },
     Shipped { name: "touches", text: include_str!("../scenarios/touches.toml") },
+    Shipped { name: "estimate", text: include_str!("../scenarios/estimate.toml") },
     Shipped { name: "huge", text: include_str!("../scenarios/huge.toml") },
     Shipped { name: "smoke", text: include_str!("../scenarios/smoke.toml") },
 ];

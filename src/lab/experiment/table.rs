@@ -204,11 +204,12 @@ const COLUMNS: &[Column] = &[
 fn options(record: &Record) -> String {
     match (&record.method.send, &record.method.qemu) {
         (Some(options), _) => format!("farfault send {}", options.join(" ")).trim().to_owned(),
-        (None, Some(method)) if record.method.parameters.is_empty() => format!("qemu {method}"),
         (None, method) => {
-            let parameters = serde_json::to_string(&record.method.parameters);
-            let method = method.as_deref().unwrap_or_default();
-            format!("qemu {method} {}", parameters.unwrap_or_default())
+            let parameters = serde_json::to_string(&record.method.parameters).unwrap_or_default();
+            let parameters = if parameters == "{}" { String::new() } else { parameters };
+            let arguments = record.method.arguments.join(" ");
+            let words = ["qemu", method.as_deref().unwrap_or_default(), &parameters, &arguments];
+            words.into_iter().filter(|word| !word.is_empty()).collect::<Vec<_>>().join(" ")
         }
     }
 }
@@ -264,6 +265,19 @@ mod tests {
         assert_eq!(rows[0].split(',').count(), COLUMNS.len());
         assert_eq!(rows[1].split(',').count(), COLUMNS.len());
         assert!(rows[2].contains(",failed,\"no, | and\nno\","), "{}", rows[2]);
+    }
+
+    #[test]
+    fn a_row_tells_how_qemu_was_asked() {
+        let scenario = scenario();
+        let cells = scenario.runs(&["lan/farfault".to_owned()]);
+        let mut record = record(&scenario, &cells[0], Outcome::Moved);
+        record.method.send = None;
+        record.method.qemu = Some("multifd-zstd".to_owned());
+        assert_eq!(options(&record), "qemu multifd-zstd");
+        record.method.parameters.insert("multifd-channels".to_owned(), 4.into());
+        record.method.arguments = ["-global", "a.b=9"].map(str::to_owned).into();
+        assert_eq!(options(&record), "qemu multifd-zstd {\"multifd-channels\":4} -global a.b=9");
     }
 
     #[test]

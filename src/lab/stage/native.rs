@@ -4,7 +4,7 @@ use std::fmt;
 use std::str::FromStr;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Map, Value, json};
 
 use super::place::{ADDRESS_B, Place};
@@ -113,7 +113,17 @@ impl Method {
         for (name, value) in further {
             parameters[name] = value.clone();
         }
-        qmp.execute("migrate-set-parameters", parameters)?;
+        qmp.execute("migrate-set-parameters", parameters.clone())?;
+        // QEMU 7.2 says yes to a `multifd-zstd-level` and keeps the one it had.
+        let kept = qmp.execute("query-migrate-parameters", json!({}))?;
+        for (name, value) in parameters.as_object().into_iter().flatten() {
+            ensure!(
+                kept[name] == *value,
+                "QEMU was told {name} = {value} and has {}; its command line may help: arguments = [\"-global\", \
+                 \"migration.{name}={value}\"]",
+                kept[name]
+            );
+        }
         Ok(())
     }
 }
@@ -170,6 +180,7 @@ impl Migration {
         mut tick: impl FnMut(Duration) -> Result<()>,
     ) -> Result<Option<Done>> {
         let mut in_postcopy = false;
+        self.from.answer_within(limit)?;
         while self.started.elapsed() < limit {
             tick(self.started.elapsed())?;
             let now = self.from.execute("query-migrate", json!({}))?;

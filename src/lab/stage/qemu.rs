@@ -83,6 +83,8 @@ pub struct GuestSpec {
     pub work: String,
     /// What it needs for that.
     pub programs: Programs,
+    /// Further arguments of QEMU's.
+    pub further: Vec<String>,
 }
 
 impl GuestSpec {
@@ -96,6 +98,7 @@ impl GuestSpec {
             devices: false,
             work: work.to_owned(),
             programs: Programs::TestGuest,
+            further: Vec::new(),
         }
     }
 }
@@ -159,6 +162,7 @@ impl Guest {
         if spec.devices {
             guest.add_devices(place, spec.machine)?;
         }
+        guest.arguments.extend(spec.further.iter().cloned());
         Ok(guest)
     }
 

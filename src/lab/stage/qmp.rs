@@ -8,6 +8,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 
+/// Within which QEMU answers unless it is told otherwise.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// A connection to a QMP socket; QEMU takes one at a time on each.
@@ -28,6 +29,12 @@ impl Qmp {
         ensure!(qmp.line()?.get("QMP").is_some(), "{} is not a QMP socket", path.display());
         qmp.execute("qmp_capabilities", json!({}))?;
         Ok(qmp)
+    }
+
+    /// From now on an answer may take so long, if that is longer than usual. QEMU's monitor is silent while the
+    /// last pages of a pre-copy are sent.
+    pub fn answer_within(&mut self, time: Duration) -> Result<()> {
+        self.stream.set_read_timeout(Some(time.max(ANSWER_TIMEOUT))).context("QMP")
     }
 
     /// Runs a command and gives what it returns; events are passed over.

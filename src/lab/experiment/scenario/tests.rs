@@ -66,6 +66,7 @@ fn what_cannot_be_tried_is_refused_with_its_place() {
         ("1Gbit,1ms", "fast", "write it like"),
         ("qemu = \"xbzrle\"", "qemu = \"xbzle\"", "multifd-zstd"),
         ("qemu = \"xbzrle\"", "qemu = \"xbzrle\"\nsend = []", "either send"),
+        ("\"hybrid\"]", "\"hybrid\"]\n    arguments = [\"-S\"]", "for QEMU's methods"),
         ("name = \"native\"", "name = \"small\"", "same name"),
         ("name = \"lan\"", "name = \"a/b\"", "letters"),
         ("64MiB", "250MiB", "leave the guest's kernel"),
