@@ -103,7 +103,10 @@ impl Run {
         if let Some(repeat) = self.repeat {
             scenario.repeat = repeat;
         }
-        if let Some(limit) = self.limit {
+        // Written otherwise, the same limit would make finished runs count as those of another scenario.
+        if let Some(limit) = self.limit
+            && scenario.limit()? != limit
+        {
             scenario.limit = format!("{}ms", limit.as_millis());
         }
         let directory = self.out.unwrap_or_else(|| PathBuf::from(format!("lab-{name}")));
