@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use farfault_integration::farfault::{self, Moved, Running};
+use farfault_integration::huge_pool::HugePool;
 use farfault_integration::lab::Lab;
 use farfault_integration::leftovers::{Inventory, nothing_is_left_of};
 use farfault_integration::process::wait_for;
@@ -271,4 +272,29 @@ fn a_qemu_that_waits_already_is_attached_to() -> Result<()> {
     destination.log.wait_for_sweeps(2, LIMIT)?;
     drop((source, destination));
     nothing_is_left_in(lab)
+}
+
+#[test]
+fn a_guest_on_hugetlbfs_moves_to_shared_memory_and_there_into_huge_pages() -> Result<()> {
+    let Some(lab) = Lab::start(LINK)? else { return Ok(()) };
+    let Some(pool) = HugePool::of_mib(256)? else { return Ok(()) };
+    let mut spec = GuestSpec::new(Machine::Pc, 256, SPARSE);
+    spec.fits_huge_pages = true;
+    let destination = Guest::prepare(&lab, "destination", &spec)?;
+    spec.ram_directory = pool.path().to_owned();
+    let source = Guest::boot(&lab, "source", &spec)?;
+    let moved = farfault::migrate(&lab, &source, &destination, &["--huge-pages"], &[], LIMIT)?;
+    assert_eq!(moved.source["tracker"], "write-protect", "{}", moved.source);
+    // In 2 MiB around each page that was written to most were not.
+    let rounds = moved.source["precopy_rounds"].as_u64().context("rounds")?;
+    let by_codec = moved.source["pages_by_codec"].as_object().context("codecs")?;
+    let told: u64 = by_codec.values().filter_map(serde_json::Value::as_u64).sum();
+    assert!(told < 256 * 256 + rounds * 20_000, "{told} pages in {rounds} rounds: {by_codec:?}");
+    let huge = &moved.destination["huge_pages"];
+    let bytes = |when: &str| huge[when].as_u64().with_context(|| format!("{when} in {huge}"));
+    assert!(bytes("after_bytes")? >= bytes("before_bytes")? + (16 << 20), "{huge}");
+    let after = After { source, destination, moved, lab };
+    after.guest_is_unharmed()?;
+    assert_eq!(after.source.monitor()?.status()?, "postmigrate");
+    after.nothing_is_left()
 }

@@ -67,6 +67,8 @@ pub(crate) enum PagemapQuery {
     WrittenToProtect,
     /// Pages in memory that have an entry of their own in the page table: not by way of a huge page.
     MappedSingly,
+    /// Pages in memory, by whatever entry of the page table.
+    Mapped,
 }
 
 const PAGE_IS_WRITTEN: u64 = 1 << 1;
@@ -115,6 +117,7 @@ pub(crate) fn pagemap_scan(
         PagemapQuery::WrittenToProtect => {
             (PM_SCAN_WP_MATCHING | PM_SCAN_CHECK_WPASYNC, PAGE_IS_WRITTEN, 0)
         }
+        PagemapQuery::Mapped => (0, PAGE_IS_PRESENT, 0),
         PagemapQuery::MappedSingly => (0, PAGE_IS_PRESENT | PAGE_IS_HUGE, PAGE_IS_HUGE),
     };
     let mut arguments = PagemapScanArguments {

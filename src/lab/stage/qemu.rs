@@ -77,6 +77,8 @@ pub struct GuestSpec {
     pub ram: Ram,
     /// Where the files of shared memory are made.
     pub ram_directory: PathBuf,
+    /// Mapped so that huge pages fit, where it is in a file.
+    pub fits_huge_pages: bool,
     /// With a virtio network card, disk and random number generator, all in use.
     pub devices: bool,
     /// What it does: `ff.*` words of the test guest.
@@ -95,6 +97,7 @@ impl GuestSpec {
             memory_mib,
             ram: Ram::Shared,
             ram_directory: PathBuf::from("/dev/shm"),
+            fits_huge_pages: false,
             devices: false,
             work: work.to_owned(),
             programs: Programs::TestGuest,
@@ -268,10 +271,11 @@ impl Guest {
             let file_name = format!("{}-{}-ram{node}", place.name(), self.name);
             let path = spec.ram_directory.join(file_name);
             let mib = spec.memory_mib / nodes;
+            let align = if spec.fits_huge_pages { ",align=2M" } else { "" };
             self.add(&[
                 "-object",
                 &format!(
-                    "memory-backend-file,id=ram{node},size={mib}M,mem-path={},share=on",
+                    "memory-backend-file,id=ram{node},size={mib}M,mem-path={},share=on{align}",
                     text(&path)
                 ),
             ]);

@@ -18,6 +18,9 @@ pub struct HashScan {
     hashes: Arc<Hashes>,
 }
 
+/// In the place of the hash of a page that was neither sent nor looked at.
+const NOTHING_KNOWN: u64 = 0;
+
 /// What was last sent of each page, or else what it was when last reported: in either case a page that
 /// still hashes to this needs no new report.
 struct Hashes(Vec<AtomicU64>);
@@ -50,31 +53,41 @@ fn hash_of_zeros() -> u64 {
 impl HashScan {
     /// A tracker of all of `memory`.
     pub fn new(memory: Arc<GuestMemory>) -> Self {
-        let hashes = (0..memory.pages()).map(|_| AtomicU64::new(0)).collect();
+        let hashes = (0..memory.pages()).map(|_| AtomicU64::new(NOTHING_KNOWN)).collect();
         HashScan { memory, hashes: Arc::new(Hashes(hashes)) }
     }
 
     /// Hashes `range`, holes as the zeros that they read as, and calls `changed` where it differs.
-    fn scan(
+    pub(super) fn scan(
         &self,
         range: PageRange,
         mut changed: impl FnMut(PageIndex),
     ) -> Result<(), MemoryError> {
         let zero = hash_of_zeros();
-        let populated = self.memory.populated(range)?;
         let mut copy = [0; PAGE_SIZE_BYTES];
-        for page in range.pages() {
-            let hash = if populated.contains(page) {
-                self.memory.read_page(page, &mut copy);
-                xxh3_64(&copy)
-            } else {
-                zero
-            };
+        let mut compare = |page, hash| {
             if self.hashes.replace(page, hash) {
                 changed(page);
             }
+        };
+        let mut at = range.start;
+        for run in self.memory.populated_runs(range)? {
+            PageRange { start: at, end: run.start }.pages().for_each(|page| compare(page, zero));
+            for page in run.pages() {
+                self.memory.read_page(page, &mut copy);
+                compare(page, xxh3_64(&copy));
+            }
+            at = run.end;
         }
+        PageRange { start: at, end: range.end }.pages().for_each(|page| compare(page, zero));
         Ok(())
+    }
+
+    /// Those of `range` of which a content was sent or found that was not zero.
+    pub(super) fn not_zero(&self, range: PageRange) -> impl Iterator<Item = PageIndex> {
+        let zero = hash_of_zeros();
+        let hash = |page: &PageIndex| self.hashes.0[page.0 as usize].load(Ordering::Relaxed);
+        range.pages().filter(move |page| ![NOTHING_KNOWN, zero].contains(&hash(page)))
     }
 }
 

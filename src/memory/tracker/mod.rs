@@ -1,6 +1,7 @@
 //! Dirty tracking: which pages has the guest changed?
 
 mod hash_scan;
+mod huge;
 mod pagemap;
 mod reads;
 mod write_protect;
@@ -15,6 +16,7 @@ use super::{GuestMemory, HostCapabilities, MemoryError};
 use crate::page::{PageBytes, PageIndex, PageRange, PageSet};
 
 pub use hash_scan::HashScan;
+use huge::HugeWriteProtect;
 pub use write_protect::{TRACK_FEATURES, WriteProtect};
 
 /// Follows a guest's writes.
@@ -117,16 +119,25 @@ pub fn open_tracker(
     uffd: impl FnOnce(FeatureFlags) -> Result<Uffd, MemoryError>,
 ) -> Result<Box<dyn DirtyTracker>, MemoryError> {
     let able = HostCapabilities::can_write_protect();
-    let write_protect = |memory: &Arc<GuestMemory>| {
-        WriteProtect::new(Arc::clone(memory), pid, addresses, uffd(TRACK_FEATURES)?)
+    let write_protect = |memory: &Arc<GuestMemory>| -> Result<Box<dyn DirtyTracker>, MemoryError> {
+        let largest = memory.unit_pages().max().unwrap_or(1);
+        if largest > huge::HUGE_PAGES {
+            let feature = "write tracking in pages of more than 2 MiB".to_owned();
+            return Err(MemoryError::MissingFeature { feature });
+        }
+        let (memory, uffd) = (Arc::clone(memory), uffd(TRACK_FEATURES)?);
+        Ok(match largest {
+            1 => Box::new(WriteProtect::new(memory, pid, addresses, uffd)?),
+            _ => Box::new(HugeWriteProtect::new(memory, pid, addresses, uffd)?),
+        })
     };
     match kind {
         TrackerKind::WriteProtect if !able => {
             Err(MemoryError::MissingFeature { feature: "asynchronous write tracking".to_owned() })
         }
-        TrackerKind::WriteProtect => Ok(Box::new(write_protect(&memory)?)),
+        TrackerKind::WriteProtect => write_protect(&memory),
         TrackerKind::Auto if able => match write_protect(&memory) {
-            Ok(tracker) => Ok(Box::new(tracker)),
+            Ok(tracker) => Ok(tracker),
             Err(error) => {
                 tracing::warn!(%error, "no write tracking in the guest's process: scanning hashes");
                 Ok(Box::new(HashScan::new(memory)))

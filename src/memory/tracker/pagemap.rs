@@ -62,7 +62,8 @@ impl Pagemap {
             self.found = found;
             return scanned;
         }
-        let share = range.len().div_ceil(threads);
+        // Of part of a huge page the kernel does not take the protection anew.
+        let share = range.len().div_ceil(threads).next_multiple_of(super::huge::HUGE_PAGES);
         let part = |number: u64| {
             let start = range.start.0 + number * share;
             let part = PageRange::new(start.min(range.end.0), (start + share).min(range.end.0));

@@ -40,7 +40,8 @@ impl ReadWatch {
     /// # Errors
     /// [`MemoryError::RegisterBusy`] when this alias is watched already.
     pub(super) fn new(memory: Arc<GuestMemory>) -> Result<Self, MemoryError> {
-        let alias = Pagemap::open("self", memory.layout(), &memory.addresses())?;
+        let addresses = memory.addresses().expect("what is watched is mapped");
+        let alias = Pagemap::open("self", memory.layout(), &addresses)?;
         let uffd = own_uffd(TRACK_FEATURES)?;
         memory.avoid_huge_pages();
         for (name, address, size_bytes) in alias.regions() {

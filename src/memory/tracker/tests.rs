@@ -351,3 +351,31 @@ fn trackers_are_called_by_name() {
     }
     assert!("wp".parse::<TrackerKind>().is_err());
 }
+
+#[test]
+fn of_a_huge_page_that_is_written_to_only_what_has_changed_is_reported() {
+    // The pages here are small; what the tracker does with a report of the kernel is the same.
+    let (memory, mut guest) = guest();
+    let adopted = Adopted::attach(guest.pid()).unwrap();
+    let uffd = adopted.userfaultfd(None, &[], TRACK_FEATURES).unwrap();
+    let alias = read_only(&memory);
+    let mut tracker =
+        HugeWriteProtect::new(alias.clone(), guest.pid(), guest.addresses(), uffd).unwrap();
+    tracker.arm().unwrap();
+    let witness = tracker.witness().unwrap();
+    let mut copy = [0; PAGE_SIZE_BYTES];
+    for page in [3, 4, 5, 250] {
+        guest.write(PageIndex(page), 1);
+        alias.read_page(PageIndex(page), &mut copy);
+        witness.saw(PageIndex(page), &copy);
+    }
+    assert!(collect(&mut tracker).is_empty(), "all is as it was sent");
+    guest.write(PageIndex(3), 2);
+    guest.write(PageIndex(4), 2);
+    guest.write(PageIndex(4), 1);
+    // A balloon, and then it reads as zero.
+    guest.remove(PageIndex(250));
+    assert_eq!(collect(&mut tracker), [3, 250]);
+    assert!(collect(&mut tracker).is_empty());
+    tracker.disarm().unwrap();
+}

@@ -61,15 +61,7 @@ impl DirtyTracker for WriteProtect {
 
     fn arm(&mut self) -> Result<(), MemoryError> {
         self.armed = true;
-        for (name, address, size_bytes) in self.guest.regions() {
-            register(&self.uffd, name, "track", address, size_bytes, RegisterMode::WRITE_PROTECT)?;
-            let protected = self.uffd.write_protect(address as *mut c_void, size_bytes as usize);
-            protected.map_err(|error| MemoryError::Userfault {
-                action: "write-protect guest RAM",
-                source: errno(&error),
-            })?;
-        }
-        Ok(())
+        protect(&self.uffd, &self.guest)
     }
 
     fn collect(&mut self, range: PageRange, into: &mut PageSet) -> Result<(), MemoryError> {
@@ -86,18 +78,36 @@ impl DirtyTracker for WriteProtect {
         if !std::mem::take(&mut self.armed) {
             return Ok(());
         }
-        for (_, address, size_bytes) in self.guest.regions() {
-            let done = self.uffd.unregister(address as *mut c_void, size_bytes as usize);
-            match done.map_err(|error| errno(&error)) {
-                // The process has ended.
-                Ok(()) | Err(Errno::ESRCH | Errno::ENOMEM) => {}
-                Err(source) => {
-                    return Err(MemoryError::Userfault { action: "stop tracking", source });
-                }
+        unprotect(&self.uffd, &self.guest)
+    }
+}
+
+/// From here on the guest's first write to each page is seen.
+pub(super) fn protect(uffd: &Uffd, guest: &Pagemap) -> Result<(), MemoryError> {
+    for (name, address, size_bytes) in guest.regions() {
+        register(uffd, name, "track", address, size_bytes, RegisterMode::WRITE_PROTECT)?;
+        let protected = uffd.write_protect(address as *mut c_void, size_bytes as usize);
+        protected.map_err(|error| MemoryError::Userfault {
+            action: "write-protect guest RAM",
+            source: errno(&error),
+        })?;
+    }
+    Ok(())
+}
+
+/// Leaves the guest's process as it was.
+pub(super) fn unprotect(uffd: &Uffd, guest: &Pagemap) -> Result<(), MemoryError> {
+    for (_, address, size_bytes) in guest.regions() {
+        let done = uffd.unregister(address as *mut c_void, size_bytes as usize);
+        match done.map_err(|error| errno(&error)) {
+            // The process has ended.
+            Ok(()) | Err(Errno::ESRCH | Errno::ENOMEM) => {}
+            Err(source) => {
+                return Err(MemoryError::Userfault { action: "stop tracking", source });
             }
         }
-        Ok(())
     }
+    Ok(())
 }
 
 impl Drop for WriteProtect {
