@@ -22,6 +22,10 @@ use crate::page::{PageIndex, PageRange, PageSet, Version};
 pub use file::PageTable;
 pub use word::{PageState, Stage};
 
+/// A thread is worth starting for the words of so many pages: 4 GiB, some milliseconds.
+const PAGES_A_THREAD: usize = 1 << 20;
+const MAX_THREADS: usize = 16;
+
 /// What [`PageTable::claim`] gives.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Claim {
@@ -178,25 +182,28 @@ impl PageTable {
         Ok(waiting)
     }
 
-    /// The pages outside `need` that are not simply held: a fraction of a nanosecond for each page that is.
-    fn odd_pages_outside<'a>(&'a self, need: &'a PageSet) -> impl Iterator<Item = PageIndex> + 'a {
-        let chunks = self.words().chunks(64).zip(need.words()).enumerate();
-        chunks.flat_map(|(index, (words, needed))| {
-            let odd = |word: &AtomicU16| word::oddity(word.load(Ordering::Acquire));
-            let mut found = 0u64;
-            if words.iter().fold(0, |all, word| all | odd(word)) != 0 {
-                for (bit, word) in words.iter().enumerate() {
-                    found |= u64::from(odd(word) != 0) << bit;
-                }
+    /// The pages outside `need` that are not simply held, in ascending order. Some nanoseconds for each page
+    /// that is, and of a large guest several threads look: it stands still.
+    fn odd_pages_outside(&self, need: &PageSet) -> Vec<PageIndex> {
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let threads = (self.words().len() / PAGES_A_THREAD).clamp(1, cores.min(MAX_THREADS));
+        let share = self.words().len().div_ceil(threads).next_multiple_of(64).max(64);
+        let parts = self.words().chunks(share).zip(need.words().chunks(share / 64));
+        let parts = parts.zip((0..).step_by(share));
+        std::thread::scope(|scope| {
+            let mut others: Vec<_> = parts
+                .map(|((words, needed), first)| move || odd_pages(first, words, needed).collect())
+                .collect();
+            let own = others.pop();
+            let others: Vec<_> = others.into_iter().map(|look| scope.spawn(look)).collect();
+            let last: Vec<PageIndex> = own.map_or_else(Vec::new, |look| look());
+            let mut found = Vec::new();
+            for other in others {
+                let part = other.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+                found.extend::<Vec<PageIndex>>(part);
             }
-            found &= !needed;
-            std::iter::from_fn(move || {
-                let bit = found.trailing_zeros();
-                (found != 0).then(|| {
-                    found &= found - 1;
-                    PageIndex(index as u64 * 64 + u64::from(bit))
-                })
-            })
+            found.extend(last);
+            found
         })
     }
 
@@ -357,6 +364,32 @@ impl PageTable {
         let word = self.words().get(page.0 as usize);
         word.unwrap_or_else(|| panic!("{page:?} beyond {} pages", self.pages()))
     }
+}
+
+/// Those of `words`, the first of which is that of page `first`, that are neither simply held nor `needed`.
+fn odd_pages<'a>(
+    first: u64,
+    words: &'a [AtomicU16],
+    needed: &'a [u64],
+) -> impl Iterator<Item = PageIndex> + 'a {
+    let chunks = (first..).step_by(64).zip(words.chunks(64).zip(needed));
+    chunks.flat_map(|(first, (words, needed))| {
+        let odd = |word: &AtomicU16| word::oddity(word.load(Ordering::Acquire));
+        let mut found = 0u64;
+        if words.iter().fold(0, |all, word| all | odd(word)) != 0 {
+            for (bit, word) in words.iter().enumerate() {
+                found |= u64::from(odd(word) != 0) << bit;
+            }
+        }
+        found &= !needed;
+        std::iter::from_fn(move || {
+            let bit = found.trailing_zeros();
+            (found != 0).then(|| {
+                found &= found - 1;
+                PageIndex(first + u64::from(bit))
+            })
+        })
+    })
 }
 
 /// Every word was checked when the table was opened, and only `encode` makes new ones.
