@@ -220,6 +220,11 @@ const SINGLE_DELTA: [Rung<DeltaCodec>; 2] = [
 const SCAN_MB_PER_S: f64 = 12_000.0;
 /// A codec stays until another moves so much more: measurements are never quite steady.
 const SWITCH_GAIN: f64 = 1.05;
+/// Of two that move the same but for this, the quicker is taken: the processor has other work too.
+const SAME_GAIN: f64 = 0.99;
+/// Sent as they are, so many times as many pages must go as with another codec until as much is forgotten
+/// of how they compress.
+const RAW_FADES: f64 = 256.0;
 /// Input over which measurements are averaged.
 const AVERAGE_OVER_BYTES: f64 = (8 << 20) as f64;
 
@@ -261,9 +266,13 @@ impl Ladder {
         let mut expected_s = scanned / (SCAN_MB_PER_S * 1e6);
         if let Some(rung) = page {
             expected_s += page_input / (rung.encode_mb_per_s * 1e6);
-            // Sent raw, pages do not tell how they would compress: let what was known fade.
-            let ratio = if choice.page == PageCodec::Raw { page_input } else { page_coded };
-            average(&mut self.page_bulk, ratio / (page_input * rung.ratio), page_input);
+            if choice.page == PageCodec::Raw {
+                // Pages do not tell how they would compress: let what was known fade, so that now and then
+                // another codec is tried.
+                average(&mut self.page_bulk, 1.0, page_input / RAW_FADES);
+            } else {
+                average(&mut self.page_bulk, page_coded / (page_input * rung.ratio), page_input);
+            }
         }
         if let Some(rung) = delta {
             expected_s += delta_input / (rung.encode_mb_per_s * 1e6);
@@ -314,7 +323,7 @@ fn find<C: Copy>(rungs: &[Rung<C>], is: impl Fn(C) -> bool) -> Option<&Rung<C>> 
     rungs.iter().find(|rung| is(rung.codec))
 }
 
-/// The rung that gains most; `current` unless that is clearly more.
+/// The rung that gains most; `current` unless that is clearly more. The rungs are in order, the quickest first.
 fn best<C: Copy + PartialEq>(rungs: &[Rung<C>], current: C, gain: impl Fn(&Rung<C>) -> f64) -> C {
     let mut best = (current, find(rungs, |codec| codec == current).map_or(0.0, &gain));
     let mut bar = best.1 * SWITCH_GAIN;
@@ -325,7 +334,8 @@ fn best<C: Copy + PartialEq>(rungs: &[Rung<C>], current: C, gain: impl Fn(&Rung<
             bar = found;
         }
     }
-    best.0
+    let as_good = rungs.iter().find(|rung| gain(rung) >= best.1 * SAME_GAIN);
+    as_good.map_or(best.0, |rung| rung.codec)
 }
 
 /// Moves `value` towards what was found over `input_bytes`. Bounded, so that one odd measurement does

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex};
 
 use bytes::Bytes;
 
+use super::buffers::Buffers;
 use super::reader::{Against, BATCH_PAGES, PageReader, is_full};
 use crate::codec::{CodecCounts, Content, SentPages};
 use crate::engine::heat::Heat;
@@ -31,6 +32,7 @@ pub(super) struct FrozenPages {
     pusher: Mutex<Pusher>,
     costs: Costs,
     counters: Arc<Counters>,
+    buffers: Buffers,
 }
 
 impl FrozenPages {
@@ -46,7 +48,8 @@ impl FrozenPages {
         counters.remaining_pages.store(need.len(), Ordering::Relaxed);
         let pusher = Mutex::new(Pusher::new(need.clone(), heat, pusher));
         let costs = Costs::new(&counters.codecs());
-        FrozenPages { memory, sent, version, zero, need, pusher, costs, counters }
+        let buffers = Buffers::default();
+        FrozenPages { memory, sent, version, zero, need, pusher, costs, counters, buffers }
     }
 
     /// The hottest pages that can go as deltas are pushed first, as many as take `bytes`: the guest will
@@ -122,10 +125,12 @@ impl FrozenPages {
             self.counters.pushed_pages.fetch_add(pages.len() as u64, Ordering::Relaxed);
             self.encode(&pages, false, reader, message);
             if let Some(left_over) = reader.left_over() {
-                return Some(Bytes::from(std::mem::replace(message, left_over)));
+                let full = std::mem::replace(message, left_over);
+                return Some(self.buffers.message(full));
             }
         }
-        (!message.is_empty()).then(|| Bytes::from(std::mem::take(message)))
+        let last = std::mem::replace(message, self.buffers.take());
+        (!last.is_empty()).then(|| self.buffers.message(last))
     }
 
     /// Takes note that a thread waits for a page: true when it is to be answered. `bundle_bytes`: how much

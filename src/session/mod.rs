@@ -33,6 +33,7 @@ use links::Links;
 
 mod answers;
 mod arrivals;
+mod buffers;
 pub mod control;
 mod desk;
 pub mod destination;

@@ -45,6 +45,11 @@ impl Pace {
         Pace { encoders, seen: Mutex::new(seen) }
     }
 
+    /// The link's rate is taken to be this, until their sending tells better.
+    pub(super) fn expect(&self, link_bytes_per_s: f64) {
+        self.seen.lock().expect("no holder panics").link_bytes_per_s = link_bytes_per_s;
+    }
+
     /// How many threads share the link.
     pub(super) fn encoders(&self) -> usize {
         self.encoders

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::pace::Pace;
-use crate::codec::ladder::{CodecChoice, DeltaCodec, Ladder};
+use crate::codec::ladder::{CodecChoice, DeltaCodec, Ladder, PageCodec};
 use crate::codec::{CodecCounts, ContentHash, Known, LineFingerprint, SentPages, is_zero};
 use crate::memory::GuestMemory;
 use crate::page::{PAGE_SIZE_BYTES, PageBytes, PageIndex, PageRange, PageSet, Version};
@@ -54,7 +54,8 @@ pub(super) struct Against<'a> {
 /// How a page of the last batch went.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Went {
-    AsZero,
+    /// And is not worth a place: it is told in a few bits, or goes again as quickly as a change would.
+    AndIsForgotten,
     AsCopy,
     /// As itself or as a change.
     Otherwise(Option<ContentHash>),
@@ -70,7 +71,7 @@ pub(super) struct PageReader {
     went: Vec<Went>,
     put_off: Vec<PageIndex>,
     encoder: FrameEncoder,
-    batch: Vec<u8>,
+    left_over: Vec<u8>,
     ladder: Ladder,
     pace: Arc<Pace>,
 }
@@ -87,7 +88,7 @@ impl PageReader {
             went: Vec::new(),
             put_off: Vec::new(),
             encoder: FrameEncoder::default(),
-            batch: Vec::new(),
+            left_over: Vec::new(),
             ladder: Ladder::default(),
             pace,
         }
@@ -98,7 +99,8 @@ impl PageReader {
     /// [`Self::left_over`]. Without `against` each page goes as it is.
     ///
     /// In the first round a page that equals one sent in the same round is not sent: see
-    /// [`Self::put_off`].
+    /// [`Self::put_off`]. Where the link takes pages as fast as they are copied, that and all that later
+    /// rounds would gain by remembering the page costs more than it saves: most pages are never sent again.
     pub(super) fn encode(
         &mut self,
         memory: &GuestMemory,
@@ -109,22 +111,28 @@ impl PageReader {
     ) -> CodecCounts {
         let begin = Instant::now();
         let choice = self.choice(pages.len());
-        let may_put_off = self.purpose == Purpose::Round && version == Version(1);
+        let first = self.purpose == Purpose::Round && version == Version(1);
+        let only_copy = first && self.fixed.is_none() && choice.page == PageCodec::Raw;
         // Nothing is gained by it where one page goes, and a copy may have to be asked for again.
         let may_copy = self.purpose != Purpose::Fault;
-        let PageReader { copies, bases, went, put_off, encoder, batch, .. } = self;
+        let start = message.len();
+        let PageReader { copies, bases, went, put_off, encoder, left_over, .. } = self;
         encoder.set_choice(choice);
-        batch.clear();
         went.clear();
         put_off.clear();
+        for run in pages.chunk_by(|page, next| next.0 == page.0 + 1) {
+            if let [first, .., last] = run {
+                memory.will_read(PageRange::new(first.0, last.0 + 1));
+            }
+        }
         let (mut plain, mut lines, mut copied) = (Vec::new(), Vec::new(), Vec::new());
         for ((page, bytes), base) in pages.iter().zip(copies.iter_mut()).zip(bases.iter_mut()) {
             let page = *page;
             memory.read_page(page, bytes);
             let bytes = &*bytes;
             let mut to_send = PageToSend { page, bytes, base: None };
-            if is_zero(bytes) {
-                went.push(Went::AsZero);
+            if only_copy || is_zero(bytes) {
+                went.push(Went::AndIsForgotten);
                 plain.push(to_send);
                 continue;
             }
@@ -145,7 +153,7 @@ impl PageReader {
                     went.push(Went::AsCopy);
                     continue;
                 }
-                if may_put_off && sent.original_of(page, bytes, hash, |_| true).is_some() {
+                if first && sent.original_of(page, bytes, hash, |_| true).is_some() {
                     put_off.push(page);
                     went.push(Went::PutOff);
                     continue;
@@ -165,12 +173,12 @@ impl PageReader {
             }
             plain.push(to_send);
         }
-        let mut counts = encoder.encode(version, &plain, batch);
+        let mut counts = encoder.encode(version, &plain, message);
         self.ladder.observe(choice, &counts, begin.elapsed());
-        counts += encoder.encode_lines(version, &lines, batch);
-        counts += encoder.encode_copies(version, &copied, batch);
-        if message.len() + batch.len() <= Lane::Push.limit_bytes() {
-            message.append(batch);
+        counts += encoder.encode_lines(version, &lines, message);
+        counts += encoder.encode_copies(version, &copied, message);
+        if message.len() > Lane::Push.limit_bytes() {
+            *left_over = message.split_off(start);
         }
         counts
     }
@@ -186,8 +194,7 @@ impl PageReader {
     ) {
         for ((page, bytes), went) in pages.iter().zip(&self.copies).zip(&self.went) {
             match *went {
-                // Not worth a place: it is told in a few bits.
-                Went::AsZero => sent.forget(PageRange::new(page.0, page.0 + 1)),
+                Went::AndIsForgotten => sent.forget(PageRange::new(page.0, page.0 + 1)),
                 // The original stays the one that is found: this round's other copies are of it too.
                 Went::AsCopy => sent.remember(*page, version, bytes, None),
                 Went::Otherwise(hash) => sent.remember(*page, version, bytes, hash),
@@ -205,7 +212,7 @@ impl PageReader {
 
     /// Frames that did not fit the message.
     pub(super) fn left_over(&mut self) -> Option<Vec<u8>> {
-        (!self.batch.is_empty()).then(|| std::mem::take(&mut self.batch))
+        (!self.left_over.is_empty()).then(|| std::mem::take(&mut self.left_over))
     }
 
     /// Appends frames that say that `runs` are zero.

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use tokio::sync::mpsc;
 
+use super::buffers::Buffers;
 use super::desk::{Desk, Task};
 use super::frozen::FrozenPages;
 use super::pace::Pace;
@@ -51,6 +52,8 @@ pub(super) struct RoundSender {
     readers: Vec<PageReader>,
     counters: Arc<Counters>,
     pusher: PusherKind,
+    pace: Arc<Pace>,
+    buffers: Buffers,
 }
 
 impl RoundSender {
@@ -74,6 +77,8 @@ impl RoundSender {
             readers: (0..encoders).map(|_| reader()).collect(),
             counters,
             pusher,
+            pace,
+            buffers: Buffers::default(),
         }
     }
 
@@ -105,6 +110,11 @@ impl RoundSender {
         &self.sent
     }
 
+    /// What the link is taken to carry, until that is known better.
+    pub(super) fn expect_link(&self, bytes_per_s: f64) {
+        self.pace.expect(bytes_per_s);
+    }
+
     /// The destination could not apply these pages: send them whole next time.
     pub(super) fn forget(&mut self, pages: &[PageIndex]) {
         for page in pages.iter().filter(|page| page.0 < self.memory.pages()) {
@@ -132,7 +142,9 @@ impl RoundSender {
     ) -> Result<Option<RoundSummary>, Failure> {
         let begin = Instant::now();
         self.plan.begin_round();
-        let RoundSender { memory, tracker, plan, sent, witness, readers, counters, .. } = self;
+        let RoundSender {
+            memory, tracker, plan, sent, witness, readers, counters, buffers, ..
+        } = self;
         let round = Round {
             memory,
             sent,
@@ -141,6 +153,7 @@ impl RoundSender {
             counters,
             version,
             messages,
+            buffers,
         };
         // A short round is not worth a thread.
         let batches = plan.left_in_round().div_ceil(BATCH_PAGES as u64) as usize;
@@ -235,6 +248,7 @@ struct Round<'a> {
     counters: &'a Counters,
     version: Version,
     messages: &'a mpsc::Sender<Bytes>,
+    buffers: &'a Buffers,
 }
 
 /// What a thread has sent.
@@ -261,7 +275,7 @@ impl Round<'_> {
     /// Takes tasks until there are no more.
     fn work(&self, desk: &Mutex<Desk<'_>>, reader: &mut PageReader) -> Result<Done, Failure> {
         let mut done = Done::default();
-        let (mut task, mut message) = (Task::default(), Vec::new());
+        let (mut task, mut message) = (Task::default(), self.buffers.take());
         while !done.closed {
             if !desk.lock().expect("no holder panics").next(&mut task)? {
                 break;
@@ -291,7 +305,8 @@ impl Round<'_> {
             self.counters.add_frames(&counts);
             done.counts += counts;
             if is_full(&message) {
-                self.hand_over(std::mem::take(&mut message), reader, &mut done);
+                let full = std::mem::replace(&mut message, self.buffers.take());
+                self.hand_over(full, reader, &mut done);
             }
         }
         self.hand_over(message, reader, &mut done);
@@ -304,7 +319,7 @@ impl Round<'_> {
         }
         let (bytes, begin) = (message.len(), Instant::now());
         done.messages += 1;
-        done.closed |= self.messages.blocking_send(Bytes::from(message)).is_err();
+        done.closed |= self.messages.blocking_send(self.buffers.message(message)).is_err();
         reader.sent(bytes, begin.elapsed());
     }
 }

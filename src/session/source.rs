@@ -35,8 +35,8 @@ use crate::transport::{
     Lane, Link, LinkError, SavedSender, SessionKey, Ticket, TransportOptions, connect, reconnect,
 };
 use crate::wire::message::{
-    DestinationStage, Flight, Lacking, MessageError, PROTOCOL, PackedSet, Strategy, ToDestination,
-    ToSource, decode, encode,
+    DestinationStage, Flight, Lacking, MessageError, PROTOCOL, PackedSet, RunWhen, Strategy,
+    ToDestination, ToSource, decode, encode,
 };
 use crate::wire::state::PackedState;
 

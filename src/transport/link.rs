@@ -193,6 +193,12 @@ impl Link {
         Ok(())
     }
 
+    /// Whether somebody waits for what travels behind the bulk. While nobody does, as before the switchover, a
+    /// queue of a few milliseconds is let stand on short paths too, which keeps busy hosts at work.
+    pub fn expect_faults(&self, expected: bool) {
+        self.0.gauges.set_nobody_waits(!expected);
+    }
+
     /// Waits until all that was pushed is acknowledged by the peer's transport.
     pub async fn push_drained(&self) -> Result<(), LinkError> {
         tokio::select! {

@@ -5,6 +5,7 @@ use super::limits::{MAX_PAGES_PER_FRAME, MAX_RUNS_PER_FRAME};
 use super::page_list;
 use super::write::FrameParts;
 use crate::codec::delta::{DeltaPacker, LineMask, UnitMask, WordMask};
+use crate::codec::ladder::PageCodec;
 use crate::codec::pack::{Compression, Compressor};
 use crate::codec::xbzrle::RunPacker;
 use crate::codec::{CodecChoice, CodecCounts, CodecId, Content, DeltaCodec, Packing, is_zero};
@@ -61,7 +62,7 @@ pub struct FrameEncoder {
     old_words: Vec<u8>,
     runs: Runs,
     whole: Vec<PageIndex>,
-    /// The content of `whole`, page after page.
+    /// The content of `whole`, page after page, unless it goes as it is.
     block: Vec<u8>,
     copies: Listed,
     coder: Coder,
@@ -131,7 +132,7 @@ impl FrameEncoder {
         self.coder.put_list(CodecId::Unchanged, version, &self.unchanged, out, &mut counts);
         self.put_words(version, out, &mut counts);
         self.put_runs(version, out, &mut counts);
-        self.put_whole(version, out, &mut counts);
+        self.put_whole(version, pages, out, &mut counts);
         counts
     }
 
@@ -244,7 +245,9 @@ impl FrameEncoder {
                 }
             }
             self.whole.push(page);
-            self.block.extend_from_slice(bytes);
+            if self.choice.page != PageCodec::Raw {
+                self.block.extend_from_slice(bytes);
+            }
         }
     }
 
@@ -285,20 +288,34 @@ impl FrameEncoder {
         counts.add(CodecId::Xbzrle, list.pages.len() as u64, frame.write(out) as u64);
     }
 
-    fn put_whole(&mut self, version: Version, out: &mut Vec<u8>, counts: &mut CodecCounts) {
+    fn put_whole(
+        &mut self,
+        version: Version,
+        pages: &[PageToSend<'_>],
+        out: &mut Vec<u8>,
+        counts: &mut CodecCounts,
+    ) {
         if self.whole.is_empty() {
             return;
         }
         let Coder { compressor, coded, runs } = &mut self.coder;
-        let packing = compressor.pack(&self.block, self.choice.page.compression(), coded);
         page_list::collect(self.whole.iter().copied(), runs);
+        let count = self.whole.len() as u64;
+        if self.choice.page == PageCodec::Raw {
+            let mut whole = self.whole.iter().peekable();
+            let pages = pages.iter().filter(|page| whole.next_if_eq(&&page.page).is_some());
+            let frame = FrameParts::new(CodecId::Raw, version, runs);
+            let length = frame.write_pages(pages.map(|page| page.bytes), out);
+            return counts.add(CodecId::Raw, count, length as u64);
+        }
+        let packing = compressor.pack(&self.block, self.choice.page.compression(), coded);
         let codec = codec_of(Content::Whole, packing);
         let frame = FrameParts {
             decoded: &self.block,
             body: if packing == Packing::Plain { &self.block } else { coded },
             ..FrameParts::new(codec, version, runs)
         };
-        counts.add(codec, self.whole.len() as u64, frame.write(out) as u64);
+        counts.add(codec, count, frame.write(out) as u64);
     }
 }
 

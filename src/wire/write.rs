@@ -5,7 +5,7 @@ use xxhash_rust::xxh3::xxh3_64;
 use super::frame::{Base, FORMAT, MAGIC, check_bytes, checksum};
 use super::{page_list, varint};
 use crate::codec::{CodecId, Content};
-use crate::page::{PageRange, Version};
+use crate::page::{PAGE_SIZE_BYTES, PageBytes, PageRange, Version};
 
 /// What a frame is written from.
 pub(super) struct FrameParts<'a> {
@@ -40,6 +40,35 @@ impl<'a> FrameParts<'a> {
     /// Appends the frame to `out`; gives its length in bytes.
     pub(super) fn write(&self, out: &mut Vec<u8>) -> usize {
         let start = out.len();
+        self.put_header(self.body.len(), out);
+        let checksum = checksum(xxh3_64(&out[start..]), self.decoded);
+        out.extend_from_slice(&checksum.to_le_bytes());
+        out.extend_from_slice(self.body);
+        out.len() - start
+    }
+
+    /// Appends the frame with these pages for its body, as they are: they are copied once.
+    pub(super) fn write_pages<'p>(
+        &self,
+        pages: impl Iterator<Item = &'p PageBytes>,
+        out: &mut Vec<u8>,
+    ) -> usize {
+        let start = out.len();
+        let pages_len =
+            self.runs.iter().map(PageRange::len).sum::<u64>() as usize * PAGE_SIZE_BYTES;
+        self.put_header(pages_len, out);
+        let header_hash = xxh3_64(&out[start..]);
+        let checksum_at = out.len();
+        out.extend_from_slice(&[0; size_of::<u64>()]);
+        let body_at = out.len();
+        pages.for_each(|page| out.extend_from_slice(page));
+        debug_assert_eq!(out.len() - body_at, pages_len);
+        let checksum = checksum(header_hash, &out[body_at..]);
+        out[checksum_at..body_at].copy_from_slice(&checksum.to_le_bytes());
+        out.len() - start
+    }
+
+    fn put_header(&self, body_len: usize, out: &mut Vec<u8>) {
         let content = self.codec.content();
         out.extend_from_slice(&[MAGIC, FORMAT, self.codec.to_wire()]);
         varint::put(out, u64::from(self.version.0));
@@ -52,12 +81,8 @@ impl<'a> FrameParts<'a> {
             out.extend_from_slice(&check.to_le_bytes()[..check_bytes(content)]);
         }
         if content.has_body() {
-            varint::put(out, self.body.len() as u64);
+            varint::put(out, body_len as u64);
         }
-        let checksum = checksum(xxh3_64(&out[start..]), self.decoded);
-        out.extend_from_slice(&checksum.to_le_bytes());
-        out.extend_from_slice(self.body);
-        out.len() - start
     }
 
     fn put_bases(&self, out: &mut Vec<u8>) {

@@ -103,7 +103,7 @@ fn stays_within_its_capacity_and_starts_small() {
     }
     assert_eq!(cache.len(), cache.capacity());
     assert!(cache.capacity() * PAGE_SIZE_BYTES > capacity * 98 / 100);
-    let last_chunk = CHUNK_SLOTS * SLOT_COST_BYTES;
+    let last_chunk = (1 << SMALL_CHUNK_SHIFT) * SLOT_COST_BYTES;
     assert!(cache.memory_bytes() <= capacity + counters + last_chunk, "{}", cache.memory_bytes());
 }
 

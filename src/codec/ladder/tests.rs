@@ -115,3 +115,24 @@ fn choices_are_read_as_they_are_written() {
         assert!(bad.parse::<CodecChoice>().is_err(), "{bad}");
     }
 }
+
+#[test]
+fn what_nothing_compresses_goes_as_it_is_where_the_link_is_the_limit_too_until_it_compresses() {
+    let mut ladder = Ladder::default();
+    let mut raw_of_a_hundred = |coded_share: f64| {
+        let mut raw = 0;
+        for _ in 0..10_000 {
+            let choice = ladder.choose(3_000.0 * MBIT, 8);
+            let rung = find(&PAGES, |codec| codec == choice.page).unwrap();
+            let share = if choice.page == PageCodec::Raw { 1.0 } else { coded_share };
+            let mut counts = CodecCounts::default();
+            counts.add(CodecId::Zstd, 64, (64.0 * 4096.0 * share) as u64);
+            let seconds = 64.0 * 4096.0 / (rung.encode_mb_per_s * 1e6);
+            ladder.observe(choice, &counts, Duration::from_secs_f64(seconds));
+            raw += u32::from(choice.page == PageCodec::Raw);
+        }
+        raw / 100
+    };
+    assert!(raw_of_a_hundred(1.0) >= 80);
+    assert!(raw_of_a_hundred(0.4) <= 20);
+}

@@ -6,6 +6,11 @@ use super::*;
 /// processors, within these.
 const ANSWERERS: std::ops::RangeInclusive<usize> = 2..=8;
 
+/// A path this short stays within a building,
+const LAN_RTT_US: u64 = 1_000;
+/// where the first pages should not wait for codecs that suit a slower link than this.
+const LAN_BYTES_PER_S: f64 = 600e6;
+
 impl Session {
     pub(super) async fn act(&mut self, action: SourceAction) {
         match action {
@@ -14,6 +19,10 @@ impl Session {
                     *downtime_us = self.downtime.map(|downtime| downtime.as_micros() as u64);
                 }
                 let Some(on_link) = self.links.on_link() else { return };
+                if let ToDestination::Offer { run_when, .. } = &message {
+                    // With all pages there before it runs, the guest waits for none.
+                    on_link.link.expect_faults(*run_when == RunWhen::Loaded);
+                }
                 if let Err(error) = on_link.link.control_send(encode(&message).into()).await {
                     // The receiving task finds the same; this one may be first.
                     link_ended(&self.happened, &on_link, error);
@@ -82,6 +91,7 @@ impl Session {
         let Some(mut sender) = self.sender.take() else { return };
         let (guest, kind) = (self.guest.clone(), self.options.tracker);
         let (happened, link) = (self.happened.clone(), on_link.link.clone());
+        link.expect_faults(false);
         let (messages, queue) = mpsc::channel(4);
         let (rehearsed, measured) = (happened.clone(), link.clone());
         let number = on_link.number;
@@ -91,6 +101,9 @@ impl Session {
             }));
             let round = tokio::task::spawn_blocking(move || {
                 let result = (|| {
+                    if version == Version(1) && measured.stats().rtt_us < LAN_RTT_US {
+                        sender.expect_link(LAN_BYTES_PER_S);
+                    }
                     if !sender.is_tracking() {
                         let tracker = guest.with(|guest| guest.track(kind))?;
                         sender.track(tracker)?;

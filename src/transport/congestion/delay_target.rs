@@ -13,6 +13,9 @@
 //!   a deep buffer.
 //! * Loss alone means nothing below 6 % (random loss is common on long links); above 2 % it counts
 //!   when a queue stands at the same time.
+//! * On a short path the target is a tenth of the RTT while a guest may wait for pages behind the bulk. While
+//!   nobody does, it is that of a long path: hosts that take milliseconds to get round to their packets
+//!   look like a queue, and giving way to that would leave the link idle.
 //! * The base RTT is looked for every 10 s by draining the queue for one round. When a cut of the
 //!   window does not shorten the delay, the queue is not ours (another route, or another sender that
 //!   fills the buffer): the delay found becomes the base, and the old rate is taken up again.
@@ -32,7 +35,8 @@ use super::Gauges;
 /// RTT samples in a row that must be late before the start ends or a round is cut short.
 const LATE_SAMPLES: u32 = 8;
 /// How long the row must be, as a share of the base RTT. A host that was not scheduled for a while
-/// handles many late acknowledgements at once, and the last of them are in time again.
+/// handles many late acknowledgements at once, and the last of them are in time again. On a path that is
+/// shorter than a round, it is this share of the shortest round.
 const LATE_IN_START: f64 = 0.0625;
 const LATE_IN_STEADY: f64 = 0.5;
 /// Rounds are no shorter than this: below it, timers and schedulers are what one measures.
@@ -57,8 +61,9 @@ const ROUNDS_AFTER_LOSS: u32 = 16;
 /// Builds [`DelayTarget`] controllers.
 #[derive(Clone, Debug)]
 pub struct DelayTargetConfig {
-    /// Standing queue aimed at on a long path. A path whose base RTT is below ten times this aims
-    /// at a tenth of it (but not below `queue_target_floor`): a queue must be short beside the RTT.
+    /// Standing queue aimed at on a long path. While a guest may wait for pages, a path whose base RTT is
+    /// below ten times this aims at a tenth of it (but not below `queue_target_floor`): a queue must be short
+    /// beside the RTT.
     pub queue_target: Duration,
     /// Smallest standing queue aimed at.
     pub queue_target_floor: Duration,
@@ -178,6 +183,9 @@ impl DelayTarget {
 
     /// Standing queue aimed at, in seconds.
     fn target(&self, base: f64) -> f64 {
+        if self.config.gauges.nobody_waits() {
+            return self.config.queue_target.as_secs_f64();
+        }
         (base / 10.0).clamp(
             self.config.queue_target_floor.as_secs_f64(),
             self.config.queue_target.as_secs_f64(),
@@ -236,7 +244,8 @@ impl DelayTarget {
         late.samples += 1;
         late.min_rtt = late.min_rtt.min(rtt);
         let Late { since, samples, min_rtt } = *late;
-        if samples < LATE_SAMPLES || (now - since).as_secs_f64() < base * share {
+        let row_s = base.max(MIN_ROUND.as_secs_f64()) * share;
+        if samples < LATE_SAMPLES || (now - since).as_secs_f64() < row_s {
             return;
         }
         self.late = None;

@@ -14,6 +14,7 @@ pub(crate) struct Gauges {
     delivery_rate_bytes_per_s: AtomicU64,
     min_rtt_us: AtomicU64,
     ran_dry: AtomicBool,
+    nobody_waits: AtomicBool,
     pub(crate) dry: Notify,
 }
 
@@ -29,6 +30,15 @@ impl Gauges {
         self.in_flight_bytes.store(in_flight_bytes, Relaxed);
         self.delivery_rate_bytes_per_s.store(delivery_rate_bytes_per_s, Relaxed);
         self.min_rtt_us.store(min_rtt.map_or(0, |rtt| rtt.as_micros() as u64), Relaxed);
+    }
+
+    /// Nobody waits for a page behind the bulk: its rate is all that counts.
+    pub(crate) fn set_nobody_waits(&self, nobody_waits: bool) {
+        self.nobody_waits.store(nobody_waits, Relaxed);
+    }
+
+    pub(crate) fn nobody_waits(&self) -> bool {
+        self.nobody_waits.load(Relaxed)
     }
 
     /// The connection had nothing more to send although its window was open.

@@ -61,6 +61,18 @@ fn a_data_centre_link_is_full_with_half_a_millisecond_of_queue() {
 }
 
 #[test]
+fn while_nobody_waits_a_busy_host_keeps_the_rate_of_a_short_path() {
+    let rtt = Duration::from_micros(100);
+    let path = Path { rate_bytes_per_s: 125e6, rtt, queue_bytes: 4e6, loss: 0.0 };
+    let mut link = Link::new_while_nobody_waits(path);
+    link.stall = Some((Duration::from_millis(5), Duration::from_millis(1)));
+    link.run_until(1.0);
+    let measured = link.run_until(4.0);
+    assert!(measured.mbit > 900.0, "{measured:?}");
+    assert!(measured.queue_p99_ms < 10.0, "{measured:?}");
+}
+
+#[test]
 fn the_start_fills_the_link_within_a_second_and_never_a_deep_buffer() {
     let mut link = Link::new(path(100.0, 40, 10.0, 0.0));
     let start = link.run_until(1.0);

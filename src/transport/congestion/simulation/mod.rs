@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use quinn::congestion::Controller;
 
 use self::cubic::Cubic;
-use super::{DelayTarget, DelayTargetConfig};
+use super::{DelayTarget, DelayTargetConfig, Gauges};
 
 mod alone;
 mod cubic;
@@ -107,9 +107,23 @@ impl Link {
         link
     }
 
+    /// The same, and nobody waits for what is behind the bulk.
+    fn new_while_nobody_waits(path: Path) -> Self {
+        let mut link = Self::new(path);
+        link.flows.clear();
+        let gauges = Arc::new(Gauges::default());
+        gauges.set_nobody_waits(true);
+        link.join_ours_as(DelayTargetConfig { gauges, ..DelayTargetConfig::default() });
+        link
+    }
+
     /// Another flow of ours begins now.
     fn join_ours(&mut self) {
-        let config = Arc::new(DelayTargetConfig::default());
+        self.join_ours_as(DelayTargetConfig::default());
+    }
+
+    fn join_ours_as(&mut self, config: DelayTargetConfig) {
+        let config = Arc::new(config);
         let controller = DelayTarget::new(config, self.at(self.now), PACKET_BYTES as u16);
         self.join(Control::Ours(controller));
     }
