@@ -8,9 +8,10 @@
 //!   look like a queue to a mean, do not count.
 //! * Steady state moves the window a third of the way to `window * (base + target) / (base + queue)`,
 //!   at which the standing queue is the target. It grows only while the window is really used.
-//! * Start doubles per round trip until a sixteenth of a round trip of samples, all of them, show a
-//!   queue, then falls back to the window that was in force when those packets left: no overshoot into
-//!   a deep buffer.
+//! * Start doubles per round trip until the window is what the path holds, as the spread of bursts tells
+//!   ([`Trains`]): what one learns from a queue is a round trip late, and by then it is half a round trip long. Where
+//!   bursts tell nothing, or too much, a sixteenth of a round trip of samples, all of them, that show a queue end
+//!   it; then the window falls back to the one that was in force when those packets left.
 //! * Loss alone means nothing below 6 % (random loss is common on long links); above 2 % it counts
 //!   when a queue stands at the same time.
 //! * On a short path the target is a tenth of the RTT while a guest may wait for pages behind the bulk. While
@@ -18,7 +19,9 @@
 //!   look like a queue, and giving way to that would leave the link idle.
 //! * The base RTT is looked for every 10 s by draining the queue for one round. When a cut of the
 //!   window does not shorten the delay, the queue is not ours (another route, or another sender that
-//!   fills the buffer): the delay found becomes the base, and the old rate is taken up again.
+//!   fills the buffer): the delay found becomes the base, and the old rate is taken up again. The same holds
+//!   when the whole window, at the rate that there was, would be through sooner than the delay lasts, as where a
+//!   busy host adds half a millisecond to a short path.
 //!
 //! Beside a loss-based TCP flow it gives way, down to a twentieth of the link at the worst, and takes the link
 //! back when the other ends. Of two of its kind the first one keeps the most (`simulation/shared.rs`).
@@ -31,6 +34,7 @@ use quinn::congestion::{Controller, ControllerFactory, ControllerMetrics};
 use quinn_proto::RttEstimator;
 
 use super::Gauges;
+use super::trains::Trains;
 
 /// RTT samples in a row that must be late before the start ends or a round is cut short.
 const LATE_SAMPLES: u32 = 8;
@@ -51,6 +55,9 @@ const MAX_GROWTH: f64 = 1.25;
 /// by as much more in each further one, up to that limit. A single leap would be a queue of a quarter of the
 /// round trip where the link is as it was.
 const CALM_ROUNDS: u32 = 3;
+/// They count only when so much of the window was in flight at some time: else the host is what keeps the rate
+/// down, and a larger window becomes a queue as soon as it does not.
+const CALM_IN_FLIGHT: f64 = 0.95;
 const CALM_GROWTH: f64 = 0.04;
 /// The window never falls by more than this factor in one step.
 const MAX_CUT: f64 = 0.25;
@@ -147,12 +154,16 @@ pub struct DelayTarget {
     /// Rounds to let pass unjudged: their packets left before the last change of the window.
     settling: u32,
     cut: Option<Cut>,
+    /// Window per RTT when the queue was last found to be longer than the target, for as long as it is.
+    declining_from: Option<f64>,
     rounds_after_loss: u32,
     /// Full rounds in a row without any queue: the link may have become wider.
     calm_rounds: u32,
     /// Smallest RTT of the round before this one, when its packets left under the same window.
     previous_min_rtt: Option<Duration>,
     late: Option<Late>,
+    /// Until the end of the start.
+    trains: Trains,
     in_flight: u64,
     rate_bytes_per_s: f64,
 }
@@ -170,10 +181,12 @@ impl DelayTarget {
             round: Round::new(now),
             settling: 0,
             cut: None,
+            declining_from: None,
             rounds_after_loss: 0,
             calm_rounds: 0,
             previous_min_rtt: None,
             late: None,
+            trains: Trains::default(),
             in_flight: 0,
             rate_bytes_per_s: 0.0,
         };
@@ -215,12 +228,28 @@ impl DelayTarget {
         }
         self.round.min_rtt = Some(self.round.min_rtt.map_or(rtt, |min| min.min(rtt)));
         self.round.acked_bytes += bytes;
-        if self.phase == Phase::Start && self.window_is_used() {
-            self.set_window(self.window + bytes as f64);
+        if self.phase == Phase::Start {
+            self.trains.acked(now, sent, bytes);
+            if self.window_is_used() {
+                self.set_window(self.window + bytes as f64);
+            }
+            self.end_start_when_full(now);
         }
         self.judge_sample(now, sent, rtt);
         if sent >= self.round.started && now - self.round.started >= MIN_ROUND {
             self.end_round(now);
+        }
+    }
+
+    /// Goes on by small steps from the window that fills the path, as far as bursts have told.
+    fn end_start_when_full(&mut self, now: Instant) {
+        let (Some(base), Some(rate)) = (self.base, self.trains.bytes_per_s()) else { return };
+        let full = rate * base.as_secs_f64();
+        if self.window >= full {
+            self.set_window(full);
+            self.phase = Phase::Steady;
+            self.late = None;
+            self.settle(now);
         }
     }
 
@@ -270,6 +299,7 @@ impl DelayTarget {
     /// Lets the packets pass that left under the old window.
     fn settle(&mut self, now: Instant) {
         self.settling = 1;
+        self.calm_rounds = 0;
         self.previous_min_rtt = None;
         self.round = Round::new(now);
     }
@@ -284,7 +314,9 @@ impl DelayTarget {
             self.settling -= 1;
             return;
         }
-        let calm = used && (min_rtt - base).as_secs_f64() < self.target(base.as_secs_f64()) / 4.0;
+        let base_s = base.as_secs_f64();
+        let calm = round.most_in_flight as f64 >= CALM_IN_FLIGHT * self.window
+            && (min_rtt - base).as_secs_f64() < self.target(base_s) / 4.0;
         self.calm_rounds = if calm { self.calm_rounds + 1 } else { 0 };
         let previous = self.previous_min_rtt.replace(min_rtt);
         let min_rtt = previous.map_or(min_rtt, |previous| previous.min(min_rtt));
@@ -324,8 +356,17 @@ impl DelayTarget {
         let base_s = base.as_secs_f64();
         let queue = min_rtt.saturating_sub(base).as_secs_f64();
         let target = self.target(base_s);
+        let rate = self.window / (base_s + queue);
         if queue <= 2.0 * target {
             self.cut = None;
+            if queue <= target {
+                self.declining_from = None;
+            } else {
+                let before = *self.declining_from.get_or_insert(rate);
+                if queue * before > self.window {
+                    return self.take_delay_for_the_path(now, min_rtt, before);
+                }
+            }
             let aim = self.window * (base_s + target) / (base_s + queue);
             let step = self.window + (aim - self.window) * GAIN;
             if step <= self.window {
@@ -335,23 +376,30 @@ impl DelayTarget {
             }
             return;
         }
-        let rate = self.window / (base_s + queue);
+        self.declining_from = None;
         let cut = match self.cut {
             Some(cut) if queue > 0.6 * cut.queue => Cut { in_vain: cut.in_vain + 1, ..cut },
             Some(cut) => Cut { queue, in_vain: 0, ..cut },
             None => Cut { rate, queue, in_vain: 0 },
         };
         if cut.in_vain >= 2 {
-            // Two cuts did not shorten the delay: it is the path's, not ours.
-            self.adopt_base(now, min_rtt);
-            let base_s = min_rtt.as_secs_f64();
-            self.set_window(cut.rate.max(rate) * (base_s + self.target(base_s)));
-            self.cut = None;
+            // Two cuts did not shorten the delay.
+            self.take_delay_for_the_path(now, min_rtt, cut.rate.max(rate));
         } else {
             let aim = self.window * (base_s + target) / (base_s + queue);
             self.set_window(aim.max(self.window * MAX_CUT));
             self.cut = Some(cut);
+            self.settle(now);
         }
+    }
+
+    /// The delay is not of our making: it counts as none from here on, and the rate that there was before it was
+    /// answered is taken up again.
+    fn take_delay_for_the_path(&mut self, now: Instant, min_rtt: Duration, rate: f64) {
+        self.adopt_base(now, min_rtt);
+        let base_s = min_rtt.as_secs_f64();
+        self.set_window(rate * (base_s + self.target(base_s)));
+        (self.cut, self.declining_from) = (None, None);
         self.settle(now);
     }
 

@@ -10,6 +10,7 @@ mod fixed;
 mod gauges;
 #[cfg(test)]
 mod simulation;
+mod trains;
 
 use std::sync::Arc;
 

@@ -74,18 +74,42 @@ fn while_nobody_waits_a_busy_host_keeps_the_rate_of_a_short_path() {
 
 #[test]
 fn the_start_fills_the_link_within_a_second_and_never_a_deep_buffer() {
+    for (mbit, rtt_ms) in [(100.0, 40), (25.0, 80), (1000.0, 20)] {
+        let mut link = Link::new(path(mbit, rtt_ms, 10.0, 0.0));
+        let start = link.run_until(1.0);
+        assert!(start.queue_max_ms < 10.0, "{start:?}");
+        assert_eq!(start.dropped, 0);
+        let then = link.run_until(2.0);
+        assert!(then.mbit > 0.92 * mbit, "{then:?}");
+        assert!(then.queue_max_ms < 10.0, "{then:?}");
+    }
+}
+
+#[test]
+fn a_start_that_bursts_tell_nothing_of_has_one_overshoot_and_not_two() {
     let mut link = Link::new(path(100.0, 40, 10.0, 0.0));
-    let start = link.run_until(1.0);
-    assert!(start.queue_max_ms < 60.0, "{start:?}");
-    assert_eq!(start.dropped, 0);
+    // Another pacer, without bursts.
+    link.flows[0].offered = Some(25e6);
+    let start = link.run_until(0.4);
+    assert!(start.queue_max_ms < 50.0, "{start:?}");
     let then = link.run_until(2.0);
-    assert!(then.mbit > 92.0, "{then:?}");
+    assert!(then.queue_max_ms < 10.0 && then.mbit > 92.0, "{then:?}");
 }
 
 #[test]
 fn a_start_on_one_bdp_of_buffer_loses_nothing() {
     let start = Link::new(path(100.0, 40, 1.0, 0.0)).run_until(2.0);
     assert_eq!(start.dropped, 0, "{start:?}");
+}
+
+#[test]
+fn a_start_on_a_busy_host_does_not_overshoot() {
+    let mut link = Link::new(path(100.0, 40, 10.0, 0.0));
+    link.stall = Some((Duration::from_millis(10), Duration::from_millis(4)));
+    let start = link.run_until(2.0);
+    assert!(start.queue_max_ms < 20.0, "{start:?}");
+    let then = link.run_until(4.0);
+    assert!(then.mbit > 97.0, "{then:?}");
 }
 
 #[test]
@@ -119,6 +143,19 @@ fn a_longer_route_is_taken_for_what_it_is() {
     let after = link.run_until(16.0);
     assert!(after.mbit > 93.0, "{after:?}");
     assert!(after.queue_p50_ms < 8.0, "{after:?}");
+}
+
+#[test]
+fn a_host_that_has_become_slow_to_answer_is_not_taken_for_a_queue() {
+    for added_us in [600, 800, 1500] {
+        let mut link = Link::new(path(1000.0, 1, 10.0, 0.0));
+        link.run_until(1.0);
+        link.path.rtt += Duration::from_micros(added_us);
+        link.run_until(1.5);
+        let after = link.run_until(5.0);
+        assert!(after.mbit > 900.0, "{added_us} us: {after:?}");
+        assert!(after.queue_p50_ms < 1.0, "{added_us} us: {after:?}");
+    }
 }
 
 #[test]

@@ -16,6 +16,9 @@ mod cubic;
 mod shared;
 
 const PACKET_BYTES: u64 = 1452;
+/// Of quinn's pacing.
+const MIN_BURST_PACKETS: f64 = 10.0;
+const BURST_S: f64 = 0.002;
 
 /// The path as it is from some time on.
 #[derive(Clone, Copy)]
@@ -48,7 +51,7 @@ struct Measured {
 
 /// Who decides how much of a flow is under way.
 enum Control {
-    Ours(DelayTarget),
+    Ours(Box<DelayTarget>),
     Cubic(Cubic),
 }
 
@@ -66,12 +69,44 @@ struct Flow {
     next_packet: u64,
     in_flight: BTreeMap<u64, Duration>,
     next_send: Duration,
+    /// Packets that may go at once.
+    tokens: f64,
+    filled: Duration,
     smoothed_rtt: f64,
     largest_acked: u64,
     /// Bytes per second that the application offers.
     offered: Option<f64>,
     is_over: bool,
     delivered: u64,
+}
+
+impl Flow {
+    /// Notes a packet that leaves, and when the next one may. Both quinn and Linux pace a quarter faster than one
+    /// window per round trip: Linux packet by packet, quinn by a bucket of 2 ms, and of ten packets at least,
+    /// that is filled again when it is empty.
+    fn pace(&mut self, now: Duration) {
+        let window_per_s = self.control.window() as f64 / self.smoothed_rtt / PACKET_BYTES as f64;
+        let pace = 1.25 * window_per_s;
+        let offered = self.offered.map(|bytes_per_s| bytes_per_s / PACKET_BYTES as f64);
+        let (pace, bucket) = match (&self.control, offered) {
+            (_, Some(offered)) => (offered.min(pace), 1.0),
+            (Control::Ours(_), None) => (pace, (window_per_s * BURST_S).max(MIN_BURST_PACKETS)),
+            (Control::Cubic(_), None) => (pace, 1.0),
+        };
+        let fill = |tokens: f64, since: Duration| {
+            (tokens + (now - since).as_secs_f64() * pace).min(bucket)
+        };
+        if self.tokens < 1.0 {
+            (self.tokens, self.filled) = (fill(self.tokens, self.filled), now);
+        }
+        self.tokens -= 1.0;
+        if self.tokens < 1.0 {
+            (self.tokens, self.filled) = (fill(self.tokens, self.filled), now);
+        }
+        let empty = self.tokens < 1.0;
+        let wait = if empty { (bucket - self.tokens) / pace } else { 0.0 };
+        self.next_send = now + Duration::from_secs_f64(wait);
+    }
 }
 
 struct Link {
@@ -125,7 +160,7 @@ impl Link {
     fn join_ours_as(&mut self, config: DelayTargetConfig) {
         let config = Arc::new(config);
         let controller = DelayTarget::new(config, self.at(self.now), PACKET_BYTES as u16);
-        self.join(Control::Ours(controller));
+        self.join(Control::Ours(Box::new(controller)));
     }
 
     /// A TCP flow begins now.
@@ -139,6 +174,8 @@ impl Link {
             next_packet: 0,
             in_flight: BTreeMap::new(),
             next_send: self.now,
+            tokens: MIN_BURST_PACKETS,
+            filled: self.now,
             smoothed_rtt: self.path.rtt.as_secs_f64(),
             largest_acked: 0,
             offered: None,
@@ -178,11 +215,7 @@ impl Link {
         if let Control::Ours(controller) = &mut flow.control {
             controller.sent(PACKET_BYTES);
         }
-        // As quinn paces, and Linux paces TCP: a quarter faster than one window per RTT.
-        let pace = flow.control.window() as f64 * 1.25 / flow.smoothed_rtt;
-        let pace = flow.offered.map_or(pace, |offered| offered.min(pace));
-        flow.next_send =
-            flow.next_send.max(self.now) + Duration::from_secs_f64(PACKET_BYTES as f64 / pace);
+        flow.pace(self.now);
         let waiting = self.link_free_at.saturating_sub(self.now).as_secs_f64();
         self.queue_ms.push(waiting * 1e3);
         let full =

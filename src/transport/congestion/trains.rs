@@ -1,0 +1,152 @@
+//! What the path holds, told by packets that left at once: the narrowest link spreads them, and their
+//! acknowledgements come as far apart as it takes for each. (Packet trains: Dovrolis, Ramanathan and Moore,
+//! "What do packet dispersion techniques measure?", INFOCOM 2001.)
+
+use std::collections::VecDeque;
+use std::time::{Duration, Instant};
+
+/// Packets that leave within this were sent at once: a pacer's burst.
+const SENT_WITHIN: Duration = Duration::from_micros(300);
+/// A train whose acknowledgements come within less shows the clocks and schedulers of both hosts, and not the
+/// path: on a fast path only long trains count.
+const MIN_SPREAD: Duration = Duration::from_micros(800);
+/// A train must be spread so much beyond what lay between its packets when they left.
+const MIN_WIDENING: u32 = 3;
+/// Shorter ones are told apart from a chance meeting of packets no better than from noise.
+const MIN_PACKETS: u32 = 6;
+/// Trains that count, and how many it takes.
+const TRAINS: usize = 9;
+const MIN_TRAINS: usize = 5;
+/// The middle half of them must agree so well: on a host that is too busy to tell, each says something else.
+const AGREEMENT: f64 = 1.25;
+
+#[derive(Clone, Copy, Debug)]
+struct Train {
+    first_sent: Instant,
+    last_sent: Instant,
+    first_acked: Instant,
+    last_acked: Instant,
+    packets: u32,
+    /// Without what was acknowledged with the first.
+    bytes: u64,
+}
+
+impl Train {
+    fn bytes_per_s(&self) -> Option<f64> {
+        let spread = self.last_acked - self.first_acked;
+        let sent = self.last_sent.saturating_duration_since(self.first_sent);
+        let tells = self.packets >= MIN_PACKETS
+            && spread >= MIN_SPREAD
+            && spread >= sent * MIN_WIDENING
+            && self.bytes > 0;
+        tells.then(|| self.bytes as f64 / spread.as_secs_f64())
+    }
+}
+
+/// The last trains of a connection.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Trains {
+    current: Option<Train>,
+    rates: VecDeque<f64>,
+}
+
+impl Trains {
+    /// A packet was acknowledged.
+    pub(super) fn acked(&mut self, now: Instant, sent: Instant, bytes: u64) {
+        if let Some(train) = &mut self.current
+            && sent.saturating_duration_since(train.first_sent) <= SENT_WITHIN
+        {
+            train.last_sent = train.last_sent.max(sent);
+            train.packets += 1;
+            if now > train.first_acked {
+                train.last_acked = now;
+                train.bytes += bytes;
+            }
+            return;
+        }
+        let begun = Train {
+            first_sent: sent,
+            last_sent: sent,
+            first_acked: now,
+            last_acked: now,
+            packets: 1,
+            bytes: 0,
+        };
+        if let Some(rate) = self.current.replace(begun).and_then(|train| train.bytes_per_s()) {
+            self.rates.push_back(rate);
+            if self.rates.len() > TRAINS {
+                self.rates.pop_front();
+            }
+        }
+    }
+
+    /// What the narrowest link carries, where trains agree on it: their median, so that neither those that a
+    /// busy host spread nor those that it closed up decide.
+    pub(super) fn bytes_per_s(&self) -> Option<f64> {
+        if self.rates.len() < MIN_TRAINS {
+            return None;
+        }
+        let mut rates: Vec<f64> = self.rates.iter().copied().collect();
+        rates.sort_by(f64::total_cmp);
+        let [lower, median, upper] = [1, 2, 3].map(|quarter| rates[rates.len() * quarter / 4]);
+        (upper <= AGREEMENT * lower).then_some(median)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PACKET_BYTES: u64 = 1452;
+
+    /// The acknowledgements of bursts of `packets` each 10 ms, through a link on which a packet takes `each`.
+    fn bursts(count: u32, packets: u32, each: Duration) -> Trains {
+        let (mut trains, begin) = (Trains::default(), Instant::now());
+        for burst in 0..count {
+            let sent = begin + burst * Duration::from_millis(10);
+            for packet in 1..=packets {
+                let left = sent + packet * Duration::from_micros(2);
+                trains.acked(sent + Duration::from_millis(40) + packet * each, left, PACKET_BYTES);
+            }
+        }
+        trains
+    }
+
+    #[test]
+    fn bursts_that_a_link_spreads_tell_its_rate() {
+        let trains = bursts(6, 10, Duration::from_micros(116));
+        let mbit = trains.bytes_per_s().unwrap() * 8e-6;
+        assert!((99.0..101.5).contains(&mbit), "{mbit} Mbit/s");
+    }
+
+    #[test]
+    fn few_bursts_and_bursts_that_are_not_spread_tell_nothing() {
+        assert_eq!(bursts(5, 10, Duration::from_micros(116)).bytes_per_s(), None);
+        assert_eq!(bursts(20, 10, Duration::from_micros(12)).bytes_per_s(), None);
+        assert_eq!(bursts(20, 4, Duration::from_micros(500)).bytes_per_s(), None);
+    }
+
+    #[test]
+    fn a_burst_that_a_busy_host_spread_does_not_decide() {
+        let mut trains = bursts(8, 10, Duration::from_micros(116));
+        let sent = Instant::now() + Duration::from_secs(1);
+        for packet in 0..10 {
+            trains.acked(sent + packet * Duration::from_millis(5), sent, PACKET_BYTES);
+        }
+        trains.acked(sent + Duration::from_secs(1), sent + Duration::from_secs(1), PACKET_BYTES);
+        assert!(trains.bytes_per_s().unwrap() * 8e-6 > 99.0);
+    }
+
+    #[test]
+    fn bursts_that_do_not_agree_tell_nothing() {
+        let (mut trains, begin) = (Trains::default(), Instant::now());
+        for burst in 1..20 {
+            let sent = begin + burst * Duration::from_millis(40);
+            for packet in 1..=10 {
+                let each = Duration::from_micros(116) * (1 + burst % 5);
+                trains.acked(sent + packet * each, sent, PACKET_BYTES);
+            }
+        }
+        assert_eq!(trains.bytes_per_s(), None);
+    }
+}
