@@ -5,10 +5,11 @@
 //! sources tell the likelihood, the surest first:
 //!
 //! 1. A stream that faults have confirmed: its next pages are all but certain.
-//! 2. Faults so far: pages are missed where the guest works. A fault in a region says that each of
-//!    the region's missing pages is touched at a rate of one in so many missing pages; old faults
-//!    count less and less. Regions are looked at in three sizes, from the largest down, so that few
-//!    faults already tell something.
+//! 2. Faults so far: pages are missed where the guest works. A fault in a piece of memory says that each of
+//!    the piece's missing pages is touched at a rate of one in so many missing pages; old faults
+//!    count less and less. Pieces are looked at in three sizes. A fault is taken to come from a mixture of
+//!    the three, whose shares are learnt from the faults: those of a kernel come in clusters, so that the
+//!    block around one is worth much, and those of a workload that goes all over its memory do not.
 //! 3. Writes in pre-copy, for regions of which no fault tells.
 
 use std::collections::BTreeMap;
@@ -24,27 +25,53 @@ const PART_PAGES: u64 = BLOCK_PAGES * 16;
 const BLOCK_PAGES: u64 = 64;
 /// The weight of a fault beside the one before it: after 23 further ones it counts half.
 const GROWTH: f32 = 1.03;
+/// What the last fault changes of the shares of the three sizes.
+const LEARNING: f32 = 0.03;
+/// Where nothing was expected, a page is taken to be touched so often, as a share of one in all pages: one fault in a
+/// new place is no proof against the small pieces.
+const UNEXPECTED: f32 = 0.1;
 /// A region is left for one that is so much better. A thread works at its pace again when all that it touches
 /// is there, so one region after the other helps more than each by a part.
 const STAY: f32 = 2.0;
+/// A region without faults is forgotten when a new one has so much more weight: some 300 faults later. What is left
+/// of it goes with the rest.
+const FORGET: f32 = 1e4;
 /// Weights are brought down when they have grown so much.
 const RESCALE_AT: f32 = 1e12;
 /// Pages whose cost stands for their region's.
 const SAMPLE_PAGES: u64 = 4;
 
-/// How often the missing pages of a region are touched, on a scale of its own.
+/// How often the missing pages of a region are touched, on a scale of its own: of the region as a whole, and of its
+/// pieces.
 #[derive(Debug)]
 struct Region {
-    score: f32,
+    whole: f32,
     parts: [f32; 16],
     blocks: Box<[f32; 256]>,
+    /// The weight of its last fault.
+    newest: f32,
     /// Of a page, on average.
     bytes: f32,
+    /// Of its best block, at most.
+    worth: f32,
 }
 
-impl Region {
-    fn worth(&self) -> f32 {
-        self.score / self.bytes
+/// The mixture: which share of the faults the rates of regions, parts and blocks have foretold.
+#[derive(Debug)]
+struct Sizes([f32; 3]);
+
+impl Sizes {
+    /// A fault came at a page for which the sizes had these probabilities: a step of expectation
+    /// maximisation.
+    fn learn(&mut self, probabilities: [f32; 3]) {
+        let all = self.weigh(probabilities);
+        for (share, probability) in self.0.iter_mut().zip(probabilities) {
+            *share += (*share * probability / all - *share) * LEARNING;
+        }
+    }
+
+    fn weigh(&self, rates: [f32; 3]) -> f32 {
+        self.0.iter().zip(rates).map(|(share, rate)| share * rate).sum()
     }
 }
 
@@ -52,11 +79,14 @@ impl Region {
 #[derive(Debug)]
 pub(super) struct Stall {
     streams: Streams,
-    /// Where there were faults and are missing pages; at most one for each 64 MiB.
+    /// Where there were faults and are missing pages: those of the last faults only.
     regions: BTreeMap<u64, Region>,
-    /// The best region, until a fault or its end.
+    sizes: Sizes,
+    /// The region that the last block was of.
     chosen: Option<u64>,
     weight: f32,
+    /// The weights of all faults.
+    total: f32,
     last: PageIndex,
     rest: Hottest,
 }
@@ -66,8 +96,10 @@ impl Default for Stall {
         Stall {
             streams: Streams::default(),
             regions: BTreeMap::new(),
+            sizes: Sizes([1.0 / 3.0; 3]),
             chosen: None,
             weight: 1.0,
+            total: 0.0,
             last: PageIndex(0),
             rest: Hottest::default(),
         }
@@ -81,31 +113,30 @@ impl Policy for Stall {
         if !self.streams.fault(wanted, left, room, bundle) {
             self.note(wanted.page, left);
         }
-        if let (Some(chosen), Some(best)) = (self.chosen, self.best_region()) {
-            let worth = |number| self.regions.get(&number).map_or(0.0, Region::worth);
-            if worth(best) > STAY * worth(chosen) {
-                self.chosen = None;
-            }
-        }
     }
 
     fn next(&mut self, left: &Left<'_>) -> Option<PageRange> {
         if let Some(run) = self.streams.next(left.unsent) {
             return Some(run);
         }
-        loop {
-            let Some(number) = self.chosen.or_else(|| self.best_region()) else {
-                return self.rest.next(left);
-            };
-            self.chosen = Some(number);
-            let start = number * REGION_PAGES;
-            let region = PageRange::new(start, start + REGION_PAGES);
-            if let Some(block) = self.best_block(number, region, left) {
-                return Some(block);
+        // What a region is taken to be worth is too much, if anything: it is looked at when it is the best one.
+        while let Some((mut number, most)) = self.best_region() {
+            let worth = |number| self.regions.get(&number).map_or(0.0, |region| region.worth);
+            if let Some(chosen) = self.chosen.filter(|chosen| worth(*chosen) * STAY >= most) {
+                number = chosen;
             }
-            self.regions.remove(&number);
-            self.chosen = None;
+            let region = self.regions.get_mut(&number)?;
+            let start = PageIndex(number * REGION_PAGES);
+            match region.best_block(start, self.last, &self.sizes, left) {
+                Some((worth, block)) if worth >= region.worth => {
+                    self.chosen = Some(number);
+                    return Some(block);
+                }
+                Some((worth, _)) => region.worth = worth,
+                None => drop(self.regions.remove(&number)),
+            }
         }
+        self.rest.next(left)
     }
 
     fn bundles(&self) -> BundleStats {
@@ -119,49 +150,83 @@ impl Stall {
         if self.weight > RESCALE_AT {
             for region in self.regions.values_mut() {
                 let scores = region.parts.iter_mut().chain(region.blocks.iter_mut());
-                scores.chain([&mut region.score]).for_each(|score| *score /= self.weight);
+                let scores = scores.chain([&mut region.whole, &mut region.newest]);
+                scores.for_each(|score| *score /= self.weight);
             }
+            self.total /= self.weight;
             self.weight = 1.0;
         }
+        let number = page.0 / REGION_PAGES;
+        let region = self.regions.entry(number).or_insert_with(|| {
+            let start = PageIndex(number * REGION_PAGES);
+            Region {
+                whole: 0.0,
+                parts: [0.0; 16],
+                blocks: Box::new([0.0; 256]),
+                newest: 0.0,
+                bytes: sample_bytes(start, left),
+                worth: 0.0,
+            }
+        });
+        let rates = region.rates(page.0 / BLOCK_PAGES % 256);
+        let (total, least) = (self.total.max(1.0), UNEXPECTED / left.unsent.pages() as f32);
+        self.sizes.learn(rates.map(|rate| rate / total + least));
+        self.total += self.weight;
         let rate = |pages: u64| {
             let start = page.0 / pages * pages;
             let missing = left.unsent.count_in(PageRange::new(start, start + pages));
             self.weight / missing.max(1) as f32
         };
-        let number = page.0 / REGION_PAGES;
-        let region = self.regions.entry(number).or_insert_with(|| {
-            let start = PageIndex(number * REGION_PAGES);
-            Region {
-                score: 0.0,
-                parts: [0.0; 16],
-                blocks: Box::new([0.0; 256]),
-                bytes: sample_bytes(start, left),
-            }
-        });
-        region.score += rate(REGION_PAGES);
+        region.whole += rate(REGION_PAGES);
         region.parts[(page.0 / PART_PAGES % 16) as usize] += rate(PART_PAGES);
         region.blocks[(page.0 / BLOCK_PAGES % 256) as usize] += rate(BLOCK_PAGES);
+        region.newest = self.weight;
+        let forgotten = self.weight / FORGET;
+        self.regions.retain(|_, region| region.newest > forgotten);
+        for region in self.regions.values_mut() {
+            region.worth = region.most(&self.sizes);
+        }
     }
 
-    fn best_region(&self) -> Option<u64> {
-        let regions = self.regions.iter();
-        regions.max_by(|a, b| a.1.worth().total_cmp(&b.1.worth())).map(|(number, _)| *number)
+    fn best_region(&self) -> Option<(u64, f32)> {
+        let regions = self.regions.iter().map(|(number, region)| (*number, region.worth));
+        regions.max_by(|a, b| a.1.total_cmp(&b.1))
+    }
+}
+
+impl Region {
+    /// Of the region, and of the part and the block.
+    fn rates(&self, block: u64) -> [f32; 3] {
+        [self.whole, self.parts[block as usize / 16], self.blocks[block as usize]]
     }
 
-    /// The best part, and in it the best block; among equals the next after the last fault.
-    fn best_block(&self, number: u64, region: PageRange, left: &Left<'_>) -> Option<PageRange> {
-        let scores = self.regions.get(&number)?;
-        let from = if region.contains(self.last) { self.last.0 - region.start.0 } else { 0 };
-        let part = best(&scores.parts, from / PART_PAGES, |part| {
-            piece(region.start, part, PART_PAGES, left).is_some()
-        })?;
-        let blocks = &scores.blocks[part as usize * 16..][..16];
-        let part = PageIndex(region.start.0 + part * PART_PAGES);
-        let from = self.last.0.saturating_sub(part.0) / BLOCK_PAGES;
-        let block = best(blocks, if from < 16 { from } else { 0 }, |block| {
-            piece(part, block, BLOCK_PAGES, left).is_some()
-        })?;
-        piece(part, block, BLOCK_PAGES, left)
+    /// What its best block is worth at most.
+    fn most(&self, sizes: &Sizes) -> f32 {
+        let most = |rates: &[f32]| rates.iter().copied().fold(0.0, f32::max);
+        sizes.weigh([self.whole, most(&self.parts), most(&self.blocks[..])]) / self.bytes
+    }
+
+    /// The block with unsent pages that is worth most, and how much; among equals the next after the last fault.
+    fn best_block(
+        &mut self,
+        start: PageIndex,
+        last: PageIndex,
+        sizes: &Sizes,
+        left: &Left<'_>,
+    ) -> Option<(f32, PageRange)> {
+        let from = last.0.checked_sub(start.0).map_or(0, |pages| pages / BLOCK_PAGES % 256);
+        let mut best: Option<(f32, PageRange)> = None;
+        for block in (from..256).chain(0..from) {
+            let worth = sizes.weigh(self.rates(block)) / self.bytes;
+            if best.as_ref().is_some_and(|(most, _)| worth <= *most) {
+                continue;
+            }
+            match piece(start, block, BLOCK_PAGES, left) {
+                Some(run) => best = Some((worth, run)),
+                None => self.blocks[block as usize] = 0.0,
+            }
+        }
+        best
     }
 }
 
@@ -170,16 +235,6 @@ fn piece(start: PageIndex, number: u64, pages: u64, left: &Left<'_>) -> Option<P
     let start = start.0 + number * pages;
     let first = left.unsent.first_from(PageIndex(start))?;
     (first.0 < start + pages).then(|| PageRange::new(start, start + pages))
-}
-
-/// The highest of 16 scores, among equals the first from `from` on, around.
-fn best(scores: &[f32], from: u64, is_left: impl Fn(u64) -> bool) -> Option<u64> {
-    let order = (from..16).chain(0..from).filter(|index| is_left(*index));
-    order.reduce(
-        |best, index| {
-            if scores[index as usize] > scores[best as usize] { index } else { best }
-        },
-    )
 }
 
 fn sample_bytes(start: PageIndex, left: &Left<'_>) -> f32 {
@@ -225,6 +280,22 @@ mod tests {
         let pages = taken(&mut pusher, 2000);
         let hits = pages.iter().filter(|page| hot(page.0)).count();
         assert!(hits > 1800, "{hits} of {}", pages.len());
+    }
+
+    #[test]
+    fn a_workload_all_over_memory_does_not_hide_where_a_kernel_works() {
+        let mut pusher = Pusher::new(PageSet::full(PAGES), Heat::new(PAGES), PusherKind::Stall);
+        // Two of three faults all over 128 MiB, one in clusters of a few pages in a part of another region.
+        let cluster = |i: u64| 3 * REGION_PAGES + i % 5 * 700;
+        for i in 0..90u64 {
+            fault(
+                &mut pusher,
+                if i % 3 == 0 { cluster(i / 3) + i / 15 * 7 } else { i * i * 7919 % 32_768 },
+            );
+        }
+        let pages = taken(&mut pusher, 5 * 64);
+        let near = |page: &PageIndex| (0..5).any(|i| page.0.abs_diff(cluster(i)) < 128);
+        assert!(pages.iter().filter(|page| near(page)).count() > 4 * 64, "{pages:?}");
     }
 
     #[test]

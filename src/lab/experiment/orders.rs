@@ -46,15 +46,15 @@ const PANELS: [(&str, Value); 4] = [
     ("90 % of its pace again", |outcome| outcome.recovered.as_secs_f64()),
 ];
 
-const WIDTH: i32 = 1240;
-const LEFT: i32 = 190;
+/// Of the longest name, and of a letter.
+const NAME: i32 = 30;
+const LETTER: i32 = 8;
 const PANEL: i32 = 225;
 const GAP: i32 = 32;
 const TOP: i32 = 112;
 const ROW: i32 = 52;
 /// Ratios beyond are drawn at the edge.
-const LEAST: f64 = 0.1;
-const MOST: f64 = 10.0;
+const TICKS: [f64; 7] = [0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0];
 
 impl OrdersFigure<'_> {
     fn guests(&self) -> Vec<&str> {
@@ -66,6 +66,39 @@ impl OrdersFigure<'_> {
     fn of(&self, guest: &str, order: PusherKind) -> Option<&Outcome> {
         let found = self.replays.iter().find(|one| one.guest == guest && one.order == order);
         found.map(|one| &one.outcome)
+    }
+
+    /// To that of linear.
+    fn ratio(&self, guest: &str, order: PusherKind, value: Value) -> Option<f64> {
+        let [ours, linear] = [order, PusherKind::Linear].map(|order| self.of(guest, order));
+        // Below what is seen, equal is equal.
+        Some(value(ours?).max(1e-3) / value(linear?).max(1e-3))
+    }
+
+    /// The ticks around all ratios, the same for all panels.
+    fn ends(&self) -> (f64, f64) {
+        let each = |(_, value): (&str, Value)| {
+            let replays = self.replays.iter();
+            replays.filter_map(move |one| self.ratio(&one.guest, one.order, value))
+        };
+        let (mut least, mut most) = (0.5, 2.0);
+        for ratio in PANELS.into_iter().flat_map(each) {
+            let below = TICKS.into_iter().rev().find(|tick| *tick <= ratio);
+            let above = TICKS.into_iter().find(|tick| *tick >= ratio);
+            least = below.unwrap_or(TICKS[0]).min(least);
+            most = above.unwrap_or(TICKS[TICKS.len() - 1]).max(most);
+        }
+        (least, most)
+    }
+
+    /// Where the panels begin.
+    fn left(&self) -> i32 {
+        let longest = self.guests().into_iter().map(|guest| guest.chars().count()).max();
+        NAME + LETTER * longest.unwrap_or(0) as i32
+    }
+
+    fn width(&self) -> i32 {
+        self.left() + (PANEL + GAP) * PANELS.len() as i32
     }
 
     fn panel<B: DrawingBackend>(
@@ -80,9 +113,10 @@ impl OrdersFigure<'_> {
     {
         let guests = self.guests();
         let foot = TOP + ROW * guests.len() as i32;
-        let ends = [LEAST * 1.6, MOST / 1.6].into_iter();
+        let (least, most) = self.ends();
+        let ends = [least * 1.6, most / 1.6].into_iter();
         let axis = Axis::logarithmic(ends, (left, left + PANEL));
-        for tick in [0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0] {
+        for tick in TICKS.into_iter().filter(|tick| (least..=most).contains(tick)) {
             let x = axis.at(tick);
             let colour = if tick == 1.0 { GREY } else { GRID };
             line(area, &[(x, TOP), (x, foot)], colour, 1)?;
@@ -94,14 +128,11 @@ impl OrdersFigure<'_> {
             letters_in_the_middle(15),
         ))?;
         for (row, guest) in guests.iter().enumerate() {
-            let Some(linear) = self.of(guest, PusherKind::Linear).map(value) else { continue };
             for (index, order) in PusherKind::ALL.into_iter().enumerate() {
-                let Some(outcome) = self.of(guest, order) else { continue };
-                // Below what is seen, equal is equal.
-                let ratio = (value(outcome).max(1e-3) / linear.max(1e-3)).clamp(LEAST, MOST);
+                let Some(ratio) = self.ratio(guest, order, value) else { continue };
                 // Side by side where they would hide each other.
                 let y = TOP + ROW * row as i32 + 8 + 9 * index as i32;
-                marker(area, index, (axis.at(ratio), y))?;
+                marker(area, index, (axis.at(ratio.clamp(least, most)), y))?;
             }
         }
         Ok(())
@@ -110,7 +141,7 @@ impl OrdersFigure<'_> {
 
 impl Figure for OrdersFigure<'_> {
     fn size(&self) -> (u32, u32) {
-        (WIDTH as u32, (TOP + ROW * self.guests().len() as i32 + 60) as u32)
+        (self.width() as u32, (TOP + ROW * self.guests().len() as i32 + 60) as u32)
     }
 
     fn draw<B: DrawingBackend>(&self, area: &DrawingArea<B, Shift>) -> Result<()>
@@ -119,23 +150,24 @@ impl Figure for OrdersFigure<'_> {
     {
         let explanation = format!("{}; over that of linear, further left is better", self.about);
         heading(area, "Orders of pages after the switchover", &explanation)?;
-        let mut x = LEFT;
+        let left = self.left();
+        let mut x = left;
         for (index, order) in PusherKind::ALL.into_iter().enumerate() {
             marker(area, index, (x, 72))?;
-            area.draw(&Text::new(order.name(), (x + 12, 64), letters(15)))?;
+            area.draw(&Text::new(order.name(), (x + 12, 63), letters(15)))?;
             x += 110;
         }
         for (row, guest) in self.guests().into_iter().enumerate() {
             let middle = TOP + ROW * row as i32 + ROW / 2;
-            let at = (LEFT - 14, middle);
+            let at = (left - 14, middle);
             area.draw(&Text::new(guest.to_owned(), at, letters_to_the_left(15)))?;
             if row > 0 {
                 let y = TOP + ROW * row as i32;
-                line(area, &[(16, y), (WIDTH - 20, y)], GRID, 1)?;
+                line(area, &[(16, y), (self.width() - 20, y)], GRID, 1)?;
             }
         }
         for (index, (name, value)) in PANELS.into_iter().enumerate() {
-            self.panel(area, LEFT + (PANEL + GAP) * index as i32, name, value)?;
+            self.panel(area, left + (PANEL + GAP) * index as i32, name, value)?;
         }
         Ok(())
     }

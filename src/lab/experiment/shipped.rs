@@ -22,6 +22,7 @@ pub const SHIPPED: &[Shipped] = &[
     Shipped { name: "faults", text: include_str!("../scenarios/faults.toml") },
     Shipped { name: "touches", text: include_str!("../scenarios/touches.toml") },
     Shipped { name: "estimate", text: include_str!("../scenarios/estimate.toml") },
+    Shipped { name: "recovery", text: include_str!("../scenarios/recovery.toml") },
     Shipped { name: "huge", text: include_str!("../scenarios/huge.toml") },
     Shipped { name: "smoke", text: include_str!("../scenarios/smoke.toml") },
 ];

@@ -34,10 +34,12 @@ pub enum Method {
     PostcopyAfterPass,
     /// The same, with a connection of their own for urgent pages.
     PostcopyPreempt,
+    /// Post-copy at once, with that connection.
+    PostcopyPreemptAtOnce,
 }
 
 /// All methods, with their names.
-pub const METHODS: [(Method, &str); 7] = [
+pub const METHODS: [(Method, &str); 8] = [
     (Method::Precopy, "precopy"),
     (Method::Xbzrle, "xbzrle"),
     (Method::MultifdZstd, "multifd-zstd"),
@@ -45,6 +47,7 @@ pub const METHODS: [(Method, &str); 7] = [
     (Method::Postcopy, "postcopy"),
     (Method::PostcopyAfterPass, "postcopy-after-pass"),
     (Method::PostcopyPreempt, "postcopy-preempt"),
+    (Method::PostcopyPreemptAtOnce, "postcopy-preempt-at-once"),
 ];
 
 impl fmt::Display for Method {
@@ -71,7 +74,7 @@ impl Method {
     /// first pass begins, 2 when it is over.
     fn postcopy_from(self) -> Option<u64> {
         match self {
-            Method::Postcopy => Some(1),
+            Method::Postcopy | Method::PostcopyPreemptAtOnce => Some(1),
             Method::PostcopyAfterPass | Method::PostcopyPreempt => Some(2),
             Method::Precopy | Method::Xbzrle | Method::MultifdZstd | Method::AutoConverge => None,
         }
@@ -84,7 +87,9 @@ impl Method {
             Method::MultifdZstd => &["multifd"],
             Method::AutoConverge => &["auto-converge"],
             Method::Postcopy | Method::PostcopyAfterPass => &["postcopy-ram"],
-            Method::PostcopyPreempt => &["postcopy-ram", "postcopy-preempt"],
+            Method::PostcopyPreempt | Method::PostcopyPreemptAtOnce => {
+                &["postcopy-ram", "postcopy-preempt"]
+            }
         }
     }
 
