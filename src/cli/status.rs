@@ -105,8 +105,8 @@ fn line(found: &Found, live: Option<Live>) -> Line<'_> {
         pid: about.owner.pid,
         monitor_pid: about.guest.process.map(|process| process.pid),
         qmp: about.guest.qmp.as_ref(),
-        phase: live.and_then(|live| live.phase),
-        link: live.map(|live| live.link),
+        phase: live.as_ref().and_then(|live| live.phase),
+        link: live.as_ref().map(|live| live.link),
         progress: live.and_then(|live| live.progress),
         situation: advice.as_ref().map(|advice| advice.situation),
         next: advice.map(|advice| advice.next),
@@ -138,7 +138,7 @@ fn describe(live: &Live) -> String {
         LinkState::Up => "link up".to_owned(),
         LinkState::Down => "link down, connecting again".to_owned(),
     });
-    if let Some(progress) = live.progress {
+    if let Some(progress) = &live.progress {
         words.push(format!(
             "{} left",
             format_bytes(progress.remaining_pages * PAGE_SIZE_BYTES as u64)
@@ -193,7 +193,7 @@ mod tests {
             link: LinkState::Down,
             progress: Some(Progress { remaining_pages: 256, ..Progress::default() }),
         };
-        let told = text(&found, Some(live));
+        let told = text(&found, Some(live.clone()));
         assert!(told.contains("postcopy, link down, connecting again, 1.0 MiB left"), "{told}");
         assert_eq!(serde_json::to_value(line(&found, Some(live))).unwrap()["link"], "down");
     }

@@ -72,6 +72,10 @@ fn text(output: &Output) -> String {
     for (name, help, value) in counters {
         put(name, "counter", help, "", value as f64);
     }
+    if let Some(faults) = progress.faults {
+        let help = "Time in which a thread of the guest waited for a page.";
+        put("stall_seconds_total", "counter", help, "", faults.stall_any_ms / 1e3);
+    }
     text
 }
 
@@ -104,7 +108,7 @@ mod tests {
 
     use super::*;
     use crate::engine::MigrationPhase;
-    use crate::report::Progress;
+    use crate::report::{FaultFigures, Progress};
 
     fn ask(address: SocketAddr, request: &[u8]) -> String {
         let mut stream = TcpStream::connect(address).unwrap();
@@ -124,6 +128,7 @@ mod tests {
         output.progress(Progress {
             wire_sent_bytes: 4711,
             remaining_pages: 2,
+            faults: Some(FaultFigures { stall_any_ms: 1500.0, ..Default::default() }),
             ..Default::default()
         });
         assert_eq!(ask(free, &[b'x'; 2 * MAX_REQUEST_BYTES]), "");
@@ -132,6 +137,7 @@ mod tests {
         for line in [
             "farfault_sent_bytes_total 4711",
             "farfault_remaining_bytes 8192",
+            "farfault_stall_seconds_total 1.5",
             "# TYPE farfault_sent_bytes_total counter",
             "farfault_phase_info{phase=\"precopy\"} 1",
         ] {

@@ -7,7 +7,7 @@ use std::time::Duration;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::{Deserialize, Serialize};
 
-use super::Report;
+use super::{FaultFigures, PushFigures, Report};
 use crate::engine::{Failure, MigrationPhase};
 use crate::units::{format_bytes, format_rate};
 
@@ -36,7 +36,7 @@ pub enum Event<'a> {
         outage_ms: Option<u64>,
     },
     /// How far it is.
-    Progress(Progress),
+    Progress(&'a Progress),
     /// Why it did not work.
     Error {
         /// What was wrong.
@@ -49,7 +49,7 @@ pub enum Event<'a> {
 }
 
 /// How far a migration is.
-#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Progress {
     /// Since the link's first message.
     pub elapsed_ms: u64,
@@ -67,6 +67,10 @@ pub struct Progress {
     pub rate_bytes_per_s: u64,
     /// Remote faults so far.
     pub remote_faults: u64,
+    /// How the guest waits for its pages; at the destination, once it runs there.
+    pub faults: Option<FaultFigures>,
+    /// How what was left at the switchover goes; at the source, from then on.
+    pub push: Option<PushFigures>,
 }
 
 /// The link to the other side.
@@ -143,15 +147,14 @@ impl Output {
 
     /// What was told last: the phase, the link, the progress.
     pub fn last(&self) -> (Option<MigrationPhase>, LinkState, Option<Progress>) {
-        let (link, progress) = *self.last.lock().expect("no holder panics");
+        let (link, progress) = self.last.lock().expect("no holder panics").clone();
         (*self.phase.lock().expect("no holder panics"), link, progress)
     }
 
     /// How far it is.
     pub fn progress(&self, progress: Progress) {
-        self.last.lock().expect("no holder panics").1 = Some(progress);
         if self.json {
-            self.emit(&Event::Progress(progress));
+            self.emit(&Event::Progress(&progress));
         } else if let Some(bar) = &*self.bar.lock().expect("no holder panics") {
             let done = progress.pages_total.saturating_sub(progress.remaining_pages);
             bar.set_length(progress.pages_total);
@@ -164,6 +167,7 @@ impl Output {
                 progress.remote_faults,
             ));
         }
+        self.last.lock().expect("no holder panics").1 = Some(progress);
     }
 
     /// The link is lost; another one is looked for, for so long.

@@ -44,7 +44,7 @@ enum Request {
 }
 
 /// How a migration stands.
-#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Live {
     /// The phase; none before the first.
     pub phase: Option<MigrationPhase>,

@@ -29,8 +29,8 @@ use crate::memory::{
 };
 use crate::page::{PageIndex, Version};
 use crate::report::{
-    Counters, FaultFigures, FaultLatency, LinkState, MigrationResult, Output, Report, Role,
-    TRACE_LIMIT, TraceFile, TraceRecord,
+    Counters, FaultFigures, FaultLatency, LinkState, MigrationResult, Output, Progress, Report,
+    Role, TRACE_LIMIT, TraceFile, TraceRecord,
 };
 use crate::transport::{Lane, Link, LinkError, Listener, SavedReceiver, SessionKey};
 use crate::wire::DecodeScratch;
@@ -269,11 +269,18 @@ impl Session {
                         self.handle(DestinationEvent::Failed(failure)).await;
                     }
                     let progress = meter.read(&self.timeline, &self.counters, &self.links);
-                    self.output.progress(progress);
+                    self.output.progress(Progress { faults: self.fault_figures(), ..progress });
                 }
             }
         }
         self.finish().await
+    }
+
+    /// How the guest waits for its pages, once it runs here.
+    fn fault_figures(&self) -> Option<FaultFigures> {
+        self.runs_since?;
+        let prepared = self.prepared.lock().expect("no holder panics");
+        prepared.as_ref().map(|prepared| FaultFigures::of(&prepared.faults.stats()))
     }
 
     /// A source that says nothing would keep the receiver waiting for ever.

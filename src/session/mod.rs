@@ -201,6 +201,8 @@ impl ProgressMeter {
             wire_received_bytes: stats.received_bytes,
             rate_bytes_per_s: rate as u64,
             remote_faults: counters.remote_faults.load(Relaxed),
+            faults: None,
+            push: None,
         }
     }
 }

@@ -29,7 +29,8 @@ use crate::guest::SourceGuest;
 use crate::memory::TrackerKind;
 use crate::page::Version;
 use crate::report::{
-    AccountFigures, Counters, LinkState, MigrationResult, Output, Report, Role, TraceFile,
+    AccountFigures, Counters, LinkState, MigrationResult, Output, Progress, PushFigures, Report,
+    Role, TraceFile,
 };
 use crate::transport::{
     Lane, Link, LinkError, SavedSender, SessionKey, Ticket, TransportOptions, connect, reconnect,
@@ -287,11 +288,15 @@ impl Session {
                 }
                 _ = ticks.tick() => {
                     let progress = meter.read(&self.timeline, &self.counters, &self.links);
-                    self.output.progress(progress);
+                    self.output.progress(Progress { push: self.push_figures(), ..progress });
                 }
             }
         }
         self.finish().await
+    }
+
+    fn push_figures(&self) -> Option<PushFigures> {
+        self.frozen.as_ref().map(|frozen| frozen.figures(self.options.pusher))
     }
 
     /// Takes messages of the destination.

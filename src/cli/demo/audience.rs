@@ -101,7 +101,7 @@ impl Audience {
             SideEvent::Phase { phase } if side == Role::Source => {
                 another_step = live.phase(now, *phase);
             }
-            SideEvent::Progress(progress) => live.progress(side, *progress),
+            SideEvent::Progress(progress) => live.progress(side, progress),
             SideEvent::Guest { unix_us, ops } => {
                 let at = Duration::from_micros(unix_us.saturating_sub(self.run.begin_unix_us));
                 live.guest.add(at, *ops);

@@ -96,7 +96,7 @@ mod tests {
     #[test]
     fn what_a_side_prints_is_understood() {
         let progress = Progress { pages: 7, ..Progress::default() };
-        let line = serde_json::to_string(&Event::Progress(progress)).unwrap();
+        let line = serde_json::to_string(&Event::Progress(&progress)).unwrap();
         let event = serde_json::from_str(&line).unwrap();
         assert!(matches!(event, SideEvent::Progress(Progress { pages: 7, .. })), "{event:?}");
 

@@ -141,9 +141,9 @@ impl Live {
     }
 
     /// What a side tells of its progress.
-    pub fn progress(&mut self, side: Role, progress: Progress) {
+    pub fn progress(&mut self, side: Role, progress: &Progress) {
         match side {
-            Role::Source => self.progress = progress,
+            Role::Source => self.progress.clone_from(progress),
             Role::Destination => self.remote_faults = progress.remote_faults,
         }
     }

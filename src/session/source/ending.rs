@@ -88,7 +88,7 @@ impl Session {
             duplicate_pages: 0,
             fault_latency_us: None,
             faults: None,
-            push: self.frozen.as_ref().map(|frozen| frozen.figures(self.options.pusher)),
+            push: self.push_figures(),
             account,
             round_trip_ms: stats.min_rtt_us as f64 / 1e3,
             reconnects: self.links.reconnects(),
