@@ -5,12 +5,15 @@
 //! is refused. Where it proves nothing the person must ask the other host; so the same choice is made on
 //! both, on the one that gives the guest up first.
 
+use serde::Serialize;
+
 use super::journal::{Entry, Found, Journal, Records, Side};
 use crate::engine::Failure;
 use crate::guest::qemu;
 
 /// Where the guest shall run.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Choice {
     /// On the host that it was leaving.
     RunSource,
