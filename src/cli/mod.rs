@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use clap::{Parser, Subcommand};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use crate::engine::Failure;
 use crate::report::{MigrationResult, Output, Report, serve_metrics};
@@ -115,6 +116,10 @@ where
     F: Future<Output = Result<Report, Failure>>,
 {
     let output = Arc::new(Output::new(json));
+    if let Err(failure) = descriptors() {
+        output.error(&failure);
+        return ExitCode::FAILURE;
+    }
     if let Some(address) = metrics
         && let Err(error) = serve_metrics(address, output.clone())
     {
@@ -147,6 +152,25 @@ where
             ExitCode::FAILURE
         }
     }
+}
+
+/// A migration has some 40 files and sockets open.
+const LEAST_DESCRIPTORS: u64 = 128;
+
+/// Sees to it that a migration does not run out of descriptors in the middle.
+fn descriptors() -> Result<(), Failure> {
+    let limit = Resource::RLIMIT_NOFILE;
+    let asked = getrlimit(limit).map_err(|error| Failure::plain(format!("getrlimit: {error}")));
+    let (soft, hard) = asked?;
+    if soft >= LEAST_DESCRIPTORS {
+        return Ok(());
+    }
+    setrlimit(limit, LEAST_DESCRIPTORS, hard).map_err(|_| {
+        let text = format!(
+            "no more than {soft} files and sockets may be open at a time; a migration needs {LEAST_DESCRIPTORS}"
+        );
+        Failure::new(text, "`ulimit -n 1024`, or LimitNOFILE=1024 in the unit of systemd")
+    })
 }
 
 /// Tells why a command that is no migration did not work.

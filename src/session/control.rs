@@ -21,11 +21,10 @@ use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixListener;
 use tokio::sync::{Semaphore, mpsc, oneshot};
 
+use super::journal::SOCKET;
 use crate::engine::{Failure, MigrationPhase};
 use crate::report::{LinkState, Output, Progress};
 
-/// The socket's name in the migration's directory.
-const SOCKET: &str = "control";
 /// Longest line, either way.
 const LINE_LIMIT_BYTES: u64 = 4096;
 /// Callers at a time.

@@ -1,5 +1,8 @@
 //! Names a process for good, also in a file that is read after it has ended.
 
+use std::io;
+
+use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
 
 use super::threads;
@@ -32,16 +35,46 @@ impl ProcessIdentity {
         Self::of(std::process::id())
     }
 
-    /// False once it has ended, also while its parent has not asked how.
+    /// False once it has ended, also while its parent has not asked how. True when that cannot be seen, for want
+    /// of a descriptor: what is taken for dead too early would be run, or sent, twice.
     pub fn lives(self) -> bool {
-        let stat = threads::read_stat(format!("/proc/{}/stat", self.pid).into());
-        stat.is_ok_and(|s| s.start_time == self.start_ticks && !"ZXx".contains(s.state))
+        self.is_seen_to_live().unwrap_or(true)
     }
+
+    /// The same, when it matters that it is this process.
+    ///
+    /// # Errors
+    /// When it cannot be seen.
+    pub fn is_seen_to_live(self) -> Result<bool, MemoryError> {
+        match threads::read_stat(format!("/proc/{}/stat", self.pid).into()) {
+            Ok(stat) => Ok(stat.start_time == self.start_ticks && !"ZXx".contains(stat.state)),
+            Err(MemoryError::Proc { source, .. }) if is_gone(&source) => Ok(false),
+            Err(other) => Err(other),
+        }
+    }
+}
+
+/// It ended before its file was opened, or while that was read.
+fn is_gone(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(Errno::ESRCH as i32)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn whoever_cannot_be_seen_counts_as_living() {
+        for (error, gone) in [
+            (Errno::ENOENT, true),
+            (Errno::ESRCH, true),
+            (Errno::EMFILE, false),
+            (Errno::ENOMEM, false),
+            (Errno::EACCES, false),
+        ] {
+            assert_eq!(is_gone(&error.into()), gone, "{error}");
+        }
+    }
 
     #[test]
     fn a_process_lives_until_it_ends_and_another_with_its_number_is_not_it() {

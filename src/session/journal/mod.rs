@@ -37,6 +37,8 @@ const JOURNAL: &str = "journal";
 const ABOUT: &str = "about";
 /// The file for a process that takes over.
 const TAKEOVER: &str = "takeover";
+/// The socket of the one who works on it.
+pub(super) const SOCKET: &str = "control";
 /// Where the destination's page table is: in memory, since each page that comes is noted there.
 const PAGES_DIRECTORY: &str = "/dev/shm";
 /// Most migrations that a state directory is searched for.
@@ -302,7 +304,15 @@ impl Journal {
             }
             _ => {}
         }
-        if let Err(error) = fs::remove_dir_all(&self.directory) {
+        // By name: to look what is there takes a descriptor, and there may be none.
+        for name in [JOURNAL, ABOUT, TAKEOVER, SOCKET] {
+            for path in [self.directory.join(name), self.directory.join(name).with_extension("new")]
+            {
+                let _ = fs::remove_file(path);
+            }
+        }
+        let removed = fs::remove_dir(&self.directory);
+        if let Err(error) = removed.or_else(|_| fs::remove_dir_all(&self.directory)) {
             tracing::warn!("the journal {} stays behind: {error}", self.directory.display());
         }
     }
