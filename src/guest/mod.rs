@@ -201,6 +201,13 @@ pub trait SourceGuest: Send {
     /// decision. Must work after [`Self::save_device_state`]. Harmless when running.
     fn resume(&mut self) -> Result<(), GuestError>;
 
+    /// Whether the guest still stands as it did when its device state was taken. One that somebody has let run
+    /// meanwhile is stopped again, since it runs elsewhere. Asked now and then between the decision and
+    /// [`Self::release`]; never after [`Self::resume`].
+    fn keep_still(&mut self) -> Result<bool, GuestError> {
+        Ok(true)
+    }
+
     /// The guest now runs elsewhere and every page has arrived: leave it stopped here, or end its
     /// monitor when `quit`.
     fn release(&mut self, quit: bool) -> Result<(), GuestError>;

@@ -64,6 +64,10 @@ impl SourceGuest for SharedGuest {
         self.lock().resume()
     }
 
+    fn keep_still(&mut self) -> Result<bool, GuestError> {
+        self.lock().keep_still()
+    }
+
     fn release(&mut self, quit: bool) -> Result<(), GuestError> {
         SourceGuest::release(&mut **self.lock(), quit)
     }

@@ -1,7 +1,7 @@
 //! The host that the guest leaves.
 
 use std::path::PathBuf;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -50,6 +50,9 @@ pub use resumed::resume_send;
 /// One attempt to connect again. Within it packets are repeated ever more rarely, so that a new attempt
 /// finds a mended network sooner than a longer one.
 const ATTEMPT: Duration = Duration::from_secs(5);
+
+/// A guest that has moved is looked at so often: nobody may let it run here too.
+const WATCH_INTERVAL: Duration = Duration::from_secs(1);
 
 /// What the operator asked for.
 #[derive(Clone, Debug)]
@@ -193,6 +196,8 @@ struct Session {
     happened: mpsc::UnboundedSender<Happened>,
     happenings: mpsc::UnboundedReceiver<Happened>,
     tasks: JoinSet<()>,
+    /// False once the guest may run here again.
+    is_to_stand: Arc<AtomicBool>,
     /// When the order to stop the guest was given, and when it ran again.
     stopped_at: Arc<Mutex<Option<Instant>>>,
     downtime: Option<Duration>,
@@ -247,6 +252,7 @@ impl Session {
             happened,
             happenings,
             tasks: JoinSet::new(),
+            is_to_stand: Arc::new(AtomicBool::new(true)),
             stopped_at: Arc::default(),
             downtime: None,
             rehearsal: Rehearsal::default(),
@@ -394,6 +400,9 @@ impl Session {
     }
 
     async fn handle(&mut self, event: SourceEvent) {
+        if matches!(event, SourceEvent::Journaled(SourceRecord::Decided)) {
+            self.watch_guest();
+        }
         self.machine.handle(self.timeline.elapsed(), event);
         self.timeline.enter(self.machine.phase(), &self.output);
         while let Some(action) = self.machine.poll() {

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use super::rescue::Standing;
 use super::{discover, failure, refusal, rescue};
 use crate::guest::{DestinationGuest, GuestError, Shape, SourceGuest, Whereabouts};
 use crate::memory::adopt::Adopted;
@@ -160,6 +161,10 @@ impl SourceGuest for LeftQemu {
 
     fn resume(&mut self) -> Result<(), GuestError> {
         rescue::let_run(&self.place)
+    }
+
+    fn keep_still(&mut self) -> Result<bool, GuestError> {
+        rescue::still_stands(&self.place).map(|standing| standing != Standing::Disturbed)
     }
 
     fn release(&mut self, quit: bool) -> Result<(), GuestError> {

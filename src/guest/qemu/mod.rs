@@ -37,7 +37,7 @@ mod uffd;
 pub use destination::QemuDestination;
 pub use left::{LeftQemu, let_run_when_it_answers};
 pub use qmp::QmpError;
-pub use rescue::{end, is_running, let_run};
+pub use rescue::{Standing, end, is_running, let_run, still_stands};
 pub use source::QemuSource;
 pub use spawn::SpawnOptions;
 

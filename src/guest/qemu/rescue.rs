@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use qapi::qmp::migrate_cancel;
+use qapi::qmp::{migrate_cancel, stop};
 
 use super::commands::{QueryMigrate, QueryStatus};
 use super::qmp::Qmp;
@@ -31,6 +31,41 @@ pub fn is_running(place: &Whereabouts) -> Result<Option<bool>, GuestError> {
         return Ok(None);
     }
     Ok(Some(connect(place)?.execute(&QueryStatus {})?.status == "running"))
+}
+
+/// How a guest stands whose device state was taken so that it could move.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Standing {
+    /// Its QEMU has ended.
+    Gone,
+    /// As it was left: its memory is what it was then.
+    Still,
+    /// Somebody has let it run, and may have stopped it again.
+    Disturbed,
+}
+
+/// Whether a guest that moves still stands. One that was let run is stopped.
+///
+/// # Errors
+/// When its QEMU is there and does not answer.
+pub fn still_stands(place: &Whereabouts) -> Result<Standing, GuestError> {
+    if !place.process.is_some_and(|process| process.lives()) {
+        return Ok(Standing::Gone);
+    }
+    let still = keep_still(&mut connect(place)?)?;
+    Ok(if still { Standing::Still } else { Standing::Disturbed })
+}
+
+/// What QEMU calls a guest whose device state was taken, until somebody lets it run.
+const LEFT_STATUS: &str = "postmigrate";
+
+/// True when the guest stands as it was left; one that does not is stopped.
+pub(super) fn keep_still(qmp: &mut Qmp) -> Result<bool, GuestError> {
+    let status = qmp.execute(&QueryStatus {})?.status;
+    if status == "running" {
+        qmp.execute(&stop {})?;
+    }
+    Ok(status == LEFT_STATUS)
 }
 
 /// Lets the guest run, unless its owner had paused it; puts QEMU's migration settings back.
@@ -81,7 +116,7 @@ pub(super) fn quit(place: &Whereabouts) -> Result<(), GuestError> {
 pub fn end(place: &Whereabouts) -> Result<(), GuestError> {
     let Some(process) = place.process.filter(|_| place.started_here) else { return Ok(()) };
     let deadline = Instant::now() + KILL_TIMEOUT;
-    while process.lives() {
+    while process.is_seen_to_live()? {
         // Its number is its own as long as it lives.
         let _ = kill(Pid::from_raw(process.pid.cast_signed()), Signal::SIGKILL);
         if Instant::now() >= deadline {

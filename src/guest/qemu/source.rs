@@ -10,7 +10,7 @@ use qapi::qmp::{migrate_cancel, quit, stop};
 use super::commands::{QueryMigrate, QueryStatus};
 use super::qmp::{Qmp, QmpError};
 use super::settings::{self, SavedSettings};
-use super::{device_state, discover, failure, guards, process, shape, uffd, whereabouts};
+use super::{device_state, discover, failure, guards, process, rescue, shape, uffd, whereabouts};
 use crate::guest::{GuestError, Shape, SourceGuest, Whereabouts};
 use crate::memory::adopt::Adopted;
 use crate::memory::{Access, DirtyTracker, GuestMemory, TrackerKind, open_tracker};
@@ -181,6 +181,10 @@ impl SourceGuest for QemuSource {
         }
         self.restore_settings();
         Ok(())
+    }
+
+    fn keep_still(&mut self) -> Result<bool, GuestError> {
+        rescue::keep_still(&mut self.qmp)
     }
 
     fn release(&mut self, end: bool) -> Result<(), GuestError> {

@@ -33,12 +33,13 @@ impl Source {
         }
         let void = self.journal.has(SourceRecord::Void);
         let decided = self.journal.has(SourceRecord::Decided) && !void;
-        // A decision that was taken back although that could not be written down.
-        let taken_back = decided && self.runs;
-        if taken_back {
-            self.journal.lines.push(SourceRecord::Void);
+        // A decision that was taken back although that could not be written down: a person must look.
+        if decided && self.runs {
+            self.runs = false;
+            self.end = Some(SourceOutcome::InDoubt(killed()));
+            return;
         }
-        if !decided || taken_back || mutation == Some(Mutation::ForgetTheDecision) {
+        if !decided || mutation == Some(Mutation::ForgetTheDecision) {
             self.run_again();
             self.end = Some(SourceOutcome::Stayed(killed()));
             return;

@@ -1,5 +1,6 @@
 //! What the machine asks for, carried out.
 
+use super::resumed::let_run_here;
 use super::*;
 
 /// Tasks that answer faults: while one encodes a page, another takes the next request. As many as there are
@@ -55,6 +56,8 @@ impl Session {
                 });
             }
             SourceAction::ResumeGuest => {
+                // Before the guest is asked for: whoever has it later sees this.
+                self.is_to_stand.store(false, Ordering::SeqCst);
                 let guest = self.guest.clone();
                 self.spawn_step(async move {
                     let resumed = guest.call(|guest| guest.resume()).await;
@@ -83,6 +86,33 @@ impl Session {
         self.tasks.spawn(async move {
             let event = step.await.unwrap_or_else(SourceEvent::Failed);
             let _ = happened.send(Happened::Event(event));
+        });
+    }
+
+    /// From the decision on: should somebody let the guest run here, it is stopped again, and what is left of
+    /// its memory is not sent any more.
+    pub(super) fn watch_guest(&mut self) {
+        let (guest, happened) = (self.guest.clone(), self.happened.clone());
+        let is_to_stand = self.is_to_stand.clone();
+        self.tasks.spawn(async move {
+            loop {
+                tokio::time::sleep(WATCH_INTERVAL).await;
+                let is_to_stand = is_to_stand.clone();
+                let looked = guest.call(move |guest| match is_to_stand.load(Ordering::SeqCst) {
+                    true => guest.keep_still(),
+                    false => Ok(true),
+                });
+                match looked.await {
+                    Ok(true) => {}
+                    Ok(false) => {
+                        let event = SourceEvent::Failed(let_run_here());
+                        let _ = happened.send(Happened::Event(event));
+                        return;
+                    }
+                    // One that has ended does not run, and one that does not answer is not told to.
+                    Err(failure) => tracing::debug!("the guest that was left here: {failure}"),
+                }
+            }
         });
     }
 

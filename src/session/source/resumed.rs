@@ -8,10 +8,32 @@ use super::*;
 use crate::codec::SentLimits;
 use crate::engine::heat::Heat;
 use crate::engine::precopy::Remainder;
-use crate::guest::qemu::{LeftQemu, is_running, let_run};
+use crate::guest::qemu::{LeftQemu, Standing, let_run, still_stands};
 use crate::memory::Access;
 use crate::page::PageSet;
 use crate::session::journal::{Entry, Found};
+
+/// The guest runs at the destination, and somebody has let this copy of it run too.
+pub(super) fn let_run_here() -> Failure {
+    let reason = "the guest was let run here although it had moved: it is stopped again, and what is left \
+                  of its memory here is not what it was";
+    let hint = "it runs at the destination, without the pages that had not arrived there: see `Lost pages` \
+                in docs/failures.md";
+    Failure::new(reason, hint)
+}
+
+/// A decision is taken back on disk before the guest runs on, unless the disk fails. But it may as well be
+/// that somebody has let the guest run: only the destination knows whether it then runs twice.
+fn in_doubt(found: &Found) -> Failure {
+    let reason = "the guest was let run here although it was decided that it moves, by hand or by a farfault \
+                  that could not write down why: it is stopped until that is settled";
+    let id = &found.about.migration;
+    let hint = format!(
+        "look at the destination (`farfault resolve {id} --show`): unless the guest runs there, choose \
+         --run-source on both, there first"
+    );
+    Failure::new(reason, hint)
+}
 
 /// Goes on with a migration whose source process was killed. The report is there even when it fails.
 ///
@@ -25,7 +47,7 @@ pub async fn resume_send(
     output: Arc<Output>,
 ) -> Result<Report, Failure> {
     let mut signals = StopSignals::listen()?;
-    let mut journal = Journal::take_over(&found)?;
+    let journal = Journal::take_over(&found)?;
     let has = |entry| found.records.has(entry);
     let place = found.about.guest.clone();
     if has(Entry::RunSource) {
@@ -42,15 +64,9 @@ pub async fn resume_send(
         let reason = "the guest had not been handed over: it runs on here";
         return Err(Failure::new(reason, "move it anew, with a new ticket"));
     }
-    // A decision is taken back on disk before the guest runs on, unless the disk fails: then the guest
-    // itself shows it.
     let looked_at = place.clone();
-    let taken_back = || blocking(move || Ok(is_running(&looked_at)? == Some(true)));
-    if !has(Entry::Running) && taken_back().await? {
-        journal.record(&SourceRecord::Void)?;
-        journal.remove();
-        let reason = "the guest runs here: the decision to move it was taken back";
-        return Err(Failure::new(reason, "move it anew, with a new ticket"));
+    if blocking(move || Ok(still_stands(&looked_at)?)).await? == Standing::Disturbed {
+        return Err(if has(Entry::Running) { let_run_here() } else { in_doubt(&found) });
     }
     let keep: Keep = found.kept()?;
     let Some(version) = keep.final_version else {
@@ -98,5 +114,6 @@ pub async fn resume_send(
     let frozen = FrozenPages::new(memory, nothing, version, remainder, order, counters);
     session.frozen = Some(Arc::new(frozen));
     let _ = session.happened.send(Happened::Event(SourceEvent::LinkUp));
+    session.watch_guest();
     Ok(session.run(signals).await)
 }

@@ -294,9 +294,12 @@ impl Handover {
         (self.carries, self.at_source, self.to_source) = (false, View::Down, VecDeque::new());
         if has(SourceRecord::Complete) {
             self.source_end = Some(SourceOutcome::Migrated);
-        } else if has(SourceRecord::Void) || !has(SourceRecord::Decided) || self.runs_at_source {
+        } else if has(SourceRecord::Void) || !has(SourceRecord::Decided) {
             self.runs_at_source = true;
             self.source_end = Some(SourceOutcome::Stayed(failure()));
+        } else if self.runs_at_source {
+            self.runs_at_source = false;
+            self.source_end = Some(SourceOutcome::InDoubt(failure()));
         } else {
             self.source = Some(SourceMachine::resumed(config, has(SourceRecord::Running)));
         }
