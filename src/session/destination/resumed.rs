@@ -34,12 +34,22 @@ pub async fn resume_receive(
     if !committed && !refused {
         journal.record(&DestinationRecord::Refused)?;
     }
-    let Ok(keep) = found.kept::<Keep>() else {
-        let place = found.about.guest.clone();
-        blocking(move || Ok(end(&place)?)).await?;
-        journal.remove();
-        let reason = "no source had come yet: the guest that waited here is ended";
-        return Err(Failure::new(reason, "start `farfault receive` anew"));
+    let keep = match found.kept::<Keep>() {
+        Ok(keep) => keep,
+        // The guest runs here, or will: it waits until that can be read.
+        Err(failure) if committed => return Err(failure),
+        Err(failure) => {
+            let place = found.about.guest.clone();
+            blocking(move || Ok(end(&place)?)).await?;
+            if has(Entry::Started) {
+                let hint = "the guest, which never ran here, is ended; the journal says so to whoever asks \
+                            for the source";
+                return Err(Failure::new(failure.reason, hint));
+            }
+            journal.remove();
+            let reason = "no source had come yet: the guest that waited here is ended";
+            return Err(Failure::new(reason, "start `farfault receive` anew"));
+        }
     };
     journal.own(&found.about)?;
     signals.listen_at(&journal, &output);
