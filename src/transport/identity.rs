@@ -129,3 +129,28 @@ impl ServerCertVerifier for PinnedCertificate {
         self.algorithms.supported_schemes()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn no_certificate_goes_by_the_clock_of_a_host() {
+        let identity = Identity::fresh().unwrap();
+        let provider = provider();
+        let verifier = PinnedCertificate {
+            fingerprint: identity.fingerprint(),
+            algorithms: provider.signature_verification_algorithms,
+            mismatch: Arc::default(),
+        };
+        let certificate = CertificateDer::from(identity.certificate);
+        let name = ServerName::try_from(SERVER_NAME).unwrap();
+        // A clock without a battery, and any other.
+        for years in [0, 10, 56, 1_000, 100_000] {
+            let now = UnixTime::since_unix_epoch(Duration::from_secs(years * 31_556_952));
+            verifier.verify_server_cert(&certificate, &[], &name, &[], now).unwrap();
+        }
+    }
+}
