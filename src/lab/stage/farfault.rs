@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use nix::sys::signal::Signal;
 use serde_json::Value;
 
 use super::place::{ADDRESS_B, Place};
@@ -69,12 +70,22 @@ impl Running {
 
     /// `farfault receive`, listening on the destination's address, which starts `guest`.
     pub fn receive(place: &Place, guest: &Guest, options: &[&str]) -> Result<Self> {
+        Self::receive_wrapped(place, guest, options, &[])
+    }
+
+    /// The same behind a wrapper.
+    pub fn receive_wrapped(
+        place: &Place,
+        guest: &Guest,
+        options: &[&str],
+        wrapper: &[&str],
+    ) -> Result<Self> {
         let listen = format!("{ADDRESS_B}:0");
         let mut arguments = vec!["--listen", &listen];
         arguments.extend(options);
         arguments.push("--");
         arguments.extend(guest.command_line().iter().map(String::as_str));
-        Self::start(place, place.b(), &[], "receive", &arguments)
+        Self::start(place, place.b(), wrapper, "receive", &arguments)
     }
 
     /// `farfault receive`, attached to a QEMU that is there already.
@@ -189,10 +200,15 @@ impl Running {
         })
     }
 
-    /// Asks it to end, as a user does with Ctrl-C or an init with SIGTERM, and waits.
-    pub fn terminate(self, timeout: Duration) -> Result<Ended> {
+    /// Sends it a signal, as a user does with Ctrl-C or an init with SIGTERM.
+    pub fn signal(&self, signal: Signal) -> Result<()> {
         let pid = nix::unistd::Pid::from_raw(self.process.pid() as i32);
-        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM)?;
+        Ok(nix::sys::signal::kill(pid, signal)?)
+    }
+
+    /// Asks it to end, and waits.
+    pub fn terminate(self, timeout: Duration) -> Result<Ended> {
+        self.signal(Signal::SIGTERM)?;
         self.wait(timeout)
     }
 
