@@ -81,6 +81,8 @@ impl World {
             assert!(destination.journal.has(DestinationRecord::Committed));
             assert!(source.journal.has(SourceRecord::Decided) && !source.runs);
             let missing = destination.lacking();
+            let let_go = source.end == Some(SourceOutcome::Migrated);
+            assert!(!let_go || missing.is_empty(), "the source lets go of pages that are missing");
             for (at, content) in self.guest.memory.iter().enumerate() {
                 let there = !missing.contains(PageIndex(at as u64));
                 let memory = if there { &destination.memory } else { &source.memory };

@@ -24,7 +24,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use mutation::Mutation;
-use world::World;
+use world::{Tally, World};
 
 /// Schedules in an ordinary test run.
 const SCHEDULES: u64 = 100_000;
@@ -40,13 +40,12 @@ fn number(variable: &str) -> Option<u64> {
     Some(text.parse().unwrap_or_else(|_| panic!("{variable}={text} is not a number")))
 }
 
-/// Runs a schedule; the failed invariant, if one did. Gives the number of steps.
-fn simulate(seed: u64, mutation: Option<Mutation>, trace: bool) -> Result<u64, String> {
+/// Runs a schedule; the failed invariant, if one did.
+fn simulate(seed: u64, mutation: Option<Mutation>, trace: bool) -> Result<Tally, String> {
     let run = AssertUnwindSafe(|| {
         let mut world = World::new(seed, mutation);
         world.traced = trace;
-        world.run();
-        u64::from(world.steps)
+        world.run()
     });
     catch_unwind(run).map_err(|panic| {
         let text = panic.downcast_ref::<String>().map(String::as_str);
@@ -59,7 +58,7 @@ fn no_schedule_breaks_an_invariant() {
     let (schedules, first) = (number("FARFAULT_SIMULATE"), number("FARFAULT_SEED").unwrap_or(0));
     let trace = schedules == Some(1);
     let last = first + schedules.unwrap_or(SCHEDULES);
-    let (next, steps) = (AtomicU64::new(first), AtomicU64::new(0));
+    let (next, tally) = (AtomicU64::new(first), Mutex::new(Tally::default()));
     let broken = Mutex::new(BTreeMap::new());
     let begun = Instant::now();
     let hook = std::panic::take_hook();
@@ -72,7 +71,7 @@ fn no_schedule_breaks_an_invariant() {
                 return;
             }
             match simulate(seed, None, trace) {
-                Ok(taken) => drop(steps.fetch_add(taken, Ordering::Relaxed)),
+                Ok(one) => tally.lock().unwrap().add(&one),
                 Err(invariant) => drop(broken.lock().unwrap().entry(invariant).or_insert(seed)),
             }
         }
@@ -80,14 +79,26 @@ fn no_schedule_breaks_an_invariant() {
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     std::thread::scope(|scope| (0..threads).for_each(|_| drop(scope.spawn(work))));
     std::panic::set_hook(hook);
-    let broken = broken.into_inner().unwrap();
+    let (broken, tally) = (broken.into_inner().unwrap(), tally.into_inner().unwrap());
     assert!(broken.is_empty(), "broken invariants, each with a seed: {broken:#?}");
     let (seconds, schedules) = (begun.elapsed().as_secs_f64(), last - first);
     eprintln!(
         "{schedules} schedules, {} steps, {seconds:.1} s, {:.0} schedules a second",
-        steps.into_inner(),
+        tally.steps,
         schedules as f64 / seconds
     );
+    eprintln!(
+        "taken over in post-copy with pages missing: the source {} times, the destination {}, of these \
+         with half-written pages {}",
+        tally.source_takeovers_in_postcopy,
+        tally.destination_takeovers_in_postcopy,
+        tally.of_these_with_torn_pages
+    );
+    // What matters most is not left to chance.
+    if schedules >= SCHEDULES {
+        let rarest = tally.source_takeovers_in_postcopy.min(tally.of_these_with_torn_pages);
+        assert!(rarest >= schedules / 200, "takeovers in post-copy are too rare: {tally:?}");
+    }
 }
 
 #[test]

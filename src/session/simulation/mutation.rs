@@ -38,10 +38,16 @@ pub(super) enum Mutation {
     ForgetTheDecision,
     /// A destination that takes over lets a guest run that was only loaded.
     RunWhatIsLoaded,
+    /// A destination that takes over takes a page that was half written for a whole one.
+    TrustTornPages,
+    /// A source that takes over makes deltas against what its predecessor may have sent.
+    GuessTheBases,
+    /// A source that takes over believes that every page has arrived where the guest runs.
+    TakeRunningForComplete,
 }
 
 impl Mutation {
-    pub(super) const ALL: [Mutation; 17] = [
+    pub(super) const ALL: [Mutation; 20] = [
         Mutation::AnswerBeforeTheDisk,
         Mutation::BelieveTheRoundArrived,
         Mutation::ForgetRejectedPages,
@@ -59,5 +65,8 @@ impl Mutation {
         Mutation::GiveUpAtOnce,
         Mutation::ForgetTheDecision,
         Mutation::RunWhatIsLoaded,
+        Mutation::TrustTornPages,
+        Mutation::GuessTheBases,
+        Mutation::TakeRunningForComplete,
     ];
 }

@@ -14,8 +14,8 @@ use crate::engine::destination::{
 use crate::engine::heat::Heat;
 use crate::engine::pusher::Pusher;
 use crate::engine::source::{SourceMachine, SourceOutcome, SourceRecord};
-use crate::memory::Claim;
-use crate::page::PageSet;
+use crate::memory::{Claim, Stage};
+use crate::page::{PageIndex, PageSet, Version};
 use crate::session::RoundLedger;
 
 fn killed() -> Failure {
@@ -27,7 +27,11 @@ impl Source {
     pub(super) fn resume(&mut self, plan: &Plan, mutation: Option<Mutation>) {
         assert!(self.machine.is_none() && self.end.is_none() && self.steps.is_empty());
         self.events.clear();
-        if self.journal.has(SourceRecord::Complete) {
+        let complete = match mutation {
+            Some(Mutation::TakeRunningForComplete) => self.journal.has(SourceRecord::Running),
+            _ => self.journal.has(SourceRecord::Complete),
+        };
+        if complete {
             self.end = Some(SourceOutcome::Migrated);
             return;
         }
@@ -50,6 +54,10 @@ impl Source {
         let pusher = Pusher::new(need.clone(), Heat::new(pages), plan.pusher);
         self.frozen = Some(Frozen { version, need, zero, pusher });
         self.bases = vec![None; pages as usize];
+        if mutation == Some(Mutation::GuessTheBases) && version > Version(1) {
+            let sent = |content: &u32| Some((Version(version.0 - 1), *content));
+            self.bases = self.memory.iter().map(sent).collect();
+        }
         let running = self.journal.has(SourceRecord::Running);
         self.machine = Some(SourceMachine::resumed(plan.source_config(), running));
         self.looks_for_link = true;
@@ -69,7 +77,7 @@ impl Destination {
                 && self.journal.has(DestinationRecord::Loaded));
         self.looks_for_link = true;
         if committed && !refused {
-            return self.serve_again();
+            return self.serve_again(mutation);
         }
         if !refused {
             if fails {
@@ -82,8 +90,13 @@ impl Destination {
     }
 
     /// The guest runs here, or will.
-    fn serve_again(&mut self) {
+    fn serve_again(&mut self, mutation: Option<Mutation>) {
         let version = self.kept.expect("kept before the decision was written down");
+        if mutation == Some(Mutation::TrustTornPages) {
+            for page in self.torn_pages() {
+                self.table.finish(page, version, false, true);
+            }
+        }
         self.table.recover();
         self.ledger.close();
         self.switchover = Some(version);
@@ -96,17 +109,19 @@ impl Destination {
         }
     }
 
-    /// The process is killed while it writes a page: what of that has come to be there is unknown.
+    /// The process is killed while its threads write pages: what of these has come to be there is unknown.
     pub(super) fn tear(&mut self, rng: &mut fastrand::Rng) {
-        let Some(version) = self.switchover else { return };
-        let missing: Vec<_> = self.table.incomplete().iter().collect();
-        if missing.is_empty() || rng.bool() {
-            return;
+        let Some(version) = self.switchover.filter(|_| rng.bool()) else { return };
+        for page in self.table.incomplete().iter().filter(|_| rng.u8(0..3) == 0) {
+            if let Claim::Claimed { .. } = self.table.claim(page, version) {
+                self.write(page, TORN);
+            }
         }
-        let page = missing[rng.usize(0..missing.len())];
-        if let Claim::Claimed { .. } = self.table.claim(page, version) {
-            self.write(page, TORN);
-        }
+    }
+
+    fn torn_pages(&self) -> Vec<PageIndex> {
+        let pages = (0..self.table.pages()).map(PageIndex);
+        pages.filter(|page| self.table.state(*page).stage == Stage::Applying).collect()
     }
 }
 
@@ -130,6 +145,8 @@ impl World {
     pub(super) fn source_resumes(&mut self) {
         self.plan.resumes -= 1;
         self.network.lose_source();
+        let lacks = self.destination.ran && !self.destination.lacking().is_empty();
+        self.tally.source_takeovers_in_postcopy += u64::from(lacks);
         let plan = self.planned.clone();
         self.source.resume(&plan, self.mutation);
     }
@@ -137,6 +154,11 @@ impl World {
     pub(super) fn destination_resumes(&mut self) {
         self.plan.resumes -= 1;
         self.network.lose_destination();
+        if self.destination.ran && !self.destination.lacking().is_empty() {
+            self.tally.destination_takeovers_in_postcopy += 1;
+            self.tally.of_these_with_torn_pages +=
+                u64::from(!self.destination.torn_pages().is_empty());
+        }
         let fails = self.step_fails();
         self.destination.resume(fails, self.mutation);
     }

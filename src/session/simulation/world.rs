@@ -9,7 +9,7 @@ use super::network::{Network, View};
 use super::plan::Plan;
 use super::source::Source;
 use crate::engine::Failure;
-use crate::engine::destination::DestinationEvent;
+use crate::engine::destination::{DestinationEvent, DestinationRecord};
 use crate::engine::source::{SourceEvent, SourceRecord};
 use crate::guest::Shape;
 use crate::memory::MemoryLayout;
@@ -70,12 +70,34 @@ pub(super) struct World {
     ways: Vec<Way>,
     /// Each step and each event is printed.
     pub(super) traced: bool,
-    pub(super) steps: u32,
+    steps: u32,
+    pub(super) tally: Tally,
+}
+
+/// What has happened in a schedule, or in many.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Tally {
+    pub(super) steps: u64,
+    /// Another process has taken the source's place while the guest ran at the destination and lacked pages.
+    pub(super) source_takeovers_in_postcopy: u64,
+    /// The same at the destination;
+    pub(super) destination_takeovers_in_postcopy: u64,
+    /// and some pages were half written.
+    pub(super) of_these_with_torn_pages: u64,
+}
+
+impl Tally {
+    pub(super) fn add(&mut self, other: &Tally) {
+        self.steps += other.steps;
+        self.source_takeovers_in_postcopy += other.source_takeovers_in_postcopy;
+        self.destination_takeovers_in_postcopy += other.destination_takeovers_in_postcopy;
+        self.of_these_with_torn_pages += other.of_these_with_torn_pages;
+    }
 }
 
 impl World {
     pub(super) fn new(seed: u64, mutation: Option<Mutation>) -> Self {
-        let mut rng = fastrand::Rng::with_seed(seed);
+        let mut rng = fastrand::Rng::with_seed(spread(seed));
         let plan = Plan::draw(&mut rng);
         let guest = Guest::new(plan.pages, plan.operations, &mut rng);
         let mut world = World {
@@ -92,6 +114,7 @@ impl World {
             ways: Vec::new(),
             traced: false,
             steps: 0,
+            tally: Tally::default(),
         };
         let shape = Shape {
             monitor: "simulated".to_owned(),
@@ -106,7 +129,7 @@ impl World {
     }
 
     /// Goes on until nothing moves any more.
-    pub(super) fn run(&mut self) {
+    pub(super) fn run(&mut self) -> Tally {
         while let Some(way) = self.next_way() {
             self.steps += 1;
             if self.traced {
@@ -117,12 +140,18 @@ impl World {
             assert!(self.steps < MAX_STEPS, "no end after {MAX_STEPS} steps");
         }
         self.check_end();
+        Tally { steps: self.steps.into(), ..self.tally }
     }
 
     fn next_way(&mut self) -> Option<Way> {
         let mut ways = std::mem::take(&mut self.ways);
         ways.clear();
         self.list_work(&mut ways);
+        let is_bulk = |way: &Way| matches!(way, Way::Push | Way::Pages);
+        let slow = self.plan.crashes_late && !self.destination.ran;
+        if slow && !ways.iter().all(is_bulk) {
+            ways.retain(|way| !is_bulk(way));
+        }
         if ways.is_empty() {
             self.list_last_resorts(&mut ways);
         } else {
@@ -202,10 +231,14 @@ impl World {
         let mut add = |way, can: bool| ways.extend(can.then_some(way));
         add(Way::Cut, self.plan.cuts > 0 && self.network.carries);
         // Most of a schedule goes by before the decision, and most of what can be lost is behind it.
-        let weight = if self.source.journal.has(SourceRecord::Decided) { 8 } else { 1 };
+        let matters = self.source.journal.has(SourceRecord::Decided)
+            || self.destination.journal.has(DestinationRecord::Loaded);
+        let weight = if matters { 8 } else { 1 };
+        let lacks = self.destination.ran && !self.destination.lacking().is_empty();
+        let may_crash = self.plan.crashes > 0 && (lacks || !self.plan.crashes_late);
         for _ in 0..weight {
-            add(Way::SourceCrashes, self.plan.crashes > 0 && source);
-            add(Way::DestinationCrashes, self.plan.crashes > 0 && destination);
+            add(Way::SourceCrashes, may_crash && source);
+            add(Way::DestinationCrashes, may_crash && destination);
         }
         add(Way::SourceCancels, self.plan.cancels > 0 && source);
         add(Way::DestinationCancels, self.plan.cancels > 0 && destination);
@@ -435,6 +468,15 @@ impl World {
     fn leave(&mut self) {
         self.network.carries = false;
     }
+}
+
+/// Seeds are counted up, and the first draws from neighbours are alike: mixed by splitmix64 (Steele, Lea, Flood,
+/// OOPSLA 2014) they are not.
+fn spread(seed: u64) -> u64 {
+    let mixed = seed.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    let mixed = (mixed ^ mixed >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    let mixed = (mixed ^ mixed >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+    mixed ^ mixed >> 31
 }
 
 /// The destination says that the guest will not run there, or that it has no device state to run it with.
