@@ -77,10 +77,7 @@ fn without_descriptors_in_pre_copy_the_guest_runs_on_at_the_source() -> Result<(
             ensure!(told.contains("Too many open files") || told.contains("EMFILE"), "{told}");
         }
         moving.source_goes_on()?;
-        // To remove what its directory holds the receiver would need a descriptor.
-        if at_source {
-            moving.nothing_is_left()?;
-        }
+        moving.nothing_is_left()?;
     }
     Ok(())
 }

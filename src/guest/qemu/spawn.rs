@@ -123,7 +123,14 @@ impl Spawned {
     /// Lets QEMU live on without us. A connection to its QMP socket works on, but no new one.
     pub(super) fn let_go(&mut self) {
         self.ours = false;
-        self.directory = None;
+        self.remove_directory();
+    }
+
+    /// By names: to look what is there takes a descriptor, and there may be none.
+    fn remove_directory(&mut self) {
+        let Some(directory) = self.directory.take() else { return };
+        let _ = fs::remove_file(directory.path().join(SOCKET_NAME));
+        let _ = fs::remove_dir(directory.path());
     }
 
     /// Lets QEMU live on, with its QMP socket for whoever comes after us.
@@ -212,6 +219,7 @@ impl Drop for Spawned {
         {
             tracing::warn!("{error}");
         }
+        self.remove_directory();
     }
 }
 
