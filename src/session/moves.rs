@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::codec::SentLimits;
+use crate::codec::ladder::CodecChoice;
 use crate::engine::policy::SwitchoverPolicy;
 use crate::engine::pusher::PusherKind;
 use crate::engine::source::{SourceConfig, SourceTimeouts};
@@ -42,6 +43,8 @@ struct Method {
     /// An emulated link in between; without one it is the loopback interface.
     link: Option<&'static str>,
     limits: SentLimits,
+    /// Without any the link decides. Over the loopback interface pages then go as they are, and are not remembered.
+    codecs: Option<CodecChoice>,
 }
 
 impl Default for Method {
@@ -56,6 +59,7 @@ impl Default for Method {
             reconnect_for: Duration::from_secs(30),
             link: None,
             limits: SentLimits { base_cache_bytes: 64 << 20, lines_bytes: 16 << 20 },
+            codecs: None,
         }
     }
 }
@@ -123,7 +127,7 @@ async fn send_over(
         },
         limits: method.limits,
         encoders: 2,
-        codecs: None,
+        codecs: method.codecs,
         tracker: method.tracker,
         trace: method.traced.then(|| state_dir.with_file_name("source.trace")),
         pusher: method.pusher,
@@ -320,7 +324,8 @@ fn a_guest_full_of_duplicates_moves_whole_and_sends_most_of_them_as_copies() {
             arrived.replace(Some(DestinationGuest::memory(&guest)));
             Box::new(guest)
         };
-        let method = Method { strategy, ..Method::default() };
+        let codecs = Some(CodecChoice::default());
+        let method = Method { strategy, codecs, ..Method::default() };
         let Moved { sent, .. } = moves_whole(boot, await_arrival, &plan, method);
         let (unused, memory) = (unused.into_inner(), arrived.into_inner().unwrap());
         let mut bytes = [0; PAGE_SIZE_BYTES];

@@ -40,14 +40,12 @@ pub(super) enum Mutation {
     RunWhatIsLoaded,
     /// A destination that takes over takes a page that was half written for a whole one.
     TrustTornPages,
-    /// A source that takes over makes deltas against what its predecessor may have sent.
-    GuessTheBases,
     /// A source that takes over believes that every page has arrived where the guest runs.
     TakeRunningForComplete,
 }
 
 impl Mutation {
-    pub(super) const ALL: [Mutation; 20] = [
+    pub(super) const ALL: [Mutation; 19] = [
         Mutation::AnswerBeforeTheDisk,
         Mutation::BelieveTheRoundArrived,
         Mutation::ForgetRejectedPages,
@@ -66,7 +64,6 @@ impl Mutation {
         Mutation::ForgetTheDecision,
         Mutation::RunWhatIsLoaded,
         Mutation::TrustTornPages,
-        Mutation::GuessTheBases,
         Mutation::TakeRunningForComplete,
     ];
 }

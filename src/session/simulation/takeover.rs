@@ -54,10 +54,6 @@ impl Source {
         let pusher = Pusher::new(need.clone(), Heat::new(pages), plan.pusher);
         self.frozen = Some(Frozen { version, need, zero, pusher });
         self.bases = vec![None; pages as usize];
-        if mutation == Some(Mutation::GuessTheBases) && version > Version(1) {
-            let sent = |content: &u32| Some((Version(version.0 - 1), *content));
-            self.bases = self.memory.iter().map(sent).collect();
-        }
         let running = self.journal.has(SourceRecord::Running);
         self.machine = Some(SourceMachine::resumed(plan.source_config(), running));
         self.looks_for_link = true;

@@ -363,7 +363,8 @@ impl DelayTarget {
                 self.declining_from = None;
             } else {
                 let before = *self.declining_from.get_or_insert(rate);
-                if queue * before > self.window {
+                // On a path much shorter than the queue that may stand, the two are too near each other to tell.
+                if target < base_s && queue * before > self.window {
                     return self.take_delay_for_the_path(now, min_rtt, before);
                 }
             }
