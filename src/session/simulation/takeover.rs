@@ -15,7 +15,7 @@ use crate::engine::heat::Heat;
 use crate::engine::pusher::Pusher;
 use crate::engine::source::{SourceMachine, SourceOutcome, SourceRecord};
 use crate::memory::{Claim, Stage};
-use crate::page::{PageIndex, PageSet, Version};
+use crate::page::{PageIndex, PageSet};
 use crate::session::RoundLedger;
 
 fn killed() -> Failure {
