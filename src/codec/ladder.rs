@@ -192,6 +192,9 @@ const PAGES: [Rung<PageCodec>; 6] = [
     rung(PageCodec::Zstd { level: 9 }, 0.323, 60.0, 1_310.0),
 ];
 
+/// How fast a core tries another codec than none.
+const TRIAL_MB_PER_S: f64 = PAGES[1].encode_mb_per_s;
+
 /// Changed pages, 64 together.
 const DELTAS: [Rung<DeltaCodec>; 7] = [
     rung(DeltaCodec::Plain, 0.141, 6_120.0, 8_860.0),
@@ -222,8 +225,9 @@ const SCAN_MB_PER_S: f64 = 12_000.0;
 const SWITCH_GAIN: f64 = 1.05;
 /// Of two that move the same but for this, the quicker is taken: the processor has other work too.
 const SAME_GAIN: f64 = 0.99;
-/// Sent as they are, so many times as many pages must go as with another codec until as much is forgotten
-/// of how they compress.
+/// Pages that go as they are do not tell how they would compress. What was known fades, so that now and then
+/// another codec is tried: the sooner, the less of the link's time a trial takes of the processor's. Where they are
+/// equal, so many times as many pages must go as with another codec until as much is forgotten.
 const RAW_FADES: f64 = 256.0;
 /// Input over which measurements are averaged.
 const AVERAGE_OVER_BYTES: f64 = (8 << 20) as f64;
@@ -234,9 +238,54 @@ pub struct Ladder {
     current: CodecChoice,
     /// Time that encoding takes here, over what the tables say.
     slowness: f64,
-    /// Coded size of this guest's pages over what the tables say.
-    page_bulk: f64,
+    page_bulk: Bulk,
+    /// How quickly that fades, of 1: see [`RAW_FADES`].
+    fading: f64,
+    /// Coded size of this guest's changes over what the tables say.
     delta_bulk: f64,
+}
+
+/// How this guest's pages compress, beside those of the tables.
+///
+/// Pages that compress worse are taken for a mixture: a share that nothing compresses, memory that holds packed or
+/// encrypted data, among others that are as in the tables. So a codec that gains nothing says that no other
+/// would, and they are not all tried.
+#[derive(Clone, Copy, Debug, Default)]
+struct Bulk {
+    /// The share that does not compress; below zero, how much smaller than in the tables all are.
+    excess: f64,
+    /// Input that this is an average of.
+    seen_bytes: f64,
+}
+
+impl Bulk {
+    /// What a codec leaves of these pages that leaves `ratio` of those of the tables.
+    fn left_of(self, ratio: f64) -> f64 {
+        if self.excess < 0.0 {
+            ratio * (1.0 + self.excess)
+        } else {
+            self.excess + (1.0 - self.excess) * ratio
+        }
+    }
+
+    /// So much was left of `input_bytes` where the tables have `ratio`.
+    fn saw(&mut self, left: f64, ratio: f64, input_bytes: f64) {
+        if input_bytes > 0.0 {
+            let found =
+                if left < ratio { left / ratio - 1.0 } else { (left - ratio) / (1.0 - ratio) };
+            let weight = input_bytes / (input_bytes + self.seen_bytes);
+            self.excess += (found.clamp(-0.99, 1.0) - self.excess) * weight;
+            self.seen_bytes = (self.seen_bytes + input_bytes).min(AVERAGE_OVER_BYTES);
+        }
+    }
+
+    /// These pages went as they are: a share of what was seen is forgotten in favour of the tables, and what
+    /// is seen next weighs more.
+    fn fade(&mut self, input_bytes: f64, share: f64) {
+        let faded_bytes = input_bytes * share;
+        self.excess -= self.excess * faded_bytes / (faded_bytes + AVERAGE_OVER_BYTES);
+        self.seen_bytes = self.seen_bytes.min(input_bytes);
+    }
 }
 
 impl Default for Ladder {
@@ -245,7 +294,7 @@ impl Default for Ladder {
             page: PAGES[PAGES.len() - 1].codec,
             delta: DELTAS[DELTAS.len() - 1].codec,
         };
-        Ladder { current, slowness: 1.0, page_bulk: 1.0, delta_bulk: 1.0 }
+        Ladder { current, slowness: 1.0, page_bulk: Bulk::default(), fading: 0.0, delta_bulk: 1.0 }
     }
 }
 
@@ -267,11 +316,9 @@ impl Ladder {
         if let Some(rung) = page {
             expected_s += page_input / (rung.encode_mb_per_s * 1e6);
             if choice.page == PageCodec::Raw {
-                // Pages do not tell how they would compress: let what was known fade, so that now and then
-                // another codec is tried.
-                average(&mut self.page_bulk, 1.0, page_input / RAW_FADES);
+                self.page_bulk.fade(page_input, self.fading);
             } else {
-                average(&mut self.page_bulk, page_coded / (page_input * rung.ratio), page_input);
+                self.page_bulk.saw(page_coded / page_input, rung.ratio, page_input);
             }
         }
         if let Some(rung) = delta {
@@ -287,9 +334,10 @@ impl Ladder {
     /// The codecs for bulk on a link that takes `link_bytes_per_s`, with `encoders` cores at work.
     pub fn choose(&mut self, link_bytes_per_s: f64, encoders: usize) -> CodecChoice {
         let speed = encoders.max(1) as f64 * 1e6 / self.slowness;
+        self.fading = (TRIAL_MB_PER_S * speed / link_bytes_per_s / RAW_FADES).min(1.0);
         self.current = CodecChoice {
             page: best(&PAGES, self.current.page, |rung| {
-                let ratio = (rung.ratio * self.page_bulk).min(1.0);
+                let ratio = self.page_bulk.left_of(rung.ratio);
                 (rung.encode_mb_per_s * speed).min(link_bytes_per_s / ratio)
             }),
             delta: best(&DELTAS, self.current.delta, |rung| {
@@ -308,7 +356,7 @@ impl Ladder {
         };
         CodecChoice {
             page: best(&SINGLE_PAGE, PageCodec::Raw, |rung| {
-                let ratio = (rung.ratio * self.page_bulk).min(1.0);
+                let ratio = self.page_bulk.left_of(rung.ratio);
                 replies_per_s(ratio, rung.encode_mb_per_s, rung.decode_mb_per_s)
             }),
             delta: best(&SINGLE_DELTA, DeltaCodec::Plain, |rung| {

@@ -6,7 +6,6 @@ use std::sync::{Arc, Mutex};
 
 use bytes::Bytes;
 
-use super::buffers::Buffers;
 use super::reader::{Against, BATCH_PAGES, PageReader, is_full};
 use crate::codec::{CodecCounts, Content, SentPages};
 use crate::engine::heat::Heat;
@@ -15,6 +14,7 @@ use crate::engine::pusher::{BundleStats, Pusher, PusherKind};
 use crate::memory::GuestMemory;
 use crate::page::{PageIndex, PageSet, Version};
 use crate::report::{Counters, PushFigures};
+use crate::transport::Buffers;
 use crate::wire::message::Wanted;
 
 /// Pages in a message of a bundle: few, so that the first are there soon and a lost packet holds few up.

@@ -33,7 +33,6 @@ use links::Links;
 
 mod answers;
 mod arrivals;
-mod buffers;
 pub mod control;
 mod desk;
 pub mod destination;

@@ -12,7 +12,6 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use tokio::sync::mpsc;
 
-use super::buffers::Buffers;
 use super::desk::{Desk, Task};
 use super::frozen::FrozenPages;
 use super::pace::Pace;
@@ -26,6 +25,7 @@ use crate::engine::pusher::PusherKind;
 use crate::memory::{DirtyTracker, GuestMemory, MemoryError, ReadWitness};
 use crate::page::{PageIndex, PageRange, PageSet, Version};
 use crate::report::Counters;
+use crate::transport::Buffers;
 
 /// Changed pages that are encoded for trial to learn what a changed page costs.
 const SAMPLE_PAGES: u64 = 256;

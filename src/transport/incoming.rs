@@ -4,9 +4,10 @@
 use std::sync::{Arc, OnceLock};
 
 use bytes::{Bytes, BytesMut};
-use quinn::{Connection, Endpoint, ReadError, ReadExactError, ReadToEndError, RecvStream};
+use quinn::{Connection, Endpoint, ReadError, ReadExactError, RecvStream};
 use tokio::sync::{Semaphore, mpsc};
 
+use super::buffers::Buffers;
 use super::error::{LinkError, close_code, code};
 use super::lanes::{CREDIT_TAG, Lane};
 use super::push::{PushBudget, PushCredit};
@@ -15,6 +16,8 @@ use super::push::{PushBudget, PushCredit};
 const CONTROL_QUEUE: usize = 4;
 /// A message's memory grows with what has come, not with what was announced.
 const FIRST_ALLOCATION_BYTES: usize = 64 << 10;
+/// Pieces of a message, each of a packet, that are taken from QUIC at a time.
+const CHUNKS: usize = 32;
 
 /// What the tasks of a link share. They end when the connection does.
 #[derive(Debug)]
@@ -76,6 +79,7 @@ pub(super) fn start_lanes(
         permits: Lane::ALL.map(|lane| Semaphore::new(lane.max_in_assembly())),
         budget,
         credit,
+        buffers: Buffers::default(),
     });
     tokio::spawn(async move {
         while let Ok(stream) = lanes.core.connection.accept_uni().await {
@@ -92,6 +96,7 @@ struct Assembly {
     permits: LaneQueues<Semaphore>,
     budget: Arc<PushBudget>,
     credit: Arc<PushCredit>,
+    buffers: Buffers,
 }
 
 impl Assembly {
@@ -113,17 +118,31 @@ impl Assembly {
 
     async fn assemble(&self, lane: Lane, mut stream: RecvStream) {
         let Ok(_permit) = self.permits[lane.index()].acquire().await else { return };
-        let message = match stream.read_to_end(lane.limit_bytes()).await {
-            Ok(message) => Bytes::from(message),
-            Err(ReadToEndError::TooLong) => {
-                return self.core.violated(format!(
-                    "a message on the {} lane is larger than {} bytes",
-                    lane.name(),
-                    lane.limit_bytes()
-                ));
+        let mut message = if lane == Lane::Push { self.buffers.take() } else { Vec::new() };
+        // Each look at the stream locks the connection.
+        let mut chunks = [const { Bytes::new() }; CHUNKS];
+        loop {
+            match stream.read_chunks(&mut chunks).await {
+                Ok(Some(count)) => {
+                    for chunk in &mut chunks[..count] {
+                        if message.len() + chunk.len() > lane.limit_bytes() {
+                            return self.core.violated(format!(
+                                "a message on the {} lane is larger than {} bytes",
+                                lane.name(),
+                                lane.limit_bytes()
+                            ));
+                        }
+                        message.extend_from_slice(&std::mem::take(chunk));
+                    }
+                }
+                Ok(None) => break,
+                // Given up by its sender, or the connection is gone.
+                Err(_) => return,
             }
-            // Given up by its sender, or the connection is gone.
-            Err(ReadToEndError::Read(_)) => return,
+        }
+        let message = match lane {
+            Lane::Push => self.buffers.message(message),
+            _ => Bytes::from(message),
         };
         if lane == Lane::Push && self.credit.received(message.len()).is_err() {
             return self.core.violated("more on the push lane than was allowed".to_owned());

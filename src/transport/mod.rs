@@ -14,6 +14,7 @@ pub mod congestion;
 
 mod addresses;
 mod base32;
+mod buffers;
 mod connect;
 mod error;
 #[doc(hidden)]
@@ -34,6 +35,7 @@ mod socket;
 mod tests;
 mod ticket;
 
+pub(crate) use buffers::Buffers;
 pub use connect::{connect, reconnect};
 pub use error::{ConnectError, LinkError, ListenError};
 pub use lanes::Lane;

@@ -75,10 +75,46 @@ fn memory_that_does_not_compress_is_not_worth_a_slow_codec() {
     let choice = ladder.choose(5_000.0 * MBIT, 1);
     assert_eq!(choice.page, PageCodec::Raw);
     // And when it does again, that is found out.
-    for _ in 0..300 {
+    for _ in 0..600 {
         ladder.observe(choice, &counts, Duration::from_micros(40));
     }
     assert_ne!(ladder.choose(600.0 * MBIT, 1).page, PageCodec::Raw);
+}
+
+#[test]
+fn what_one_codec_does_not_compress_is_not_tried_with_all_of_them() {
+    let mut ladder = Ladder::default();
+    let mut tried = Vec::new();
+    for _ in 0..400 {
+        let choice = ladder.choose(5_000.0 * MBIT, 2);
+        let rung = find(&PAGES, |codec| codec == choice.page).unwrap();
+        let mut counts = CodecCounts::default();
+        counts.add(CodecId::Raw, 64, 64 * 4096);
+        let seconds = 64.0 * 4096.0 / (rung.encode_mb_per_s * 1e6);
+        ladder.observe(choice, &counts, Duration::from_secs_f64(seconds));
+        tried.push(choice.page);
+    }
+    assert_eq!(tried[0], PageCodec::Lz4);
+    let trials = tried[1..].iter().filter(|codec| **codec != PageCodec::Raw).count();
+    assert!(trials <= 4, "{trials} of 400");
+}
+
+#[test]
+fn a_slow_link_loses_little_to_packed_data_among_pages_that_compress() {
+    let mut ladder = Ladder::default();
+    let mut raw_batches = 0;
+    for batch in 0..400 {
+        let choice = ladder.choose(100.0 * MBIT, 2);
+        let rung = find(&PAGES, |codec| codec == choice.page).unwrap();
+        let mut counts = CodecCounts::default();
+        // 5 MB of an archive, and 100 MB of text.
+        let left = if batch < 20 || choice.page == PageCodec::Raw { 1.0 } else { rung.ratio };
+        counts.add(CodecId::Zstd, 64, (64.0 * 4096.0 * left) as u64);
+        let seconds = 64.0 * 4096.0 / (rung.encode_mb_per_s * 1e6);
+        ladder.observe(choice, &counts, Duration::from_secs_f64(seconds));
+        raw_batches += u32::from(batch >= 20 && choice.page == PageCodec::Raw);
+    }
+    assert!(raw_batches <= 5, "{raw_batches} of 380");
 }
 
 #[test]
