@@ -1,5 +1,7 @@
 //! The names of the codecs, and counts by codec for reports.
 
+use std::borrow::Cow;
+use std::collections::BTreeMap;
 use std::fmt;
 use std::ops::AddAssign;
 
@@ -214,6 +216,16 @@ impl CodecCounts {
             .into_iter()
             .map(|codec| (codec, self.pages(codec), self.bytes(codec)))
             .filter(|&(_, pages, _)| pages > 0)
+    }
+
+    /// Pages by the name of their codec, as a report has them.
+    pub fn pages_by_name(&self) -> BTreeMap<Cow<'static, str>, u64> {
+        self.used().map(|(codec, pages, _)| (codec.name().into(), pages)).collect()
+    }
+
+    /// Bytes by the name of their codec, as a report has them.
+    pub fn bytes_by_name(&self) -> BTreeMap<Cow<'static, str>, u64> {
+        self.used().map(|(codec, _, bytes)| (codec.name().into(), bytes)).collect()
     }
 }
 

@@ -9,13 +9,13 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use tokio::runtime::Handle;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
 use super::arrivals::Arrivals;
 use super::control::Verdict;
 use super::journal::{About, Journal, Side};
-use super::links::{Links, OnLink, until, until_quiet};
+use super::links::{Heard, Links, OnLink, until, until_quiet};
 use super::rounds::ms;
 use super::{
     Noted, PROGRESS_INTERVAL, ProgressMeter, RoundLedger, Shared, StopSignals, Timeline, blocking,
@@ -35,8 +35,8 @@ use crate::report::{
 use crate::transport::{Lane, Link, LinkError, Listener, SavedReceiver, SessionKey};
 use crate::wire::DecodeScratch;
 use crate::wire::message::{
-    DestinationStage, FaultRequest, Flight, Lacking, MAX_REQUEST_PAGES, MessageError, PackedSet,
-    Strategy, ToDestination, ToSource, Wanted, decode, encode,
+    DestinationStage, FaultRequest, Flight, Lacking, MAX_REQUEST_PAGES, PackedSet, Strategy,
+    ToDestination, ToSource, Wanted, decode, encode,
 };
 use crate::wire::state::{PackedState, RehearsedState};
 
@@ -122,10 +122,8 @@ pub async fn receive(
 /// What the threads and tasks of a session tell its loop.
 enum Happened {
     Event(DestinationEvent),
-    /// On the link of this number. The next one is only taken when this one was dealt with.
-    Heard(u32, Result<ToDestination, MessageError>, OwnedSemaphorePermit),
-    /// The link of this number is broken.
-    LinkEnded(u32, LinkError),
+    /// On the link of this number.
+    Heard(u32, Heard<ToDestination>),
     /// Nothing works on the lost link of this number any more.
     Quiet(u32),
 }
@@ -301,41 +299,24 @@ impl Session {
     fn listen(&mut self) {
         let Some(on_link) = self.links.on_link() else { return };
         let happened = self.happened.clone();
-        let turn = Arc::new(Semaphore::new(1));
-        self.tasks.spawn(async move {
-            loop {
-                let Ok(permit) = turn.clone().acquire_owned().await else { return };
-                let said = match on_link.link.control_recv().await {
-                    Ok(bytes) => Happened::Heard(on_link.number, decode(&bytes), permit),
-                    Err(error) => {
-                        let _ = happened.send(Happened::LinkEnded(on_link.number, error));
-                        return;
-                    }
-                };
-                if happened.send(said).is_err() {
-                    return;
-                }
-            }
-        });
+        self.tasks
+            .spawn(on_link.listen(move |number, heard| {
+                happened.send(Happened::Heard(number, heard)).is_ok()
+            }));
     }
 
     async fn take_in(&mut self, happened: Happened) {
         match happened {
             Happened::Event(event) => self.handle(event).await,
-            Happened::Heard(number, message, _turn) => {
-                if self.links.is_current(number) {
-                    self.handle(match message {
-                        Ok(message) => DestinationEvent::Message(message),
-                        Err(error) => DestinationEvent::Failed(error.into()),
-                    })
-                    .await;
-                }
+            Happened::Heard(number, _) if !self.links.is_current(number) => {}
+            Happened::Heard(_, Heard::Message(message, _turn)) => {
+                self.handle(match message {
+                    Ok(message) => DestinationEvent::Message(message),
+                    Err(error) => DestinationEvent::Failed(error.into()),
+                })
+                .await;
             }
-            Happened::LinkEnded(number, error) => {
-                if self.links.is_current(number) {
-                    self.lose_link(error).await;
-                }
-            }
+            Happened::Heard(_, Heard::End(error)) => self.lose_link(error).await,
             Happened::Quiet(number) => {
                 self.links.quiet(number);
                 self.take_next_link().await;

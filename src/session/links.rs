@@ -1,11 +1,14 @@
 //! The links of one migration, one after another: what works on a link, when that has ended, and how
 //! long there was none.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use tokio::sync::mpsc;
+use serde::de::DeserializeOwned;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 
 use crate::transport::{Link, LinkError, LinkStats};
+use crate::wire::message::{MessageError, decode};
 
 /// A link in the hands of a task or thread that works on it. The next link is not used before all of
 /// these are dropped.
@@ -15,6 +18,34 @@ pub(super) struct OnLink {
     /// Which of the migration's links.
     pub(super) number: u32,
     _work: mpsc::Sender<()>,
+}
+
+/// What comes on the control lane.
+pub(super) enum Heard<M> {
+    /// The peer's next message. The one behind it is only taken when the permit is dropped: when this one was
+    /// dealt with.
+    Message(Result<M, MessageError>, OwnedSemaphorePermit),
+    /// The link is broken.
+    End(LinkError),
+}
+
+impl OnLink {
+    /// Gives `tell` what the peer says on the control lane, with the link's number, until the link ends or
+    /// `tell` says that nobody listens any more.
+    pub(super) async fn listen<M: DeserializeOwned>(self, tell: impl Fn(u32, Heard<M>) -> bool) {
+        let turn = Arc::new(Semaphore::new(1));
+        loop {
+            let Ok(permit) = turn.clone().acquire_owned().await else { return };
+            match self.link.control_recv().await {
+                Ok(bytes) if tell(self.number, Heard::Message(decode(&bytes), permit)) => {}
+                Ok(_) => return,
+                Err(error) => {
+                    tell(self.number, Heard::End(error));
+                    return;
+                }
+            }
+        }
+    }
 }
 
 /// The current link, or the lack of one.

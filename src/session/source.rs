@@ -7,14 +7,14 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
 use super::answers::{Answers, encode_bundles};
 use super::control::Verdict;
 use super::frozen::FrozenPages;
 use super::journal::{About, Journal, Side};
-use super::links::{Backoff, Links, OnLink, until, until_quiet};
+use super::links::{Backoff, Heard, Links, OnLink, until, until_quiet};
 use super::pace::Pace;
 use super::reader::{PageReader, Purpose};
 use super::rehearsal::{Rehearsal, Rehearsed, rehearse};
@@ -36,8 +36,8 @@ use crate::transport::{
     Lane, Link, LinkError, SavedSender, SessionKey, Ticket, TransportOptions, connect, reconnect,
 };
 use crate::wire::message::{
-    DestinationStage, Flight, Lacking, MessageError, PROTOCOL, PackedSet, RunWhen, Strategy,
-    ToDestination, ToSource, decode, encode,
+    DestinationStage, Flight, Lacking, PROTOCOL, PackedSet, RunWhen, Strategy, ToDestination,
+    ToSource, encode,
 };
 use crate::wire::state::PackedState;
 
@@ -148,10 +148,8 @@ impl Destination {
 /// What the threads and tasks of a session tell its loop.
 enum Happened {
     Event(SourceEvent),
-    /// On the link of this number. The next one is only taken when this one was dealt with.
-    Heard(u32, Result<ToSource, MessageError>, OwnedSemaphorePermit),
-    /// The link of this number is broken.
-    LinkEnded(u32, LinkError),
+    /// On the link of this number.
+    Heard(u32, Heard<ToSource>),
     /// Nothing works on the lost link of this number any more.
     Quiet(u32),
     /// Another link.
@@ -309,47 +307,27 @@ impl Session {
     fn listen(&mut self) {
         let Some(on_link) = self.links.on_link() else { return };
         let happened = self.happened.clone();
-        let turn = Arc::new(Semaphore::new(1));
-        self.tasks.spawn(async move {
-            loop {
-                let Ok(permit) = turn.clone().acquire_owned().await else { return };
-                let said = match on_link.link.control_recv().await {
-                    Ok(bytes) => Happened::Heard(on_link.number, decode(&bytes), permit),
-                    Err(error) => {
-                        let _ = happened.send(Happened::LinkEnded(on_link.number, error));
-                        return;
-                    }
-                };
-                if happened.send(said).is_err() {
-                    return;
-                }
-            }
-        });
+        self.tasks
+            .spawn(on_link.listen(move |number, heard| {
+                happened.send(Happened::Heard(number, heard)).is_ok()
+            }));
     }
 
     async fn take_in(&mut self, happened: Happened) {
         match happened {
             Happened::Event(event) => self.handle(event).await,
-            Happened::Heard(number, message, _turn) => {
-                if !self.links.is_current(number) {
-                    return;
+            Happened::Heard(number, _) if !self.links.is_current(number) => {}
+            Happened::Heard(_, Heard::Message(Ok(message), _turn)) => {
+                self.note_running(&message);
+                if let ToSource::Rehearsed { check } = &message {
+                    self.rehearsal.acknowledged(*check);
                 }
-                match message {
-                    Ok(message) => {
-                        self.note_running(&message);
-                        if let ToSource::Rehearsed { check } = &message {
-                            self.rehearsal.acknowledged(*check);
-                        }
-                        self.handle(SourceEvent::Message(message)).await;
-                    }
-                    Err(error) => self.handle(SourceEvent::Failed(error.into())).await,
-                }
+                self.handle(SourceEvent::Message(message)).await;
             }
-            Happened::LinkEnded(number, error) => {
-                if self.links.is_current(number) {
-                    self.lose_link(error).await;
-                }
+            Happened::Heard(_, Heard::Message(Err(error), _turn)) => {
+                self.handle(SourceEvent::Failed(error.into())).await;
             }
+            Happened::Heard(_, Heard::End(error)) => self.lose_link(error).await,
             Happened::Quiet(number) => {
                 self.links.quiet(number);
                 self.take_next_link().await;

@@ -106,7 +106,7 @@ impl Session {
                 .unwrap_or(Err(LinkError::TimedOut { idle_ms }));
         }
         if let Err(error) = sent {
-            let _ = self.happened.send(Happened::LinkEnded(on_link.number, error));
+            let _ = self.happened.send(Happened::Heard(on_link.number, Heard::End(error)));
         }
     }
 
@@ -232,7 +232,7 @@ impl Session {
                 Ok(bytes) => bytes,
                 // It is offered again on the next link.
                 Err(error) => {
-                    let _ = steps.send(Happened::LinkEnded(on_link.number, error));
+                    let _ = steps.send(Happened::Heard(on_link.number, Heard::End(error)));
                     return;
                 }
             };

@@ -60,14 +60,8 @@ impl Session {
             wire_sent_bytes: stats.sent_bytes,
             wire_received_bytes: stats.received_bytes,
             pages_total: self.pages_total,
-            pages_by_codec: codecs
-                .used()
-                .map(|(codec, pages, _)| (codec.name().into(), pages))
-                .collect(),
-            bytes_by_codec: codecs
-                .used()
-                .map(|(codec, _, bytes)| (codec.name().into(), bytes))
-                .collect(),
+            pages_by_codec: codecs.pages_by_name(),
+            bytes_by_codec: codecs.bytes_by_name(),
             precopy_rounds: self.rounds,
             remaining_pages_at_freeze: *self.remaining_at_freeze.lock().expect("no panics"),
             device_state_bytes: *self.device_state_bytes.lock().expect("no holder panics"),

@@ -328,7 +328,7 @@ impl Session {
 
 /// Tells the session's loop that work on a link has ended with the link.
 fn link_ended(happened: &mpsc::UnboundedSender<Happened>, on_link: &OnLink, error: LinkError) {
-    let _ = happened.send(Happened::LinkEnded(on_link.number, error));
+    let _ = happened.send(Happened::Heard(on_link.number, Heard::End(error)));
 }
 
 /// Takes messages out of the queue until it ends and hands each to the link.
