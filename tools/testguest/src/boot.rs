@@ -5,11 +5,14 @@
 use std::ffi::CString;
 use std::fs::{self, File};
 use std::os::fd::AsRawFd;
+use std::path::Path;
+use std::time::{Duration, Instant};
 
 use crate::console::say;
 
 /// Written by `tools/build-guest`: file names in `/modules`, dependencies first.
 const MODULE_LIST: &str = "/modules/order";
+const DEVICE_LIMIT: Duration = Duration::from_secs(5);
 
 pub(crate) fn mount_kernel_filesystems() -> Result<(), String> {
     for (kind, target) in [("proc", "/proc"), ("sysfs", "/sys"), ("devtmpfs", "/dev")] {
@@ -48,6 +51,18 @@ pub(crate) fn load_modules(command_line: &str) -> Result<(), String> {
         if result != 0 {
             say!("module {name}: {}", std::io::Error::last_os_error());
         }
+    }
+    Ok(())
+}
+
+/// Waits for the file of a device, whose driver may still be looking at it.
+pub(crate) fn wait_for_device(path: &str) -> Result<(), String> {
+    let since = Instant::now();
+    while !Path::new(path).exists() {
+        if since.elapsed() > DEVICE_LIMIT {
+            return Err(format!("no {path}: the machine lacks a device that its work needs"));
+        }
+        std::thread::sleep(Duration::from_millis(10));
     }
     Ok(())
 }

@@ -15,11 +15,11 @@ use std::mem::size_of;
 use std::net::Ipv4Addr;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
-use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
+use crate::boot::wait_for_device;
 use crate::console::say;
 use crate::interface::{as_sockaddr, check, owned, set_address};
 use crate::params::Params;
@@ -47,17 +47,11 @@ impl fmt::Display for Activity {
 /// Waits for the devices and starts the threads.
 pub(crate) fn start(params: &Params) -> Result<Arc<Activity>, String> {
     for path in ["/sys/class/net/eth0", "/dev/vda", "/dev/hwrng"] {
-        let since = Instant::now();
-        while !Path::new(path).exists() {
-            if since.elapsed() > Duration::from_secs(5) {
-                return Err(format!("ff.io=1: no {path}; give the machine all three devices"));
-            }
-            std::thread::sleep(Duration::from_millis(10));
-        }
+        wait_for_device(path)?;
     }
     let activity = Arc::new(Activity::default());
-    let (address, ping, seed) = (params.address, params.ping, params.seed);
-    spawn(&activity, "net", move |activity| use_network(address, ping, activity));
+    let (address, host, seed) = (params.address, params.host, params.seed);
+    spawn(&activity, "net", move |activity| use_network(address, host, activity));
     spawn(&activity, "blk", move |activity| use_disk(seed, activity));
     spawn(&activity, "rng", use_random_numbers);
     Ok(activity)
@@ -119,9 +113,9 @@ fn use_random_numbers(activity: &Activity) -> Result<(), String> {
     }
 }
 
-fn use_network(address: Ipv4Addr, ping: Ipv4Addr, activity: &Activity) -> Result<(), String> {
+fn use_network(address: Ipv4Addr, host: Ipv4Addr, activity: &Activity) -> Result<(), String> {
     set_address("eth0", address)?;
-    let socket = ping_socket(ping)?;
+    let socket = ping_socket(host)?;
     let mut sequence = 0u16;
     loop {
         sequence = sequence.wrapping_add(1);

@@ -19,6 +19,8 @@
 //! * `job ...`: with `ff.job`, what that program says ([`job`]).
 //! * `fatal ...`: the guest cannot go on.
 //!
+//! With `ff.pattern=stream` it also sends frames to a client outside, by UDP ([`stream`]).
+//!
 //! It obeys single bytes on the first serial port: `v` makes it verify as fast as it can, `n` at the
 //! rate of its parameters again.
 //!
@@ -35,6 +37,7 @@ mod params;
 mod random;
 mod redis;
 mod resp;
+mod stream;
 mod work;
 
 use std::process::ExitCode;
@@ -71,6 +74,12 @@ fn run() -> Result<(), String> {
         return work::run(&params, redis, activity.as_deref());
     }
     let set = memory::WorkingSet::filled(params.pages(), params.fill, params.seed)?;
+    let pages = work::PageWork::new(&params, set);
+    if params.pattern == work::Pattern::Stream {
+        let stream = stream::StreamWork::start(&params, pages)?;
+        say!("ready {}", params.pages());
+        return work::run(&params, stream, activity.as_deref());
+    }
     say!("ready {}", params.pages());
-    work::run(&params, work::PageWork::new(&params, set), activity.as_deref())
+    work::run(&params, pages, activity.as_deref())
 }

@@ -109,6 +109,11 @@ impl WorkingSet {
         self.pages.len()
     }
 
+    /// Appends the bytes of a page.
+    pub(crate) fn read(&self, index: usize, to: &mut Vec<u8>) {
+        to.extend(self.pages[index].0.iter().flat_map(|word| word.to_le_bytes()));
+    }
+
     /// Changes words of a page, counts its sequence number up, and makes its checksum right.
     pub(crate) fn write(&mut self, index: usize, change: impl FnOnce(&mut Change<'_>)) {
         let sequence = self.sequences[index] + 1;

@@ -26,10 +26,10 @@ pub(crate) struct Params {
     pub(crate) io: bool,
     /// `ff.job=sqlite`: a program of the image that runs besides; see [`crate::job`].
     pub(crate) job: Option<String>,
-    /// `ff.net=10.0.2.15,10.0.2.2`: own address (prefix 24) and the one to ping. These defaults fit
-    /// QEMU's user network.
+    /// `ff.net=10.0.2.15,10.0.2.2`: own address (prefix 24) and that of the host, which is pinged and gets the
+    /// stream. These defaults fit QEMU's user network.
     pub(crate) address: Ipv4Addr,
-    pub(crate) ping: Ipv4Addr,
+    pub(crate) host: Ipv4Addr,
 }
 
 pub(crate) const PAGE_BYTES: u64 = 4096;
@@ -47,7 +47,7 @@ impl Params {
             io: false,
             job: None,
             address: Ipv4Addr::new(10, 0, 2, 15),
-            ping: Ipv4Addr::new(10, 0, 2, 2),
+            host: Ipv4Addr::new(10, 0, 2, 2),
         };
         let own = command_line.split_whitespace().filter_map(|word| word.strip_prefix("ff."));
         for word in own {
@@ -66,9 +66,9 @@ impl Params {
                 "net" => {
                     let addresses = value
                         .split_once(',')
-                        .and_then(|(own, ping)| Some((own.parse().ok()?, ping.parse().ok()?)));
-                    (params.address, params.ping) =
-                        addresses.ok_or_else(|| format!("ff.{word}: not OWN,PING addresses"))?;
+                        .and_then(|(own, host)| Some((own.parse().ok()?, host.parse().ok()?)));
+                    (params.address, params.host) =
+                        addresses.ok_or_else(|| format!("ff.{word}: not OWN,HOST addresses"))?;
                 }
                 _ => return Err(format!("ff.{key} is not a parameter")),
             }

@@ -28,6 +28,8 @@ pub(crate) enum Pattern {
     ReadSeq,
     /// Nothing is written; pages at random are verified.
     ReadRand,
+    /// As `Half`, while frames made of the pages are streamed; see [`crate::stream`].
+    Stream,
     /// Not on pages: a redis server with a mixed load; see [`crate::redis`].
     Redis,
 }
@@ -45,6 +47,7 @@ impl FromStr for Pattern {
             "hotcold" => Pattern::HotCold,
             "readseq" => Pattern::ReadSeq,
             "readrand" => Pattern::ReadRand,
+            "stream" => Pattern::Stream,
             "redis" => Pattern::Redis,
             _ => return Err(format!("ff.pattern={name} is not a pattern")),
         })
@@ -106,6 +109,8 @@ pub(crate) trait Work {
     /// # Errors
     /// As of [`Self::operate`].
     fn verify_next(&mut self, count: u64) -> Result<(), String>;
+    /// What is due at a moment whatever the rate of the operations is; called again and again.
+    fn keep_up(&mut self, _now: Instant) {}
     /// What was done so far.
     fn progress(&self) -> &Progress;
 }
@@ -194,6 +199,7 @@ pub(crate) fn run(
             say!("io {activity}");
             next_io = now + IO_REPORT_EVERY;
         }
+        work.keep_up(now);
         let due = if idle { 0 } else { pace.due(now) };
         let verify_due = verify_pace.due(now);
         if due > 0 {
@@ -241,7 +247,7 @@ impl Work for PageWork {
 }
 
 /// Touches pages so many times, and tells those touches that took long.
-fn timed(count: u64, mut touch: impl FnMut()) {
+pub(crate) fn timed(count: u64, mut touch: impl FnMut()) {
     let mut begin = Instant::now();
     for _ in 0..count {
         touch();
@@ -265,6 +271,10 @@ impl PageWork {
         }
     }
 
+    pub(crate) fn set(&self) -> &WorkingSet {
+        &self.set
+    }
+
     fn operate_once(&mut self) {
         self.progress.operations += 1;
         let pages = self.set.len();
@@ -285,7 +295,7 @@ impl PageWork {
             Pattern::Counter => {
                 self.set.write(in_order, |page| page.set(COUNTER, page.get(COUNTER) + 1));
             }
-            Pattern::Half => {
+            Pattern::Half | Pattern::Stream => {
                 let middle = WORDS / 2;
                 let range = if random.below(2) == 0 { BODY..middle } else { middle..WORDS };
                 let mut words = [0; WORDS / 2];
@@ -322,9 +332,10 @@ mod tests {
 
     #[test]
     fn every_pattern_leaves_pages_that_verify() {
-        for name in
-            ["idle", "sparse", "counter", "half", "random", "hotcold", "readseq", "readrand"]
-        {
+        for name in [
+            "idle", "sparse", "counter", "half", "random", "hotcold", "readseq", "readrand",
+            "stream",
+        ] {
             let params =
                 Params::parse(&format!("ff.ws=64K ff.pattern={name} ff.fill=text")).unwrap();
             let set = WorkingSet::filled(params.pages(), params.fill, params.seed).unwrap();
