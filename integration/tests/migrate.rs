@@ -8,7 +8,7 @@ use farfault_integration::huge_pool::HugePool;
 use farfault_integration::lab::Lab;
 use farfault_integration::leftovers::{Inventory, nothing_is_left_of};
 use farfault_integration::process::wait_for;
-use farfault_integration::qemu::{Guest, GuestSpec, Machine, Ram};
+use farfault_integration::qemu::{Devices, Guest, GuestSpec, Machine, Ram};
 use farfault_integration::ram;
 use farfault_integration::timeline::Interruption;
 use serde_json::Value;
@@ -182,7 +182,7 @@ fn device_counters(guest: &Guest) -> Result<[u64; 3]> {
 /// Returns the source's report.
 fn devices_go_on(machine: Machine, strategy: &str, link: &str) -> Result<Option<Value>> {
     let mut spec = GuestSpec::new(machine, 256, "ff.ws=64M ff.pattern=sparse ff.verify=50000");
-    spec.devices = true;
+    spec.devices = Devices::All;
     let options = ["--strategy", strategy];
     let Some(after) = move_guest_over(link, &spec, &[], &options)? else { return Ok(None) };
     after.guest_is_unharmed()?;

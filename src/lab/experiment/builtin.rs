@@ -12,7 +12,7 @@ use super::record::{Measured, Outcome};
 use super::scenario::{Cell, GuestKind, Scenario};
 use crate::lab::stage::farfault::Running;
 use crate::lab::stage::process::pause;
-use crate::lab::stage::timeline::{Beat, Interruption, Throughput, missed_frames};
+use crate::lab::stage::timeline::{Beat, Interruption, Throughput, silences};
 
 /// Beside the migration: start, work before and after, and verification under an emulated KVM.
 const AROUND: Duration = Duration::from_secs(240);
@@ -118,7 +118,7 @@ fn measure(
         downtime_ms: ms(seen.downtime),
         recovered_after_ms: seen.recovered_after.map(ms),
         longest_stall_after_ms: ms(seen.longest_stall_after),
-        missed_frames: missed_frames(&source, &destination, started),
+        silences_of_40_ms: silences(&source, &destination, started),
         there_bytes: carried("there"),
         back_bytes: carried("back"),
         corrupt_pages: verdict["wrong_pages"].as_u64().context("a verdict without wrong_pages")?,

@@ -13,10 +13,12 @@ use super::scenario::{Cell, Scenario};
 use crate::lab::stage::film::Camera;
 use crate::lab::stage::place::{Place, Tools, Turn};
 use crate::lab::stage::process::{pause, wait_for};
-use crate::lab::stage::qemu::{Guest, GuestSpec, Machine, Ram};
-use crate::lab::stage::timeline::{Interruption, SlowTouches, Throughput, missed_frames};
+use crate::lab::stage::qemu::{Devices, Guest, GuestSpec, Machine, Ram};
+use crate::lab::stage::stream::StreamClient;
+use crate::lab::stage::timeline::{Interruption, SlowTouches, Throughput, silences};
 use crate::lab::stage::watch::{Usage, Watch, Who};
 use crate::lab::stage::{farfault, native};
+use crate::page::PAGE_SIZE_BYTES;
 
 /// A guest under emulation that fills gigabytes.
 const BOOT_LIMIT: Duration = Duration::from_secs(180);
@@ -57,6 +59,13 @@ pub(super) fn run(
     let (link, queue) = (cell.link.spec()?, cell.link.queue_limit()?);
     let mut place = Place::open(link, queue, seed, tools.clone(), Turn::Alone)?;
     let spec = guest_spec(cell)?;
+    let client = match cell.guest.streams() {
+        true => Some(StreamClient::listen(
+            &place,
+            cell.guest.working_set_bytes()? / PAGE_SIZE_BYTES as u64,
+        )?),
+        false => None,
+    };
     let mut source = Guest::prepare(&place, "source", &spec)?;
     source.start(place.a().name(), &[])?;
     wait_for("the guest to boot and to begin its work", BOOT_LIMIT, || Ok(source.log.last_beat()))
@@ -77,6 +86,7 @@ pub(super) fn run(
     pause(AFTER)?;
     let (beats, after) = (source.log.beats(), destination.log.beats());
     let seen = Interruption::measure(&beats, &after, started)?;
+    let stream = client.map(|client| client.seen(started));
     let slow = destination.log.slow_touches();
     let slow_touches = (!slow.is_empty()).then(|| SlowTouches::of(slow));
     // From here on as fast as it can: the measurement is over.
@@ -86,12 +96,14 @@ pub(super) fn run(
     if corrupt_pages == 0 {
         verified.with_context(|| destination.diagnosis())?;
     }
+    let corrupt_frames = stream.as_ref().map_or(0, |seen| seen.corrupt);
     let measured = Measured {
         total_ms: ms(took),
         downtime_ms: ms(seen.downtime),
         recovered_after_ms: seen.recovered_after.map(ms),
         longest_stall_after_ms: ms(seen.longest_stall_after),
-        missed_frames: missed_frames(&beats, &after, started),
+        silences_of_40_ms: silences(&beats, &after, started),
+        stream,
         slow_touches,
         there_bytes,
         back_bytes,
@@ -100,7 +112,7 @@ pub(super) fn run(
         source_extra_bytes: Some(usage.source_extra_bytes()),
         destination_extra_bytes: Some(usage.receive.peak_anonymous_bytes),
         destination_qemu_bytes: Some(usage.destination.peak_resident_bytes),
-        corrupt_pages,
+        corrupt_pages: corrupt_pages + corrupt_frames,
         throughput: Throughput::of(&beats, &after, BIN, KEPT_BEFORE, KEPT_AFTER),
         memory: film,
     };
@@ -123,6 +135,9 @@ fn guest_spec(cell: &Cell) -> Result<GuestSpec> {
     );
     let mut spec = GuestSpec::new(Machine::Pc, guest.memory_bytes()? >> 20, &work);
     spec.programs = guest.programs();
+    if guest.streams() {
+        spec.devices = Devices::Network;
+    }
     spec.further = cell.method.arguments.clone();
     if cell.method.qemu.is_some() {
         // Its default. Sharing is what farfault needs.

@@ -11,6 +11,7 @@ use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 use super::scenario::{Cell, GuestPart, LinkPart, MethodPart, Scenario};
 use crate::lab::stage::film::MemoryFilm;
 use crate::lab::stage::place::Image;
+use crate::lab::stage::stream::StreamSeen;
 use crate::lab::stage::timeline::{SlowTouches, Throughput};
 
 /// A run.
@@ -92,8 +93,12 @@ pub struct Measured {
     pub recovered_after_ms: Option<f64>,
     /// Longest time without a heartbeat on the destination.
     pub longest_stall_after_ms: f64,
-    /// Of a stream of 25 a second, without a buffer.
-    pub missed_frames: u64,
+    /// How many times 40 ms went by whole without a heartbeat.
+    #[serde(alias = "missed_frames")]
+    pub silences_of_40_ms: u64,
+    /// What the client of a guest that streams has seen.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stream: Option<StreamSeen>,
     /// Touches of pages on the destination that took long, as the guest timed them.
     #[serde(default)]
     pub slow_touches: Option<SlowTouches>,
@@ -111,7 +116,7 @@ pub struct Measured {
     pub destination_extra_bytes: Option<u64>,
     /// Most resident memory of QEMU at the destination, with the guest's.
     pub destination_qemu_bytes: Option<u64>,
-    /// Pages that are not what the guest wrote last.
+    /// Pages that are not what the guest wrote last, and frames that it has not sent so.
     pub corrupt_pages: u64,
     /// What the guest did over time.
     pub throughput: Throughput,

@@ -11,6 +11,7 @@ use super::scenario::{GuestKind, GuestPart, LinkPart, Scenario};
 use super::store::Store;
 use super::table::{CellRuns, Spread, csv};
 use crate::lab::stage::qemu::Programs;
+use crate::lab::stage::stream::StreamSeen;
 
 /// Writes `report.md`, `results.csv` and the pictures into the store's directory.
 pub fn write_report(scenario: &Scenario, store: &Store) -> Result<()> {
@@ -73,9 +74,14 @@ fn markdown(
                 continue;
             }
             let _ = writeln!(text, "### Link {}: {}\n", link.name, describe_link(link));
-            text.push_str(HEADER);
-            for cell in cells {
-                let _ = writeln!(text, "{}", row(cell, &scenario.limit));
+            for (index, cell) in cells.into_iter().enumerate() {
+                let columns = columns(cell, &scenario.limit, guest.streams());
+                let (names, values): (Vec<_>, Vec<_>) = columns.into_iter().unzip();
+                if index == 0 {
+                    let rule = "---|".repeat(names.len());
+                    let _ = writeln!(text, "| {} |\n|{rule}", names.join(" | "));
+                }
+                let _ = writeln!(text, "| {} |", values.join(" | "));
             }
             text.push('\n');
             show_plots(&mut text, plots, &guest.name, Some(&link.name));
@@ -134,14 +140,8 @@ fn show_estimates(text: &mut String, cells: &[CellRuns<'_>]) {
     }
 }
 
-const HEADER: &str = "\
-| method | runs | total s | downtime ms | 90 % again after ms | longest stall after ms \
-| missed frames | slow touches | slow touch p50 / p99 ms | MB on the link | CPU s, source / dest. | extra MB, source / dest. \
-| remote faults | fault p50 / p99 ms | corrupt |
-|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|
-";
-
-fn row(cell: &CellRuns<'_>, limit: &str) -> String {
+/// Names and values.
+fn columns(cell: &CellRuns<'_>, limit: &str, streams: bool) -> Vec<(&'static str, String)> {
     let show = |spread: Option<Spread>, decimals: usize| {
         spread.map_or("–".to_owned(), |spread| spread.show(decimals))
     };
@@ -171,39 +171,52 @@ fn row(cell: &CellRuns<'_>, limit: &str) -> String {
             count => runs.push_str(&format!(", {count} {word}")),
         }
     }
-    let columns = [
-        cell.method.to_owned(),
-        runs,
-        show(cell.spread(|seen| Some(seen.total_ms / 1e3)), 2),
-        show(cell.spread(|seen| Some(seen.downtime_ms)), 0),
-        show(cell.spread(|seen| seen.recovered_after_ms), 0),
-        show(cell.spread(|seen| Some(seen.longest_stall_after_ms)), 0),
-        show(cell.spread(|seen| Some(seen.missed_frames as f64)), 0),
-        show(cell.spread(|seen| Some(seen.slow_touches?.count as f64)), 0),
-        pair(
-            [
-                cell.spread(|seen| Some(seen.slow_touches?.p50_ms)),
-                cell.spread(|seen| Some(seen.slow_touches?.p99_ms)),
-            ],
-            1,
-        ),
-        show(cell.spread(|seen| Some(mega(seen.there_bytes + seen.back_bytes))), 2),
-        pair(
-            [cell.spread(|seen| seen.source_cpu_s), cell.spread(|seen| seen.destination_cpu_s)],
-            1,
-        ),
-        pair(
-            [
-                cell.spread(|seen| seen.source_extra_bytes.map(mega)),
-                cell.spread(|seen| seen.destination_extra_bytes.map(mega)),
-            ],
-            0,
-        ),
-        show(cell.told(|report| report["remote_faults"].as_f64()), 0),
-        pair([quantile("p50"), quantile("p99")], 1),
-        if moved == 0 { "–".to_owned() } else { corrupt.to_string() },
+    let slow_touch = [
+        cell.spread(|seen| Some(seen.slow_touches?.p50_ms)),
+        cell.spread(|seen| Some(seen.slow_touches?.p99_ms)),
     ];
-    format!("| {} |", columns.join(" | "))
+    let cpu = [cell.spread(|seen| seen.source_cpu_s), cell.spread(|seen| seen.destination_cpu_s)];
+    let extra = [
+        cell.spread(|seen| seen.source_extra_bytes.map(mega)),
+        cell.spread(|seen| seen.destination_extra_bytes.map(mega)),
+    ];
+    let stream = |value: fn(&StreamSeen) -> f64| {
+        show(cell.spread(|seen| seen.stream.as_ref().map(value)), 0)
+    };
+    let frames = match streams {
+        true => vec![
+            ("missed frames", stream(|seen| seen.missed as f64)),
+            ("with a 40 ms buffer", stream(|seen| seen.missed_with_short_buffer as f64)),
+            ("longest gap ms", stream(|seen| seen.longest_gap_ms)),
+        ],
+        false => vec![(
+            "40 ms silences",
+            show(cell.spread(|seen| Some(seen.silences_of_40_ms as f64)), 0),
+        )],
+    };
+    let mut columns = vec![
+        ("method", cell.method.to_owned()),
+        ("runs", runs),
+        ("total s", show(cell.spread(|seen| Some(seen.total_ms / 1e3)), 2)),
+        ("downtime ms", show(cell.spread(|seen| Some(seen.downtime_ms)), 0)),
+        ("90 % again after ms", show(cell.spread(|seen| seen.recovered_after_ms), 0)),
+        ("longest stall after ms", show(cell.spread(|seen| Some(seen.longest_stall_after_ms)), 0)),
+    ];
+    columns.extend(frames);
+    columns.extend([
+        ("slow touches", show(cell.spread(|seen| Some(seen.slow_touches?.count as f64)), 0)),
+        ("slow touch p50 / p99 ms", pair(slow_touch, 1)),
+        (
+            "MB on the link",
+            show(cell.spread(|seen| Some(mega(seen.there_bytes + seen.back_bytes))), 2),
+        ),
+        ("CPU s, source / dest.", pair(cpu, 1)),
+        ("extra MB, source / dest.", pair(extra, 0)),
+        ("remote faults", show(cell.told(|report| report["remote_faults"].as_f64()), 0)),
+        ("fault p50 / p99 ms", pair([quantile("p50"), quantile("p99")], 1)),
+        ("corrupt", if moved == 0 { "–".to_owned() } else { corrupt.to_string() }),
+    ]);
+    columns
 }
 
 fn describe_machine(machine: &Machine) -> String {
@@ -301,7 +314,7 @@ mod tests {
         let expected = "| db/lan/farfault | 1.2 / 1.5 | 33 / 30 | 11.0 / 10.5 |";
         assert!(estimates.contains(expected), "{text}");
         let rows: Vec<&str> = before.lines().filter(|line| line.starts_with("| ")).collect();
-        let columns = HEADER.lines().map(|line| line.matches('|').count()).max();
+        let columns = rows.first().map(|row| row.matches('|').count());
         assert!(rows.iter().all(|row| Some(row.matches('|').count()) == columns), "{text}");
         for picture in text.lines().filter_map(|line| line.split_once("](plots/")) {
             let file = picture.1.trim_end_matches(')');

@@ -16,6 +16,8 @@ use crate::units::{parse_bytes, parse_duration};
 
 /// The work that is not on the guest's own pages.
 const REDIS: &str = "redis";
+/// That on its pages, and frames of them for a client outside.
+const STREAM: &str = "stream";
 /// More cells than this are a slip of the pen.
 const MAX_CELLS: usize = 10_000;
 
@@ -97,7 +99,8 @@ pub struct GuestPart {
     /// QEMU only: memory that it fills and works on.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub working_set: Option<String>,
-    /// The pattern of its work on pages; in QEMU also `redis`, a server and its client.
+    /// The pattern of its work on pages; in QEMU also `stream`, with a client outside, and
+    /// `redis`, a server with its client.
     pub work: String,
     /// Operations a second, each on one page or key; 0 is as fast as it can.
     pub rate: u64,
@@ -316,7 +319,8 @@ impl GuestPart {
             "working_set: redis takes up to half as much again as its data, and the kernel 64 MiB"
         );
         let works = [
-            "idle", "sparse", "counter", "half", "random", "hotcold", "readseq", "readrand", REDIS,
+            "idle", "sparse", "counter", "half", "random", "hotcold", "readseq", "readrand",
+            STREAM, REDIS,
         ];
         ensure!(
             works.contains(&self.work.as_str()),
@@ -335,6 +339,11 @@ impl GuestPart {
     /// All memory, in bytes.
     pub fn memory_bytes(&self) -> Result<u64> {
         Ok(parse_bytes(&self.memory)?)
+    }
+
+    /// Whether a guest in QEMU streams to a client outside.
+    pub fn streams(&self) -> bool {
+        self.work == STREAM
     }
 
     /// What a guest in QEMU needs for its work.

@@ -161,7 +161,13 @@ const COLUMNS: &[Column] = &[
     ("downtime_ms", |r| measured(r, |m| Some(m.downtime_ms))),
     ("recovered_after_ms", |r| measured(r, |m| m.recovered_after_ms)),
     ("longest_stall_after_ms", |r| measured(r, |m| Some(m.longest_stall_after_ms))),
-    ("missed_frames", |r| count(r, |m| Some(m.missed_frames))),
+    ("silences_of_40_ms", |r| count(r, |m| Some(m.silences_of_40_ms))),
+    ("stream_frames", |r| count(r, |m| Some(m.stream.as_ref()?.frames))),
+    ("stream_missed", |r| count(r, |m| Some(m.stream.as_ref()?.missed))),
+    ("stream_missed_with_short_buffer", |r| {
+        count(r, |m| Some(m.stream.as_ref()?.missed_with_short_buffer))
+    }),
+    ("stream_longest_gap_ms", |r| measured(r, |m| Some(m.stream.as_ref()?.longest_gap_ms))),
     ("slow_touches", |r| count(r, |m| Some(m.slow_touches?.count))),
     ("slow_touch_p50_ms", |r| measured(r, |m| Some(m.slow_touches?.p50_ms))),
     ("slow_touch_p99_ms", |r| measured(r, |m| Some(m.slow_touches?.p99_ms))),

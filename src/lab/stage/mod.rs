@@ -3,7 +3,7 @@
 //!
 //! An experiment opens a [`place::Place`], prepares [`qemu::Guest`]s in it, moves one with [`farfault`] or
 //! with QEMU's own methods ([`native`]), and reads from the guest's heartbeats ([`guest_log`],
-//! [`timeline`]) what that did to it; [`watch`] sees what it cost, [`film`] where the pages were. Everything that is made here is removed on drop.
+//! [`timeline`]) what that did to it; [`watch`] sees what it cost, [`film`] where the pages were, [`stream`] what a viewer missed. Everything that is made here is removed on drop.
 
 pub mod farfault;
 pub mod film;
@@ -13,6 +13,7 @@ pub mod place;
 pub mod process;
 pub mod qemu;
 pub mod qmp;
+pub mod stream;
 pub mod timeline;
 pub mod wan;
 pub mod watch;

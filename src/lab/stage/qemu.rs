@@ -55,6 +55,17 @@ pub enum Ram {
     Private,
 }
 
+/// Which virtio devices it has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Devices {
+    /// None.
+    None,
+    /// A network card, for work that uses it.
+    Network,
+    /// A network card, a disk and a random number generator, all in use besides the work.
+    All,
+}
+
 /// What is in the guest's image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Programs {
@@ -79,8 +90,8 @@ pub struct GuestSpec {
     pub ram_directory: PathBuf,
     /// Mapped so that huge pages fit, where it is in a file.
     pub fits_huge_pages: bool,
-    /// With a virtio network card, disk and random number generator, all in use.
-    pub devices: bool,
+    /// Its virtio devices.
+    pub devices: Devices,
     /// What it does: `ff.*` words of the test guest.
     pub work: String,
     /// What it needs for that.
@@ -98,7 +109,7 @@ impl GuestSpec {
             ram: Ram::Shared,
             ram_directory: PathBuf::from("/dev/shm"),
             fits_huge_pages: false,
-            devices: false,
+            devices: Devices::None,
             work: work.to_owned(),
             programs: Programs::TestGuest,
             further: Vec::new(),
@@ -146,7 +157,7 @@ impl Guest {
         guest.add(&["-machine", &machine, "-accel", "tcg,thread=single", "-cpu", "Westmere"]);
         guest.add(&["-smp", "1", "-nodefaults", "-display", "none", "-no-reboot"]);
         guest.add(&["-kernel", &text(&kernel), "-initrd", &text(&initrd)]);
-        let io = if spec.devices { " ff.io=1" } else { "" };
+        let io = if spec.devices == Devices::All { " ff.io=1" } else { "" };
         // See `host_tsc_khz`; its watchdog too takes a busy host for a bad counter.
         let clock = match host_tsc_khz() {
             Some(khz) => format!("tsc_early_khz={khz} tsc=reliable"),
@@ -162,8 +173,14 @@ impl Guest {
         }
         let pid_file = text(&guest.pid_file);
         guest.add(&["-pidfile", &pid_file]);
-        if spec.devices {
-            guest.add_devices(place, spec.machine)?;
+        let bus = spec.machine.virtio();
+        if spec.devices != Devices::None {
+            let card = format!("virtio-net-{bus},netdev=net");
+            guest.add(&["-netdev", "user,id=net", "-device", &card]);
+        }
+        if spec.devices == Devices::All {
+            guest.add_disk(place, bus)?;
+            guest.add(&["-device", &format!("virtio-rng-{bus}")]);
         }
         guest.arguments.extend(spec.further.iter().cloned());
         Ok(guest)
@@ -287,16 +304,13 @@ impl Guest {
         if nodes == 1 { format!("{machine},memory-backend=ram0") } else { machine.to_owned() }
     }
 
-    fn add_devices(&mut self, place: &Place, machine: Machine) -> Result<()> {
+    fn add_disk(&mut self, place: &Place, bus: &str) -> Result<()> {
         // One disk for both sides, as from a storage that both hosts reach.
         let disk = place.path("disk");
         let file = File::options().create(true).truncate(false).write(true).open(&disk)?;
         file.set_len(DISK_BYTES)?;
-        let bus = machine.virtio();
         let drive = format!("file={},format=raw,if=none,id=disk,file.locking=off", text(&disk));
-        self.add(&["-netdev", "user,id=net", "-device", &format!("virtio-net-{bus},netdev=net")]);
         self.add(&["-drive", &drive, "-device", &format!("virtio-blk-{bus},drive=disk")]);
-        self.add(&["-device", &format!("virtio-rng-{bus}")]);
         Ok(())
     }
 }

@@ -14,8 +14,8 @@ const RECOVERED: f64 = 0.9;
 /// How much of the time before the migration tells what the guest does undisturbed.
 const BASELINE: Duration = Duration::from_secs(2);
 
-/// A frame of a stream of 25 a second is due this often.
-const FRAME: Duration = Duration::from_millis(40);
+/// A silence that a viewer or a player would notice.
+const SILENCE: Duration = Duration::from_millis(40);
 /// Between two heartbeats that are further apart the guest is taken to have done nothing but at the
 /// end.
 const STALL: Duration = Duration::from_millis(50);
@@ -109,15 +109,15 @@ fn recovery(beats: &[Beat], wanted: f64) -> Option<Instant> {
     None
 }
 
-/// Frames that a viewer misses, of a stream of 25 a second that the guest sends and nobody buffers: one
-/// for each whole 40 ms without a heartbeat, on either side, from `started` on.
-pub fn missed_frames(source: &[Beat], destination: &[Beat], started: Instant) -> u64 {
+/// How many times 40 ms, a frame of a stream of 25 a second, went by whole without a heartbeat on either side,
+/// from `started` on.
+pub fn silences(source: &[Beat], destination: &[Beat], started: Instant) -> u64 {
     let times: Vec<Instant> =
         source.iter().chain(destination).map(|beat| beat.at).filter(|at| *at >= started).collect();
-    let missed = |pair: &[Instant]| {
-        (pair[1].saturating_duration_since(pair[0]).as_nanos() / FRAME.as_nanos()) as u64
+    let whole = |pair: &[Instant]| {
+        (pair[1].saturating_duration_since(pair[0]).as_nanos() / SILENCE.as_nanos()) as u64
     };
-    times.windows(2).map(missed).sum()
+    times.windows(2).map(whole).sum()
 }
 
 /// Touches of pages for which the guest stood still for half a millisecond or longer, by its own clock.
@@ -308,12 +308,12 @@ mod tests {
     }
 
     #[test]
-    fn a_frame_is_missed_for_each_whole_40_ms_of_silence() {
+    fn each_whole_40_ms_without_a_heartbeat_is_a_silence() {
         let start = Instant::now();
         let source = beats(start, 100, 0, 1);
         let destination = beats(start + (990 + 130) * MS, 10, 99, 1);
-        assert_eq!(missed_frames(&source, &destination, start), 3);
-        assert_eq!(missed_frames(&source, &destination, start + 995 * MS), 0);
-        assert_eq!(missed_frames(&source, &source, start), 0);
+        assert_eq!(silences(&source, &destination, start), 3);
+        assert_eq!(silences(&source, &destination, start + 995 * MS), 0);
+        assert_eq!(silences(&source, &source, start), 0);
     }
 }
