@@ -17,11 +17,16 @@ const POLL_EVERY: Duration = Duration::from_millis(20);
 /// More than any link here: the link is the limit, not QEMU's option.
 const MAX_BANDWIDTH_BYTES_PER_S: u64 = 10_000_000_000;
 
+/// The longest that QEMU can be told.
+const MAX_DOWNTIME_MS: u64 = 2_000_000;
+
 /// A way in which QEMU can move a guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Method {
     /// Plain pre-copy.
     Precopy,
+    /// Pre-copy whose guest is stopped after the first pass, whatever is left.
+    PrecopyForced,
     /// Pre-copy with deltas; the cache is as large as the guest's memory.
     Xbzrle,
     /// Pre-copy over several connections, compressed.
@@ -39,8 +44,9 @@ pub enum Method {
 }
 
 /// All methods, with their names.
-pub const METHODS: [(Method, &str); 8] = [
+pub const METHODS: [(Method, &str); 9] = [
     (Method::Precopy, "precopy"),
+    (Method::PrecopyForced, "precopy-forced"),
     (Method::Xbzrle, "xbzrle"),
     (Method::MultifdZstd, "multifd-zstd"),
     (Method::AutoConverge, "auto-converge"),
@@ -69,20 +75,30 @@ impl FromStr for Method {
     }
 }
 
+/// What ends the part of a migration in which the guest runs on at the source.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Turn {
+    /// The guest goes on at the destination, and fetches what it has not there.
+    Postcopy,
+    /// The guest stands still until all is there.
+    Stop,
+}
+
 impl Method {
-    /// The value of `dirty-sync-count` from which on this method goes over to post-copy: 1 when the
-    /// first pass begins, 2 when it is over.
-    fn postcopy_from(self) -> Option<u64> {
+    /// What is done to it, and from which value of `dirty-sync-count` on: that is 1 when the first pass begins, 2
+    /// when it is over.
+    fn turn(self) -> Option<(Turn, u64)> {
         match self {
-            Method::Postcopy | Method::PostcopyPreemptAtOnce => Some(1),
-            Method::PostcopyAfterPass | Method::PostcopyPreempt => Some(2),
+            Method::Postcopy | Method::PostcopyPreemptAtOnce => Some((Turn::Postcopy, 1)),
+            Method::PostcopyAfterPass | Method::PostcopyPreempt => Some((Turn::Postcopy, 2)),
+            Method::PrecopyForced => Some((Turn::Stop, 2)),
             Method::Precopy | Method::Xbzrle | Method::MultifdZstd | Method::AutoConverge => None,
         }
     }
 
     fn capabilities(self) -> &'static [&'static str] {
         match self {
-            Method::Precopy => &[],
+            Method::Precopy | Method::PrecopyForced => &[],
             Method::Xbzrle => &["xbzrle"],
             Method::MultifdZstd => &["multifd"],
             Method::AutoConverge => &["auto-converge"],
@@ -184,7 +200,7 @@ impl Migration {
         limit: Duration,
         mut tick: impl FnMut(Duration) -> Result<()>,
     ) -> Result<Option<Done>> {
-        let mut in_postcopy = false;
+        let mut turned = None;
         self.from.answer_within(limit)?;
         while self.started.elapsed() < limit {
             tick(self.started.elapsed())?;
@@ -200,13 +216,22 @@ impl Migration {
                 _ => {}
             }
             let passes = now["ram"]["dirty-sync-count"].as_u64().unwrap_or(0);
-            if !in_postcopy && self.method.postcopy_from().is_some_and(|from| passes >= from) {
-                self.from.execute("migrate-start-postcopy", json!({}))?;
-                in_postcopy = true;
+            if let Some((turn, from)) = self.method.turn()
+                && turned.is_none()
+                && passes >= from
+            {
+                match turn {
+                    Turn::Postcopy => self.from.execute("migrate-start-postcopy", json!({}))?,
+                    Turn::Stop => {
+                        let any = json!({ "downtime-limit": MAX_DOWNTIME_MS });
+                        self.from.execute("migrate-set-parameters", any)?
+                    }
+                };
+                turned = Some(turn);
             }
             pause(POLL_EVERY)?;
         }
-        if !in_postcopy {
+        if turned != Some(Turn::Postcopy) {
             self.from.execute("migrate_cancel", json!({}))?;
         }
         Ok(None)
