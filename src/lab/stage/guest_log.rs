@@ -102,6 +102,20 @@ impl GuestLog {
         })
     }
 
+    /// Waits until the guest, which was told to verify all its pages anew, has done so once.
+    pub fn wait_until_verified_anew(&self, timeout: Duration) -> Result<()> {
+        wait_for("the guest to verify its pages anew", timeout, || {
+            self.fail_on_complaints()?;
+            let lines = self.lines.lock().unwrap_or_else(PoisonError::into_inner);
+            let Some(told) = lines.iter().rposition(|line| line.text == "verifying") else {
+                return Ok(None);
+            };
+            let (before, after) = lines.split_at(told);
+            let sweeps = |lines: &[Line]| Some(lines.iter().rev().find_map(Beat::parse)?.sweeps);
+            Ok((sweeps(after) > sweeps(before)).then_some(()))
+        })
+    }
+
     fn fail_on_complaints(&self) -> Result<()> {
         let complaints = self.complaints();
         if let Some(first) = complaints.first() {
@@ -176,5 +190,31 @@ impl GuestEar {
         }
         let Some(stream) = &mut self.stream else { bail!("no serial port") };
         stream.write_all(&[byte]).context("speak to the guest")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_guest_has_verified_anew_when_a_whole_verification_has_ended_that_began_after_the_word() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("console");
+        let log = GuestLog::listen(&path).unwrap();
+        let mut guest = UnixStream::connect(&path).unwrap();
+        let (short, long) = (Duration::from_millis(100), Duration::from_secs(10));
+        let mut say = |lines: &str, last: &str| {
+            guest.write_all(lines.as_bytes()).unwrap();
+            wait_for(last, long, || Ok(log.last_line(last))).unwrap();
+        };
+        say("hb 1 2 3 0\nhb 2 2 4 0\n", "hb 2");
+        assert!(log.wait_until_verified_anew(short).is_err());
+        say("verifying\nhb 3 2 4 0\n", "hb 3");
+        assert!(log.wait_until_verified_anew(short).is_err());
+        say("hb 4 2 5 0\n", "hb 4");
+        log.wait_until_verified_anew(short).unwrap();
+        say("CORRUPT page 7: \nhb 5 2 5 1\n", "hb 5");
+        assert!(log.wait_until_verified_anew(short).is_err());
     }
 }

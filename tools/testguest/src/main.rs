@@ -21,8 +21,8 @@
 //!
 //! With `ff.pattern=stream` it also sends frames to a client outside, by UDP ([`stream`]).
 //!
-//! It obeys single bytes on the first serial port: `v` makes it verify as fast as it can, `n` at the
-//! rate of its parameters again.
+//! It obeys single bytes on the first serial port: `v` makes it verify from the first page on, as fast as it can, which it
+//! begins by saying `verifying`; `n` makes it go on at the rate of its parameters.
 //!
 //! One thread does the writing, the verification and the heartbeats. So a gap between heartbeats
 //! is a time in which the guest, which has one processor, did not get on.

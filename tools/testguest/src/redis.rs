@@ -324,6 +324,10 @@ impl Work for RedisWork {
         Ok(())
     }
 
+    fn verify_anew(&mut self) {
+        self.progress.verify_anew();
+    }
+
     fn progress(&self) -> &Progress {
         &self.progress
     }

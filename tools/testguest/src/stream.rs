@@ -67,6 +67,10 @@ impl Work for StreamWork {
         self.server.keep_up(now, self.library.set());
     }
 
+    fn verify_anew(&mut self) {
+        self.library.verify_anew();
+    }
+
     fn progress(&self) -> &Progress {
         self.library.progress()
     }

@@ -109,6 +109,8 @@ pub(crate) trait Work {
     /// # Errors
     /// As of [`Self::operate`].
     fn verify_next(&mut self, count: u64) -> Result<(), String>;
+    /// Makes the first thing the next to be verified.
+    fn verify_anew(&mut self);
     /// What is due at a moment whatever the rate of the operations is; called again and again.
     fn keep_up(&mut self, _now: Instant) {}
     /// What was done so far.
@@ -143,6 +145,12 @@ impl Progress {
     /// Which is to be verified next.
     pub(crate) fn next_to_verify(&self) -> usize {
         self.verified
+    }
+
+    /// Makes the first the next.
+    pub(crate) fn verify_anew(&mut self) {
+        self.verified = 0;
+        self.errors_before_sweep = self.errors;
     }
 
     /// That one was verified.
@@ -190,7 +198,11 @@ pub(crate) fn run(
             say!("hb {ms} {operations} {sweeps} {errors}");
             next_heartbeat = now.max(next_heartbeat + params.heartbeat);
             match console::heard() {
-                Some(b'v') => verify_pace = Pace::new(0),
+                Some(b'v') => {
+                    verify_pace = Pace::new(0);
+                    work.verify_anew();
+                    say!("verifying");
+                }
                 Some(b'n') => verify_pace = Pace::new(params.verify_rate),
                 _ => {}
             }
@@ -239,6 +251,10 @@ impl Work for PageWork {
             self.progress.verified();
         });
         Ok(())
+    }
+
+    fn verify_anew(&mut self) {
+        self.progress.verify_anew();
     }
 
     fn progress(&self) -> &Progress {
