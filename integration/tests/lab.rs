@@ -45,8 +45,15 @@ fn the_smoke_scenario_leaves_a_report_and_nothing_else_and_is_not_run_twice() ->
         for number in ["total_ms", "downtime_ms", "there_bytes"] {
             assert!(record["measured"][number].as_f64() > Some(0.0), "{number} in {record}");
         }
+        if record["guest"]["work"] == "stream" {
+            let seen = |number: &str| record["measured"]["stream"][number].as_f64();
+            // At the end the guest is given two seconds at the destination: the stream goes on there.
+            let stopped = record["measured"]["downtime_ms"].as_f64().unwrap_or_default();
+            assert!(seen("longest_gap_ms") < Some(stopped + 1500.0), "{record}");
+            assert!(seen("frames") > Some(25.0) && seen("corrupt") == Some(0.0), "{record}");
+        }
     }
-    for file in ["report.md", "results.csv", "plots/qemu-fast-throughput.png"] {
+    for file in ["report.md", "results.csv", "plots/qemu-fast-frames.png"] {
         assert!(directory.path().join(file).metadata()?.len() > 500, "{file}");
     }
     nothing_is_left_of(&format!("farfault-lab-{}-", process.pid()))?;

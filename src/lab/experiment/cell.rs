@@ -86,12 +86,12 @@ pub(super) fn run(
     pause(AFTER)?;
     let (beats, after) = (source.log.beats(), destination.log.beats());
     let seen = Interruption::measure(&beats, &after, started)?;
-    let stream = client.map(|client| client.seen(started));
+    let stream = client.zip(beats.last()).map(|(client, last)| client.seen(started, last.at));
     let slow = destination.log.slow_touches();
     let slow_touches = (!slow.is_empty()).then(|| SlowTouches::of(slow));
     // From here on as fast as it can: the measurement is over.
     destination.ear.say(b'v')?;
-    let verified = destination.log.wait_for_sweeps(2, VERIFY_LIMIT);
+    let verified = destination.log.wait_until_verified_anew(VERIFY_LIMIT);
     let corrupt_pages = destination.log.last_beat().map_or(0, |beat| beat.errors);
     if corrupt_pages == 0 {
         verified.with_context(|| destination.diagnosis())?;

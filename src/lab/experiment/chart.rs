@@ -26,6 +26,11 @@ pub(super) const GREY: RGBColor = RGBColor(153, 153, 153);
 pub(super) const INK: RGBColor = RGBColor(40, 40, 40);
 pub(super) const GRID: RGBColor = RGBColor(225, 225, 225);
 
+/// Most pictures are so wide.
+pub(super) const WIDTH: i32 = 1000;
+/// Where the heading ends.
+pub(super) const TOP: i32 = 78;
+
 const FONT: &str = "sans-serif";
 
 pub(super) type Area<B> = DrawingArea<B, Shift>;
@@ -35,8 +40,11 @@ pub(super) trait Figure {
     /// Width and height in pixels.
     fn size(&self) -> (u32, u32);
 
-    /// Draws it on a white area of that size.
-    fn draw<B: DrawingBackend>(&self, area: &DrawingArea<B, Shift>) -> Result<()>
+    /// What it shows, and a line under it that explains.
+    fn heading(&self) -> (String, String);
+
+    /// Draws the rest of it, below [`TOP`], on a white area of that size.
+    fn draw<B: DrawingBackend>(&self, area: &Area<B>) -> Result<()>
     where
         B::ErrorType: 'static;
 }
@@ -64,6 +72,9 @@ where
     B::ErrorType: 'static,
 {
     area.fill(&WHITE)?;
+    let (title, explanation) = figure.heading();
+    area.draw(&Text::new(title, (16, 12), letters(21)))?;
+    area.draw(&Text::new(explanation, (16, 38), letters(14)))?;
     figure.draw(&area)?;
     // Where a file that cannot be written shows.
     area.present().map_err(|error| anyhow!("{error}"))
@@ -84,20 +95,6 @@ pub(super) fn letters_to_the_left(pixels: u32) -> TextStyle<'static> {
 pub(super) fn letters_in_the_middle(pixels: u32) -> TextStyle<'static> {
     use plotters::style::text_anchor::{HPos, Pos, VPos};
     letters(pixels).pos(Pos::new(HPos::Center, VPos::Center))
-}
-
-/// The title, and under it a line that explains.
-pub(super) fn heading<B: DrawingBackend>(
-    area: &Area<B>,
-    title: &str,
-    explanation: &str,
-) -> Result<()>
-where
-    B::ErrorType: 'static,
-{
-    area.draw(&Text::new(title.to_owned(), (16, 12), letters(21)))?;
-    area.draw(&Text::new(explanation.to_owned(), (16, 38), letters(14)))?;
-    Ok(())
 }
 
 /// A marker that differs from its neighbours in form too, and from the one that has its colour again.

@@ -1,14 +1,13 @@
 //! The memory at the destination over time, as a heat map.
 
 use anyhow::Result;
-use plotters::coord::Shift;
 use plotters::prelude::*;
 
 use super::chart::{
-    Axis, Figure, INK, heading, letters, letters_in_the_middle, letters_to_the_left, line, short,
-    time as in_words,
+    Area, Axis, Figure, INK, TOP, WIDTH, letters, letters_in_the_middle, letters_to_the_left, line,
+    short, time as in_words,
 };
-use super::plots::{TOP, WIDTH};
+use super::plots::SINCE_THE_STOP;
 use crate::lab::stage::film::{MemoryFilm, STAGES};
 
 const LEFT: i32 = 90;
@@ -17,13 +16,13 @@ const RIGHT: i32 = WIDTH - 30;
 const MAP_TOP: i32 = TOP + 36;
 const MAP_HEIGHT: i32 = 384;
 
-/// From nothing to all that is wanted, darker; the older copy, which is what a delta builds on, apart.
+/// From nothing to all that is wanted, darker; the stale copy, which is what a delta builds on, apart.
 const STAGE_COLOURS: [(&str, RGBColor); STAGES] = [
-    ("nothing", RGBColor(232, 232, 232)),
-    ("older copy", RGBColor(230, 159, 0)),
-    ("right, not mapped", RGBColor(86, 180, 233)),
-    ("known to be zero", RGBColor(190, 226, 214)),
-    ("the guest's", RGBColor(0, 84, 140)),
+    ("absent", RGBColor(232, 232, 232)),
+    ("stale", RGBColor(230, 159, 0)),
+    ("current, not mapped", RGBColor(86, 180, 233)),
+    ("zero", RGBColor(190, 226, 214)),
+    ("mapped: the guest's", RGBColor(0, 84, 140)),
 ];
 
 /// One migration.
@@ -41,7 +40,7 @@ impl MemoryFigure<'_> {
         Some((first.at_ms as f64 / 1e3, last.at_ms as f64 / 1e3))
     }
 
-    fn draw_map<B: DrawingBackend>(&self, area: &DrawingArea<B, Shift>, time: &Axis) -> Result<()>
+    fn draw_map<B: DrawingBackend>(&self, area: &Area<B>, time: &Axis) -> Result<()>
     where
         B::ErrorType: 'static,
     {
@@ -86,15 +85,16 @@ impl Figure for MemoryFigure<'_> {
         (WIDTH as u32, (MAP_TOP + MAP_HEIGHT + 56) as u32)
     }
 
-    fn draw<B: DrawingBackend>(&self, area: &DrawingArea<B, Shift>) -> Result<()>
+    fn heading(&self) -> (String, String) {
+        let explanation = "What the destination has of each part of the guest's memory. Colours mix where its pages \
+             differ.";
+        (self.title.clone(), explanation.to_owned())
+    }
+
+    fn draw<B: DrawingBackend>(&self, area: &Area<B>) -> Result<()>
     where
         B::ErrorType: 'static,
     {
-        heading(
-            area,
-            &self.title,
-            "What the destination has of each part of the guest's memory. Colours mix where its pages differ.",
-        )?;
         let Some((first, last)) = self.span() else { return Ok(()) };
         for (index, (name, colour)) in STAGE_COLOURS.iter().enumerate() {
             let x = LEFT + 170 * index as i32;
@@ -109,9 +109,8 @@ impl Figure for MemoryFigure<'_> {
             line(area, &[(x, foot), (x, foot + 5)], INK, 1)?;
             area.draw(&Text::new(short(tick), (x, foot + 16), letters_in_the_middle(14)))?;
         }
-        let name = "seconds since the guest's last sign on the source";
         let middle = ((LEFT + RIGHT) / 2, foot + 38);
-        area.draw(&Text::new(name, middle, letters_in_the_middle(15)))?;
+        area.draw(&Text::new(SINCE_THE_STOP, middle, letters_in_the_middle(15)))?;
         let mib = self.memory_bytes as f64 / f64::from(1 << 20);
         let place = Axis::linear(0.0, mib, (MAP_TOP, foot));
         for tick in place.ticks() {

@@ -7,12 +7,13 @@
 //! | `cell.rs`, `builtin.rs` | one run, on a guest in QEMU and on a built-in one |
 //! | `record.rs`, `store.rs` | what is kept of a run, and where |
 //! | `table.rs`, `report.rs` | medians, CSV and Markdown |
-//! | `plots.rs`, `panels.rs`, `memory.rs`, `chart.rs`, `sharp.rs` | pictures of it |
+//! | `plots.rs`, `panels.rs`, `memory.rs`, `frames.rs`, `chart.rs`, `sharp.rs` | pictures of it |
 //! | `orders.rs` | a picture of replays |
 
 mod builtin;
 mod cell;
 mod chart;
+mod frames;
 mod memory;
 mod orders;
 mod panels;

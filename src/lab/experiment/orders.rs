@@ -3,12 +3,11 @@
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use plotters::coord::Shift;
 use plotters::prelude::*;
 
 use super::chart::{
-    Area, Axis, Figure, GREY, GRID, heading, letters, letters_in_the_middle, letters_to_the_left,
-    line, marker, save, short,
+    Area, Axis, Figure, GREY, GRID, letters, letters_in_the_middle, letters_to_the_left, line,
+    marker, save, short,
 };
 use crate::engine::pusher::PusherKind;
 use crate::lab::replay::Outcome;
@@ -144,12 +143,15 @@ impl Figure for OrdersFigure<'_> {
         (self.width() as u32, (TOP + ROW * self.guests().len() as i32 + 60) as u32)
     }
 
-    fn draw<B: DrawingBackend>(&self, area: &DrawingArea<B, Shift>) -> Result<()>
+    fn heading(&self) -> (String, String) {
+        let explanation = format!("{}; over that of linear, further left is better", self.about);
+        ("Orders of pages after the switchover".to_owned(), explanation)
+    }
+
+    fn draw<B: DrawingBackend>(&self, area: &Area<B>) -> Result<()>
     where
         B::ErrorType: 'static,
     {
-        let explanation = format!("{}; over that of linear, further left is better", self.about);
-        heading(area, "Orders of pages after the switchover", &explanation)?;
         let left = self.left();
         let mut x = left;
         for (index, order) in PusherKind::ALL.into_iter().enumerate() {

@@ -1,14 +1,12 @@
 //! Pictures with values on a vertical axis: fault latency, and downtime and total time across links.
 
 use anyhow::Result;
-use plotters::coord::Shift;
 use plotters::prelude::*;
 
 use super::chart::{
-    Area, Axis, COLOURS, Figure, GREY, GRID, heading, letters, letters_in_the_middle,
+    Area, Axis, COLOURS, Figure, GREY, GRID, TOP, WIDTH, letters, letters_in_the_middle,
     letters_to_the_left, line, marker, short,
 };
-use super::plots::{TOP, WIDTH};
 use super::record::Outcome;
 use super::scenario::Scenario;
 use super::table::{CellRuns, Spread};
@@ -56,16 +54,16 @@ impl Figure for FaultsFigure<'_> {
         (WIDTH as u32, (TOP + PANEL + 50) as u32)
     }
 
-    fn draw<B: DrawingBackend>(&self, area: &DrawingArea<B, Shift>) -> Result<()>
+    fn heading(&self) -> (String, String) {
+        let explanation = "From the guest's fault to its page in place, in milliseconds; medians of the runs. \
+             QEMU does not tell.";
+        (self.title.clone(), explanation.to_owned())
+    }
+
+    fn draw<B: DrawingBackend>(&self, area: &Area<B>) -> Result<()>
     where
         B::ErrorType: 'static,
     {
-        heading(
-            area,
-            &self.title,
-            "From the guest's fault to its page in place, in milliseconds; medians of the runs. QEMU \
-             does not tell.",
-        )?;
         let (left, right, foot) = (90, WIDTH - 290, TOP + PANEL);
         let all = self.methods.iter().flat_map(|(_, values)| *values);
         let axis = Axis::logarithmic(all.chain([self.round_trip_ms]), (foot, TOP));
@@ -163,16 +161,16 @@ impl Figure for LinksFigure<'_> {
         (WIDTH as u32, (TOP + 24 + PANEL.max(legend) + 50) as u32)
     }
 
-    fn draw<B: DrawingBackend>(&self, area: &DrawingArea<B, Shift>) -> Result<()>
+    fn heading(&self) -> (String, String) {
+        let explanation = "Medians, with lines from the least to the most. A method that is missing at a link \
+             did not come to its end there.";
+        (self.title.clone(), explanation.to_owned())
+    }
+
+    fn draw<B: DrawingBackend>(&self, area: &Area<B>) -> Result<()>
     where
         B::ErrorType: 'static,
     {
-        heading(
-            area,
-            &self.title,
-            "Medians, with lines from the least to the most. A method that is missing at a link did \
-             not come to its end there.",
-        )?;
         let (top, foot) = (TOP + 24, TOP + 24 + PANEL);
         for (panel, name) in ["downtime, ms", "total time, s"].into_iter().enumerate() {
             let (left, right) = (70 + 360 * panel as i32, 360 + 360 * panel as i32);

@@ -3,24 +3,25 @@
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use plotters::coord::Shift;
 use plotters::prelude::*;
 
 use super::chart::{
-    Area, Axis, COLOURS, Figure, GREY, GRID, heading, letters, letters_in_the_middle,
+    Area, Axis, COLOURS, Figure, GREY, GRID, TOP, WIDTH, letters, letters_in_the_middle,
     letters_to_the_left, line, save, short, time,
 };
+use super::frames::FramesFigure;
 use super::memory::MemoryFigure;
 use super::panels::{FaultsFigure, LinksFigure};
 use super::record::Outcome;
 use super::scenario::Scenario;
 use super::table::{BytesByKind, CellRuns};
 
-pub(super) const WIDTH: i32 = 1000;
 /// Where the data begin; in front are names.
-const LEFT: i32 = 210;
-const RIGHT: i32 = WIDTH - 30;
-pub(super) const TOP: i32 = 78;
+pub(super) const LEFT: i32 = 210;
+pub(super) const RIGHT: i32 = WIDTH - 30;
+
+/// What an axis of time says.
+pub(super) const SINCE_THE_STOP: &str = "seconds since the guest's last sign on the source";
 
 /// A picture that was drawn.
 #[derive(Clone, Debug)]
@@ -60,6 +61,10 @@ pub(super) fn draw_all(
             let throughput = ThroughputFigure::new(&place, moved().collect());
             let file = add(&guest.name, Some(&link.name), "throughput", throughput.title.clone());
             save(&throughput, directory, &file)?;
+            if let Some(frames) = FramesFigure::new(&place, moved()) {
+                let file = add(&guest.name, Some(&link.name), "frames", frames.title.clone());
+                save(&frames, directory, &file)?;
+            }
             let bytes = BytesFigure { title: format!("Bytes on the link: {place}"), cells: &cells };
             let file = add(&guest.name, Some(&link.name), "bytes", bytes.title.clone());
             save(&bytes, directory, &file)?;
@@ -95,7 +100,7 @@ pub(super) fn draw_all(
 }
 
 /// The axis at the foot, with its lines through the picture.
-fn horizontal<B: DrawingBackend>(
+pub(super) fn horizontal<B: DrawingBackend>(
     area: &Area<B>,
     axis: &Axis,
     (top, foot): (i32, i32),
@@ -161,26 +166,21 @@ impl Figure for ThroughputFigure<'_> {
         (WIDTH as u32, (TOP + STRIP * self.cells.len() as i32 + 60) as u32)
     }
 
-    fn draw<B: DrawingBackend>(&self, area: &DrawingArea<B, Shift>) -> Result<()>
+    fn heading(&self) -> (String, String) {
+        let explanation = format!(
+            "Operations a second; each strip is 0 to {}. The run with the median downtime.",
+            short(self.most_per_s)
+        );
+        (self.title.clone(), explanation)
+    }
+
+    fn draw<B: DrawingBackend>(&self, area: &Area<B>) -> Result<()>
     where
         B::ErrorType: 'static,
     {
-        heading(
-            area,
-            &self.title,
-            &format!(
-                "Operations a second; each strip is 0 to {}. The run with the median downtime.",
-                short(self.most_per_s)
-            ),
-        )?;
         let foot = TOP + STRIP * self.cells.len() as i32;
         let x_axis = Axis::linear(self.span.0, self.span.1, (LEFT, RIGHT));
-        horizontal(
-            area,
-            &x_axis,
-            (TOP, foot),
-            "seconds since the guest's last sign on the source",
-        )?;
+        horizontal(area, &x_axis, (TOP, foot), SINCE_THE_STOP)?;
         for (index, cell) in self.cells.iter().enumerate() {
             let Some((_, seen)) = cell.typical() else { continue };
             let top = TOP + STRIP * index as i32;
@@ -240,15 +240,16 @@ impl Figure for BytesFigure<'_> {
         (WIDTH as u32, (TOP + 30 + BAR * self.cells.len() as i32 + 60) as u32)
     }
 
-    fn draw<B: DrawingBackend>(&self, area: &DrawingArea<B, Shift>) -> Result<()>
+    fn heading(&self) -> (String, String) {
+        let explanation = "Mean of the runs; all IP packets. Which of them were pages is each method's own \
+             count.";
+        (self.title.clone(), explanation.to_owned())
+    }
+
+    fn draw<B: DrawingBackend>(&self, area: &Area<B>) -> Result<()>
     where
         B::ErrorType: 'static,
     {
-        heading(
-            area,
-            &self.title,
-            "Mean of the runs; all IP packets. Which of them were pages is each method's own count.",
-        )?;
         let mean = |cell: &CellRuns<'_>| {
             let all: Vec<[f64; 4]> = cell
                 .moved()

@@ -286,8 +286,25 @@ fn show_failures(text: &mut String, records: &[&Record]) {
 
 #[cfg(test)]
 mod tests {
-    use super::super::testing::{record, scenario};
+    use super::super::testing::{record, scenario, stream_scenario};
     use super::*;
+
+    #[test]
+    fn a_report_of_a_stream_tells_what_its_viewer_missed_and_shows_it() {
+        let directory = tempfile::tempdir().unwrap();
+        let scenario = stream_scenario();
+        let mut store = Store::open(directory.path(), &scenario).unwrap();
+        for cell in scenario.runs(&["wan".to_owned()]) {
+            store.add(record(&scenario, &cell, Outcome::Moved)).unwrap();
+        }
+        write_report(&scenario, &store).unwrap();
+        let text = std::fs::read_to_string(store.path("report.md")).unwrap();
+        let names = " missed frames | with a 40 ms buffer | longest gap ms |";
+        assert!(text.contains(names) && text.contains("| 3 | 7 | 340 |"), "{text}");
+        assert!(!text.contains("silences"), "{text}");
+        let picture = std::fs::read_to_string(store.path("plots/db-wan-frames.svg")).unwrap();
+        assert!(picture.contains("3 missed, gap 340 ms"), "{picture}");
+    }
 
     #[test]
     fn a_report_has_a_row_for_each_cell_and_says_what_did_not_work() {

@@ -3,6 +3,7 @@
 use super::record::{Machine, Measured, Outcome, Record, key};
 use super::scenario::{Cell, Scenario};
 use crate::lab::stage::film::{Frame, MemoryFilm};
+use crate::lab::stage::stream::StreamSeen;
 use crate::lab::stage::timeline::Throughput;
 
 pub(super) fn scenario() -> Scenario {
@@ -31,6 +32,26 @@ pub(super) fn scenario() -> Scenario {
     Scenario::parse(text).unwrap()
 }
 
+/// The same with a guest that streams.
+pub(super) fn stream_scenario() -> Scenario {
+    let mut scenario = scenario();
+    scenario.guest[0].work = "stream".to_owned();
+    scenario
+}
+
+/// Frames whose stop is missed in part.
+fn stream() -> StreamSeen {
+    let at = |n: i64| n * 40 + if n < 0 { 0 } else { 300 };
+    StreamSeen {
+        frames: 100,
+        missed: 3,
+        missed_with_short_buffer: 7,
+        corrupt: 0,
+        longest_gap_ms: 340.0,
+        arrivals: (-50..50).map(|n| (at(n), at(n) - n * 40)).collect(),
+    }
+}
+
 /// Two parts of the memory that come one after the other.
 fn film() -> MemoryFilm {
     let frame = |at_ms, cells: &str| Frame { at_ms, cells: cells.to_owned() };
@@ -57,6 +78,7 @@ pub(super) fn record(scenario: &Scenario, cell: &Cell, outcome: Outcome) -> Reco
         recovered_after_ms: Some(40.0 * scale),
         there_bytes: (10e6 * scale) as u64,
         back_bytes: 500_000,
+        stream: cell.guest.streams().then(stream),
         throughput,
         memory: cell.method.send.is_some().then(film),
         ..Measured::default()

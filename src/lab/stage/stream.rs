@@ -32,7 +32,7 @@ const READ_TIMEOUT: Duration = Duration::from_millis(50);
 /// So long before the migration the player begins, so that it plays as it should when that starts.
 const BEFORE: Duration = Duration::from_secs(2);
 /// What a player holds back to make up for late frames, by custom of live streams.
-const BUFFER: Duration = Duration::from_millis(200);
+pub const BUFFER: Duration = Duration::from_millis(200);
 
 /// What the viewer saw of a stream, from the start of the migration on.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -47,9 +47,9 @@ pub struct StreamSeen {
     pub corrupt: u64,
     /// Longest time between two whole frames.
     pub longest_gap_ms: f64,
-    /// For each frame from two seconds before the migration on when it was whole, counted from the first of
-    /// them, and how much later that was than its number says.
-    pub late_ms: Vec<(u64, i64)>,
+    /// For each frame from two seconds before the migration on: when it was whole, counted from the last heartbeat
+    /// on the source, and how much later that was than by the least late of the frames before the migration.
+    pub arrivals: Vec<(i64, i64)>,
 }
 
 /// Receives a stream, on two threads.
@@ -74,11 +74,12 @@ impl StreamClient {
         Ok(client)
     }
 
-    /// What came up to now, of a migration that was started at `started`.
-    pub fn seen(&self, started: Instant) -> StreamSeen {
+    /// What came up to now, of a migration that was started at `started` and whose guest gave its last sign on the
+    /// source at `stopped`.
+    pub fn seen(&self, started: Instant, stopped: Instant) -> StreamSeen {
         let reception = self.reception.lock().unwrap_or_else(PoisonError::into_inner);
         let corrupt = reception.frames.values().filter(|frame| **frame == Frame::Corrupt).count();
-        let mut seen = judge(&reception.completions(), started, Instant::now());
+        let mut seen = judge(&reception.completions(), started, stopped, Instant::now());
         seen.corrupt = corrupt as u64;
         seen
     }
@@ -198,7 +199,12 @@ fn checksum(words: &[u64]) -> u64 {
 }
 
 /// From when each frame was whole, in the order of their numbers; the last look was at `until`.
-fn judge(whole: &[Option<Instant>], started: Instant, until: Instant) -> StreamSeen {
+fn judge(
+    whole: &[Option<Instant>],
+    started: Instant,
+    stopped: Instant,
+    until: Instant,
+) -> StreamSeen {
     let begin = started.checked_sub(BEFORE).unwrap_or(started);
     let first = whole.iter().position(|at| at.is_some_and(|at| at >= begin));
     let whole = first.map_or(&[][..], |first| &whole[first..]);
@@ -213,7 +219,7 @@ fn judge(whole: &[Option<Instant>], started: Instant, until: Instant) -> StreamS
         missed_with_short_buffer: missed(whole, FRAME_EVERY, started, until),
         corrupt: 0,
         longest_gap_ms: longest_gap.as_secs_f64() * 1e3,
-        late_ms: lateness(whole),
+        arrivals: lateness(whole, started, stopped),
     }
 }
 
@@ -239,13 +245,19 @@ fn slots(due: Instant, at: Instant) -> u64 {
     late.as_nanos().div_ceil(FRAME_EVERY.as_nanos()) as u64
 }
 
-fn lateness(whole: &[Option<Instant>]) -> Vec<(u64, i64)> {
-    let Some(begin) = whole.first().copied().flatten() else { return Vec::new() };
-    let late = |(number, at): (u64, &Option<Instant>)| {
-        let after = at.as_ref()?.saturating_duration_since(begin).as_millis() as u64;
-        Some((after, after as i64 - (number * FRAME_EVERY.as_millis() as u64) as i64))
+/// When each frame was whole, and how late that was.
+fn lateness(whole: &[Option<Instant>], started: Instant, stopped: Instant) -> Vec<(i64, i64)> {
+    let ms = |at: Instant| {
+        at.saturating_duration_since(stopped).as_millis() as i64
+            - stopped.saturating_duration_since(at).as_millis() as i64
     };
-    (0..).zip(whole).filter_map(late).collect()
+    let since_due = |(number, at): (i64, &Option<Instant>)| {
+        at.map(|at| (at, ms(at) - number * FRAME_EVERY.as_millis() as i64))
+    };
+    let all: Vec<(Instant, i64)> = (0..).zip(whole).filter_map(since_due).collect();
+    let before = all.iter().filter(|(at, _)| *at < started).map(|(_, late)| *late);
+    let least = before.min().unwrap_or_default();
+    all.into_iter().map(|(at, late)| (ms(at), late - least)).collect()
 }
 
 #[cfg(test)]
@@ -264,12 +276,11 @@ mod tests {
         let begin = Instant::now();
         // Each third comes 30 ms later than it could.
         let whole = stream(begin, (0..200).map(|n| n * 40 + n % 3 / 2 * 30));
-        let seen = judge(&whole, begin + 4000 * MS, begin + 8000 * MS);
+        let seen = judge(&whole, begin + 4000 * MS, begin + 5000 * MS, begin + 8000 * MS);
         assert_eq!((seen.missed, seen.missed_with_short_buffer), (0, 0), "{seen:?}");
         assert_eq!((seen.frames, seen.longest_gap_ms), (100, 70.0), "{seen:?}");
-        let late: Vec<i64> = seen.late_ms.iter().map(|(_, late)| *late).take(4).collect();
-        // It begins two seconds before the migration, with a frame that is late itself.
-        assert_eq!(late, [0, -30, -30, 0]);
+        // It begins two seconds before the migration.
+        assert_eq!(seen.arrivals[..4], [(-2970, 30), (-2960, 0), (-2920, 0), (-2850, 30)]);
     }
 
     #[test]
@@ -277,7 +288,7 @@ mod tests {
         let begin = Instant::now();
         let missed_of = |stop: u32| {
             let whole = stream(begin, (0..200).map(|n| n * 40 + if n < 100 { 0 } else { stop }));
-            let seen = judge(&whole, begin + 3000 * MS, begin + 8000 * MS);
+            let seen = judge(&whole, begin + 3000 * MS, begin, begin + 8000 * MS);
             (seen.missed, seen.missed_with_short_buffer, seen.longest_gap_ms)
         };
         assert_eq!(missed_of(40), (0, 0, 80.0));
@@ -290,10 +301,10 @@ mod tests {
     fn a_stream_that_ends_before_the_last_look_or_never_begins_is_missed_from_there_on() {
         let begin = Instant::now();
         let whole = stream(begin, (0..100).map(|n| n * 40));
-        let seen = judge(&whole, begin + 3000 * MS, begin + 6000 * MS);
+        let seen = judge(&whole, begin + 3000 * MS, begin, begin + 6000 * MS);
         // The last was shown at 3960 + 200 ms; none is shown from 4200 ms on.
         assert_eq!((seen.missed, seen.longest_gap_ms), (45, 2040.0), "{seen:?}");
-        assert_eq!(judge(&[], begin, begin + 400 * MS).missed, 10);
+        assert_eq!(judge(&[], begin, begin, begin + 400 * MS).missed, 10);
     }
 
     #[test]
@@ -301,11 +312,11 @@ mod tests {
         let begin = Instant::now();
         let mut whole = stream(begin, (0..200).map(|n| n * 40));
         (whole[20], whole[120], whole[121]) = (None, None, None);
-        let seen = judge(&whole, begin + 2000 * MS, begin + 8000 * MS);
+        let seen = judge(&whole, begin + 2000 * MS, begin, begin + 8000 * MS);
         assert_eq!((seen.missed, seen.missed_with_short_buffer), (2, 2), "{seen:?}");
         // A stop that is over when the migration starts.
         let whole = stream(begin, (0..200).map(|n| n * 40 + if n < 40 { 0 } else { 500 }));
-        let seen = judge(&whole, begin + 2500 * MS, begin + 8500 * MS);
+        let seen = judge(&whole, begin + 2500 * MS, begin, begin + 8500 * MS);
         assert_eq!((seen.missed, seen.missed_with_short_buffer), (0, 0), "{seen:?}");
     }
 
