@@ -1,21 +1,28 @@
 //! The emulated link inside a process: UDP datagrams go through the model of each direction on their
 //! way between two sockets on the loopback interface. One thread, one `ppoll`.
+//!
+//! In the model each datagram is a packet of its own. The sockets take and give those that come together in one
+//! call, so that the link costs little beside the two ends that it joins.
 
 use std::io;
-use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
+use std::net::SocketAddr;
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, ppoll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
-use nix::sys::socket::{setsockopt, sockopt};
 use nix::sys::time::TimeSpec;
+use quinn::udp::EcnCodepoint;
 
+use self::end::{Datagram, End, Row, Rows};
 use super::link::{Link, LinkConfig, Totals};
+use super::moderation::Moderation;
 use super::spec::{LinkSpec, QueueLimit};
+
+mod end;
 
 /// Largest datagram that the link takes: Ethernet's 1500 bytes without the headers of IPv4 and UDP.
 /// Larger ones are lost, so that a peer which probes for more finds the path that it would find
@@ -23,10 +30,8 @@ use super::spec::{LinkSpec, QueueLimit};
 pub const MAX_DATAGRAM_BYTES: u16 = 1500 - HEADER_BYTES;
 /// IPv4 and UDP, which use the line too.
 const HEADER_BYTES: u16 = 28;
-/// Datagrams taken from a socket before the other one and the clock are looked at again.
-const BATCH: usize = 64;
-/// What may come while the thread is kept from running: 50 ms of a gigabit.
-const SOCKET_BUFFER_BYTES: usize = 6 << 20;
+/// Calls to receive from a socket before the other one and the clock are looked at again.
+const MAX_CALLS: usize = 8;
 
 /// The totals of both directions.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
@@ -68,10 +73,9 @@ impl Relay {
         to: SocketAddr,
         seed: u64,
     ) -> io::Result<Relay> {
-        let near = socket()?;
-        let far = socket()?;
-        far.connect(to)?;
-        let address = near.local_addr()?;
+        let near = End::bind()?;
+        let far = End::bind()?;
+        let address = near.address()?;
         let stop = Arc::new(EventFd::from_flags(EfdFlags::EFD_CLOEXEC)?);
         let totals = Arc::<Mutex<RelayTotals>>::default();
         let cut = Arc::<AtomicBool>::default();
@@ -85,9 +89,12 @@ impl Relay {
             near,
             far,
             sender: None,
-            there: Link::new(config, seed),
-            back: Link::new(config, seed ^ u64::MAX),
+            to,
+            there: Direction::new(config, seed),
+            back: Direction::new(config, seed ^ u64::MAX),
             origin: Instant::now(),
+            rows: Rows::new(),
+            row: Row::default(),
             spare: Vec::new(),
             totals: totals.clone(),
             cut: cut.clone(),
@@ -126,29 +133,81 @@ impl Drop for Relay {
     }
 }
 
-fn socket() -> io::Result<UdpSocket> {
-    let socket = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0))?;
-    socket.set_nonblocking(true)?;
-    // Best effort: only root may have more than the system's limit.
-    if setsockopt(&socket, sockopt::RcvBufForce, &SOCKET_BUFFER_BYTES).is_err() {
-        let _ = setsockopt(&socket, sockopt::RcvBuf, &SOCKET_BUFFER_BYTES);
-    }
-    Ok(socket)
+/// One direction of the link, and when its far end is shown what has arrived.
+struct Direction {
+    link: Link<Datagram>,
+    moderation: Moderation,
 }
 
-type Packet = Vec<u8>;
+impl Direction {
+    fn new(config: LinkConfig, seed: u64) -> Self {
+        Direction { link: Link::new(config, seed), moderation: Moderation::default() }
+    }
+
+    fn next_delivery(&self) -> Option<Duration> {
+        self.moderation.next_delivery(&self.link)
+    }
+
+    fn offer(
+        &mut self,
+        now: Duration,
+        payload: &[u8],
+        ecn: Option<EcnCodepoint>,
+        spare: &mut Vec<Datagram>,
+    ) {
+        if payload.len() > usize::from(MAX_DATAGRAM_BYTES) {
+            return;
+        }
+        let mut datagram = spare.pop().unwrap_or_default();
+        datagram.payload.clear();
+        datagram.payload.extend_from_slice(payload);
+        datagram.ecn = ecn;
+        // Refused datagrams are in the totals; there is no one to tell.
+        let _ = self.link.send(now, datagram, payload.len() as u32 + u32::from(HEADER_BYTES));
+    }
+
+    /// Hands over what is due, in rows of at most `max_row`.
+    fn deliver(
+        &mut self,
+        now: Duration,
+        max_row: usize,
+        row: &mut Row,
+        spare: &mut Vec<Datagram>,
+        send: impl Fn(&Row),
+    ) {
+        if !self.moderation.delivers(&self.link, now) {
+            return;
+        }
+        while let Some(datagram) = self.link.arrived(now) {
+            if !row.has_room_for(&datagram, max_row) {
+                send(row);
+                row.clear();
+            }
+            row.push(&datagram);
+            spare.push(datagram);
+        }
+        if !row.is_empty() {
+            send(row);
+            row.clear();
+        }
+    }
+}
 
 /// The thread's side.
 struct Carrier {
-    near: UdpSocket,
-    far: UdpSocket,
+    near: End,
+    far: End,
     /// Where answers go.
     sender: Option<SocketAddr>,
-    there: Link<Packet>,
-    back: Link<Packet>,
+    /// Where all else goes.
+    to: SocketAddr,
+    there: Direction,
+    back: Direction,
     origin: Instant,
-    /// Buffers to use again.
-    spare: Vec<Packet>,
+    rows: Rows,
+    row: Row,
+    /// Datagrams whose memory is used again.
+    spare: Vec<Datagram>,
     totals: Arc<Mutex<RelayTotals>>,
     cut: Arc<AtomicBool>,
     stop: Arc<EventFd>,
@@ -162,9 +221,10 @@ impl Carrier {
             self.take_in();
             self.deliver();
             *self.totals.lock().unwrap_or_else(PoisonError::into_inner) =
-                RelayTotals { there: self.there.totals(), back: self.back.totals() };
-            let due = [&self.there, &self.back].into_iter().filter_map(Link::next_arrival).min();
-            let timeout = due.map(|at| TimeSpec::from(at.saturating_sub(self.origin.elapsed())));
+                RelayTotals { there: self.there.link.totals(), back: self.back.link.totals() };
+            let due = [&self.there, &self.back].into_iter().filter_map(Direction::next_delivery);
+            let timeout =
+                due.min().map(|at| TimeSpec::from(at.saturating_sub(self.origin.elapsed())));
             let readable = |fd| PollFd::new(fd, PollFlags::POLLIN);
             let mut polled = [self.near.as_fd(), self.far.as_fd(), self.stop.as_fd()].map(readable);
             match ppoll(&mut polled, timeout, None) {
@@ -180,71 +240,49 @@ impl Carrier {
 
     /// Takes what the sockets have.
     fn take_in(&mut self) {
-        for _ in 0..BATCH {
-            let mut packet = self.buffer();
-            // An error is a packet of the past that found nobody: as good as lost.
-            let Ok((bytes, from)) = self.near.recv_from(&mut packet) else {
-                self.spare.push(packet);
+        let Carrier { near, far, sender, to, there, back, origin, rows, spare, .. } = self;
+        for _ in 0..MAX_CALLS {
+            let more = near.receive(rows, |payload, ecn, from| {
+                *sender = Some(from);
+                there.offer(origin.elapsed(), payload, ecn, spare);
+            });
+            if !more {
                 break;
-            };
-            self.sender = Some(from);
-            offer(&mut self.there, &mut self.spare, self.origin, packet, bytes);
+            }
         }
-        for _ in 0..BATCH {
-            let mut packet = self.buffer();
-            let Ok(bytes) = self.far.recv(&mut packet) else {
-                self.spare.push(packet);
+        for _ in 0..MAX_CALLS {
+            let more = far.receive(rows, |payload, ecn, from| {
+                if from == *to {
+                    back.offer(origin.elapsed(), payload, ecn, spare);
+                }
+            });
+            if !more {
                 break;
-            };
-            offer(&mut self.back, &mut self.spare, self.origin, packet, bytes);
+            }
         }
     }
 
-    /// Hands over what is due. A socket that does not take it loses it, as a network card would.
+    /// Hands over what is due.
     fn deliver(&mut self) {
         let now = self.origin.elapsed();
         let cut = self.cut.load(Ordering::Relaxed);
-        while let Some(packet) = self.there.arrived(now) {
+        let Carrier { near, far, sender, to, there, back, row, spare, .. } = self;
+        there.deliver(now, far.max_row(), row, spare, |row| {
             if !cut {
-                let _ = self.far.send(&packet);
+                far.send(row, *to);
             }
-            self.spare.push(packet);
-        }
-        while let Some(packet) = self.back.arrived(now) {
-            if let Some(sender) = self.sender.filter(|_| !cut) {
-                let _ = self.near.send_to(&packet, sender);
+        });
+        back.deliver(now, near.max_row(), row, spare, |row| {
+            if let Some(sender) = sender.filter(|_| !cut) {
+                near.send(row, sender);
             }
-            self.spare.push(packet);
-        }
+        });
     }
-
-    /// A buffer in which a datagram that is too large shows.
-    fn buffer(&mut self) -> Packet {
-        let mut packet = self.spare.pop().unwrap_or_default();
-        packet.resize(usize::from(MAX_DATAGRAM_BYTES) + 1, 0);
-        packet
-    }
-}
-
-fn offer(
-    link: &mut Link<Packet>,
-    spare: &mut Vec<Packet>,
-    origin: Instant,
-    mut packet: Packet,
-    bytes: usize,
-) {
-    if bytes > usize::from(MAX_DATAGRAM_BYTES) {
-        spare.push(packet);
-        return;
-    }
-    packet.truncate(bytes);
-    // Refused packets are in the totals; there is no one to tell.
-    let _ = link.send(origin.elapsed(), packet, bytes as u32 + u32::from(HEADER_BYTES));
 }
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
+    use std::net::{Ipv4Addr, UdpSocket};
 
     use super::*;
 
