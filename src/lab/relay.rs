@@ -30,8 +30,6 @@ mod end;
 pub const MAX_DATAGRAM_BYTES: u16 = 1500 - HEADER_BYTES;
 /// IPv4 and UDP, which use the line too.
 const HEADER_BYTES: u16 = 28;
-/// Calls to receive from a socket before the other one and the clock are looked at again.
-const MAX_CALLS: usize = 8;
 
 /// The totals of both directions.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
@@ -218,7 +216,6 @@ impl Carrier {
         // A wake-up of 50 us too late, the kernel's usual slack, would be four packets at 1 Gbit/s.
         let _ = nix::sys::prctl::set_timerslack(1);
         loop {
-            self.take_in();
             self.deliver();
             *self.totals.lock().unwrap_or_else(PoisonError::into_inner) =
                 RelayTotals { there: self.there.link.totals(), back: self.back.link.totals() };
@@ -229,7 +226,11 @@ impl Carrier {
             let mut polled = [self.near.as_fd(), self.far.as_fd(), self.stop.as_fd()].map(readable);
             match ppoll(&mut polled, timeout, None) {
                 Ok(_) if polled[2].any() == Some(true) => return,
-                Ok(_) | Err(nix::errno::Errno::EINTR) => {}
+                Ok(_) => {
+                    let has = polled.map(|polled| polled.any() == Some(true));
+                    self.take_in(has[0], has[1]);
+                }
+                Err(nix::errno::Errno::EINTR) => {}
                 Err(error) => {
                     tracing::error!("the emulated link has ended: {error}");
                     return;
@@ -238,27 +239,21 @@ impl Carrier {
         }
     }
 
-    /// Takes what the sockets have.
-    fn take_in(&mut self) {
+    /// Takes what those sockets have that have something.
+    fn take_in(&mut self, near_has: bool, far_has: bool) {
         let Carrier { near, far, sender, to, there, back, origin, rows, spare, .. } = self;
-        for _ in 0..MAX_CALLS {
-            let more = near.receive(rows, |payload, ecn, from| {
+        if near_has {
+            near.receive(rows, |payload, ecn, from| {
                 *sender = Some(from);
                 there.offer(origin.elapsed(), payload, ecn, spare);
             });
-            if !more {
-                break;
-            }
         }
-        for _ in 0..MAX_CALLS {
-            let more = far.receive(rows, |payload, ecn, from| {
+        if far_has {
+            far.receive(rows, |payload, ecn, from| {
                 if from == *to {
                     back.offer(origin.elapsed(), payload, ecn, spare);
                 }
             });
-            if !more {
-                break;
-            }
         }
     }
 

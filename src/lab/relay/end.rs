@@ -14,7 +14,7 @@ use quinn::udp::{EcnCodepoint, RecvMeta, Transmit, UdpSockRef, UdpSocketState};
 const SOCKET_BUFFER_BYTES: usize = 6 << 20;
 /// The most that the kernel puts together.
 const LARGEST_ROW_BYTES: usize = 64 << 10;
-/// Rows that are received in one call.
+/// Rows that are received before the other socket and the clock are looked at again.
 const ROWS: usize = 8;
 /// What a row may hold for IPv4 to carry it.
 const MAX_PAYLOAD_BYTES: usize = 65_507;
@@ -48,24 +48,22 @@ impl End {
         self.socket.local_addr()
     }
 
-    /// Shows `each` the datagrams that have come, as far as `rows` holds them, with who sent them. False when
-    /// there are no more.
+    /// Shows `each` the datagrams that have come, as far as `rows` holds them, with who sent them.
     pub(super) fn receive(
         &self,
         rows: &mut Rows,
         mut each: impl FnMut(&[u8], Option<EcnCodepoint>, SocketAddr),
-    ) -> bool {
+    ) {
         let mut slices = rows.0.each_mut().map(|row| IoSliceMut::new(row));
         let mut meta = [RecvMeta::default(); ROWS];
         let socket = UdpSockRef::from(&self.socket);
         // An error is a datagram of the past that found nobody: as good as lost.
-        let Ok(received) = self.state.recv(socket, &mut slices, &mut meta) else { return false };
+        let Ok(received) = self.state.recv(socket, &mut slices, &mut meta) else { return };
         for (row, meta) in rows.0.iter().zip(&meta[..received]) {
             for payload in row[..meta.len].chunks(meta.stride.max(1)) {
                 each(payload, meta.ecn, meta.addr);
             }
         }
-        received == ROWS
     }
 
     /// Sends a row; what the socket does not take is lost, as with a network card.

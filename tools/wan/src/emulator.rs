@@ -13,15 +13,15 @@ use nix::sys::time::TimeSpec;
 
 use crate::control::{Answer, BothTotals, Command, LineBuffer};
 use crate::link::{Link, LinkConfig};
+use crate::moderation::Moderation;
+use crate::offload::{Packet, Run, Sent};
 use crate::spec::QueueLimit;
-use crate::tun::{MTU_BYTES, Tun};
+use crate::tun::{MAX_READ_BYTES, Tun};
 
-/// Packets taken from a device before the other one and the clock are looked at again.
-const BATCH_PACKETS: usize = 64;
+/// Packets, or rows of them, taken from a device before the other one and the clock are looked at again.
+const MAX_READS: usize = 64;
 /// Users of the control socket at the same time.
 const MAX_CLIENTS: usize = 8;
-
-type Packet = Vec<u8>;
 
 /// Where commands come from.
 pub enum ControlSource {
@@ -58,9 +58,15 @@ pub struct Emulator {
     b: Tun,
     a_to_b: Link<Packet>,
     b_to_a: Link<Packet>,
+    /// When `b` is shown what has arrived.
+    at_b: Moderation,
+    /// And when `a`.
+    at_a: Moderation,
     origin: Instant,
-    /// Buffers to use again: one allocation per packet would be 80,000 a second at 1 Gbit/s.
-    spare: Vec<Packet>,
+    /// What is read.
+    buffer: Vec<u8>,
+    /// Headers of what is written.
+    headers: Vec<u8>,
 }
 
 impl Emulator {
@@ -71,8 +77,11 @@ impl Emulator {
             b,
             a_to_b: Link::new(config, seed),
             b_to_a: Link::new(config, seed ^ u64::MAX),
+            at_b: Moderation::default(),
+            at_a: Moderation::default(),
             origin: Instant::now(),
-            spare: Vec::new(),
+            buffer: vec![0; MAX_READ_BYTES],
+            headers: Vec::new(),
         }
     }
 
@@ -85,8 +94,8 @@ impl Emulator {
         let mut clients: Vec<Client> = Vec::new();
 
         loop {
-            self.carry()?;
             let ready = self.wait(&stop.0, &control, stdin.as_fd(), &clients)?;
+            self.carry(ready.devices)?;
             if ready.signal {
                 break;
             }
@@ -141,26 +150,19 @@ impl Emulator {
         BothTotals { a_to_b: self.a_to_b.totals(), b_to_a: self.b_to_a.totals() }
     }
 
-    /// Takes what the devices have and delivers what is due.
-    fn carry(&mut self) -> Result<()> {
-        for (link, from, to) in
-            [(&mut self.a_to_b, &self.a, &self.b), (&mut self.b_to_a, &self.b, &self.a)]
-        {
-            for _ in 0..BATCH_PACKETS {
-                let mut packet = self.spare.pop().unwrap_or_default();
-                packet.resize(MTU_BYTES, 0);
-                let Some(bytes) = from.receive(&mut packet)? else {
-                    self.spare.push(packet);
-                    break;
-                };
-                packet.truncate(bytes);
-                // Refused packets are in the totals; there is no one to tell.
-                let _ = link.send(self.origin.elapsed(), packet, bytes as u32);
+    /// Takes what those devices have that have something, and delivers what is due.
+    fn carry(&mut self, [a_has, b_has]: [bool; 2]) -> Result<()> {
+        let directions = [
+            (&mut self.a_to_b, &mut self.at_b, &self.a, a_has, &self.b),
+            (&mut self.b_to_a, &mut self.at_a, &self.b, b_has, &self.a),
+        ];
+        for (link, moderation, from, has, to) in directions {
+            if has {
+                take_in(link, from, &mut self.buffer, self.origin)?;
             }
             let now = self.origin.elapsed();
-            while let Some(packet) = link.arrived(now) {
-                to.deliver(&packet);
-                self.spare.push(packet);
+            if moderation.delivers(link, now) {
+                deliver(link, to, &mut self.headers, now);
             }
         }
         Ok(())
@@ -181,15 +183,16 @@ impl Emulator {
         let all = fixed.into_iter().chain(clients.iter().map(|c| c.stream.as_fd()));
         let mut polled: Vec<PollFd<'_>> =
             all.map(|fd| PollFd::new(fd, PollFlags::POLLIN)).collect();
-        let due = [&self.a_to_b, &self.b_to_a].iter().filter_map(|link| link.next_arrival()).min();
-        let timeout = due.map(|at| TimeSpec::from(at.saturating_sub(self.now())));
+        let due = [(&self.a_to_b, &self.at_b), (&self.b_to_a, &self.at_a)].into_iter();
+        let due = due.filter_map(|(link, moderation)| moderation.next_delivery(link));
+        let timeout = due.min().map(|at| TimeSpec::from(at.saturating_sub(self.now())));
         match ppoll(&mut polled, timeout, None) {
             Ok(_) | Err(nix::errno::Errno::EINTR) => {}
             Err(error) => return Err(error).context("wait for packets"),
         }
         let has = |index: usize| polled[index].any().unwrap_or(false);
         let clients = (0..clients.len()).filter(|i| has(fixed.len() + i)).collect();
-        Ok(Ready { signal: has(2), control: has(3), clients })
+        Ok(Ready { devices: [has(0), has(1)], signal: has(2), control: has(3), clients })
     }
 
     /// Carries out the commands in `bytes`; true for `quit`.
@@ -233,12 +236,42 @@ impl Emulator {
     }
 }
 
+/// Offers to the link what the device has.
+fn take_in(link: &mut Link<Packet>, from: &Tun, buffer: &mut [u8], origin: Instant) -> Result<()> {
+    for _ in 0..MAX_READS {
+        let Some(bytes) = from.receive(buffer)? else { break };
+        let now = origin.elapsed();
+        for packet in Sent::new(buffer[..bytes].to_vec()).packets() {
+            let packet_bytes = packet.bytes();
+            // Refused packets are in the totals; there is no one to tell.
+            let _ = link.send(now, packet, packet_bytes);
+        }
+    }
+    Ok(())
+}
+
+/// Hands over all that has arrived, in pieces as long as possible.
+fn deliver(link: &mut Link<Packet>, to: &Tun, headers: &mut Vec<u8>, now: Duration) {
+    let mut write = |run: Run| {
+        let rest = run.encode(headers);
+        to.deliver(headers, rest);
+    };
+    let mut run: Option<Run> = None;
+    while let Some(packet) = link.arrived(now) {
+        if !run.as_mut().is_some_and(|run| run.extend(&packet)) {
+            run.replace(Run::of(packet)).map(&mut write);
+        }
+    }
+    run.map(write);
+}
+
 fn queue_bytes(queue: QueueLimit, config: &LinkConfig) -> u64 {
     queue.bytes(config.rate, config.delay * 2)
 }
 
-/// What [`Emulator::wait`] has seen, besides packets.
+/// What [`Emulator::wait`] has seen.
 struct Ready {
+    devices: [bool; 2],
     signal: bool,
     control: bool,
     clients: Vec<usize>,
