@@ -10,6 +10,7 @@
 //! | `plots.rs`, `panels.rs`, `memory.rs`, `frames.rs`, `chart.rs`, `sharp.rs` | pictures of it |
 //! | `orders.rs` | a picture of replays |
 
+mod across;
 mod builtin;
 mod cell;
 mod chart;

@@ -1,4 +1,4 @@
-//! Pictures with values on a vertical axis: fault latency, and downtime and total time across links.
+//! Pictures with values on a vertical axis; and the latency of faults as one.
 
 use anyhow::Result;
 use plotters::prelude::*;
@@ -7,8 +7,6 @@ use super::chart::{
     Area, Axis, COLOURS, Figure, GREY, GRID, TOP, WIDTH, letters, letters_in_the_middle,
     letters_to_the_left, line, marker, short,
 };
-use super::record::Outcome;
-use super::scenario::Scenario;
 use super::table::{CellRuns, Spread};
 
 /// Quantiles of the latency of remote faults.
@@ -46,8 +44,8 @@ impl<'a> FaultsFigure<'a> {
 }
 
 /// Height of a panel with a vertical axis.
-const PANEL: i32 = 320;
-const LEGEND_LINE: i32 = 24;
+pub(super) const PANEL: i32 = 320;
+pub(super) const LEGEND_LINE: i32 = 24;
 
 impl Figure for FaultsFigure<'_> {
     fn size(&self) -> (u32, u32) {
@@ -92,7 +90,11 @@ impl Figure for FaultsFigure<'_> {
 }
 
 /// The axis on the left, with its lines through the picture.
-fn vertical<B: DrawingBackend>(area: &Area<B>, axis: &Axis, (left, right): (i32, i32)) -> Result<()>
+pub(super) fn vertical<B: DrawingBackend>(
+    area: &Area<B>,
+    axis: &Axis,
+    (left, right): (i32, i32),
+) -> Result<()>
 where
     B::ErrorType: 'static,
 {
@@ -104,7 +106,7 @@ where
     Ok(())
 }
 
-fn legend_entry<B: DrawingBackend>(
+pub(super) fn legend_entry<B: DrawingBackend>(
     area: &Area<B>,
     index: usize,
     name: &str,
@@ -117,88 +119,4 @@ where
     marker(area, index, (left, y))?;
     area.draw(&Text::new(name.to_owned(), (left + 16, y - 9), letters(15)))?;
     Ok(())
-}
-
-/// Downtime and total time across links.
-pub(super) struct LinksFigure<'a> {
-    pub(super) title: String,
-    pub(super) links: Vec<&'a str>,
-    methods: Vec<&'a str>,
-    cells: Vec<&'a CellRuns<'a>>,
-}
-
-impl<'a> LinksFigure<'a> {
-    pub(super) fn new(scenario: &'a Scenario, guest: &str, cells: &[&'a CellRuns<'a>]) -> Self {
-        let is_there = |name: &str| cells.iter().any(|cell| cell.link == name);
-        let links = scenario.link.iter().map(|part| part.name.as_str());
-        let methods = scenario.method.iter().map(|part| part.name.as_str());
-        let has_moved = |name: &str| {
-            cells.iter().any(|cell| cell.method == name && cell.count(Outcome::Moved) > 0)
-        };
-        LinksFigure {
-            title: format!("Downtime and total time: guest {guest}"),
-            links: links.filter(|name| is_there(name)).collect(),
-            methods: methods.filter(|name| has_moved(name)).collect(),
-            cells: cells.to_vec(),
-        }
-    }
-
-    fn values(&self, seconds: bool) -> impl Iterator<Item = (usize, usize, Spread)> {
-        self.cells.iter().filter_map(move |cell| {
-            let spread = cell.spread(|seen| {
-                Some(if seconds { seen.total_ms / 1e3 } else { seen.downtime_ms.max(1.0) })
-            })?;
-            let link = self.links.iter().position(|name| *name == cell.link)?;
-            let method = self.methods.iter().position(|name| *name == cell.method)?;
-            Some((link, method, spread))
-        })
-    }
-}
-
-impl Figure for LinksFigure<'_> {
-    fn size(&self) -> (u32, u32) {
-        let legend = LEGEND_LINE * self.methods.len() as i32;
-        (WIDTH as u32, (TOP + 24 + PANEL.max(legend) + 50) as u32)
-    }
-
-    fn heading(&self) -> (String, String) {
-        let explanation = "Medians, with lines from the least to the most. A method that is missing at a link \
-             did not come to its end there.";
-        (self.title.clone(), explanation.to_owned())
-    }
-
-    fn draw<B: DrawingBackend>(&self, area: &Area<B>) -> Result<()>
-    where
-        B::ErrorType: 'static,
-    {
-        let (top, foot) = (TOP + 24, TOP + 24 + PANEL);
-        for (panel, name) in ["downtime, ms", "total time, s"].into_iter().enumerate() {
-            let (left, right) = (70 + 360 * panel as i32, 360 + 360 * panel as i32);
-            let values: Vec<(usize, usize, Spread)> = self.values(panel == 1).collect();
-            let ends = values.iter().flat_map(|(_, _, spread)| [spread.least, spread.most]);
-            let axis = Axis::logarithmic(ends, (foot, top));
-            let title = letters_in_the_middle(16);
-            area.draw(&Text::new(name, ((left + right) / 2, TOP + 6), title))?;
-            vertical(area, &axis, (left, right))?;
-            let width = (right - left) / self.links.len() as i32;
-            for (index, name) in self.links.iter().enumerate() {
-                let x = left + width * index as i32;
-                let middle = (x + width / 2, foot + 18);
-                area.draw(&Text::new((*name).to_owned(), middle, letters_in_the_middle(14)))?;
-                line(area, &[(x, top), (x, foot)], GRID, 1)?;
-            }
-            line(area, &[(left, foot), (right, foot)], GREY, 1)?;
-            for (link, method, spread) in values {
-                let step = (width - 20) / self.methods.len() as i32;
-                let x = left + width * link as i32 + 10 + step / 2 + step * method as i32;
-                let colour = COLOURS[method % COLOURS.len()];
-                line(area, &[(x, axis.at(spread.least)), (x, axis.at(spread.most))], colour, 2)?;
-                marker(area, method, (x, axis.at(spread.median)))?;
-            }
-        }
-        for (index, method) in self.methods.iter().enumerate() {
-            legend_entry(area, index, method, 770)?;
-        }
-        Ok(())
-    }
 }

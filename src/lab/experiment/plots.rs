@@ -5,13 +5,14 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use plotters::prelude::*;
 
+use super::across::AcrossFigure;
 use super::chart::{
     Area, Axis, COLOURS, Figure, GREY, GRID, TOP, WIDTH, letters, letters_in_the_middle,
     letters_to_the_left, line, save, short, time,
 };
 use super::frames::FramesFigure;
 use super::memory::MemoryFigure;
-use super::panels::{FaultsFigure, LinksFigure};
+use super::panels::FaultsFigure;
 use super::record::Outcome;
 use super::scenario::Scenario;
 use super::table::{BytesByKind, CellRuns};
@@ -26,7 +27,8 @@ pub(super) const SINCE_THE_STOP: &str = "seconds since the guest's last sign on 
 /// A picture that was drawn.
 #[derive(Clone, Debug)]
 pub(super) struct Plot {
-    pub(super) guest: String,
+    /// `None`: of all guests.
+    pub(super) guest: Option<String>,
     /// `None`: of all links.
     pub(super) link: Option<String>,
     pub(super) caption: String,
@@ -42,10 +44,10 @@ pub(super) fn draw_all(
 ) -> Result<Vec<Plot>> {
     std::fs::create_dir_all(directory).with_context(|| directory.display().to_string())?;
     let mut plots = Vec::new();
-    let mut add = |guest: &str, link: Option<&str>, kind: &str, caption: String| {
-        let parts: Vec<&str> = [guest].into_iter().chain(link).chain([kind]).collect();
+    let mut add = |guest: Option<&str>, link: Option<&str>, kind: &str, caption: String| {
+        let parts: Vec<&str> = guest.into_iter().chain(link).chain([kind]).collect();
         let file = parts.join("-");
-        let (guest, link) = (guest.to_owned(), link.map(str::to_owned));
+        let (guest, link) = (guest.map(str::to_owned), link.map(str::to_owned));
         plots.push(Plot { guest, link, caption, file: file.clone() });
         file
     };
@@ -59,19 +61,20 @@ pub(super) fn draw_all(
             }
             let place = format!("guest {}, link {} ({})", guest.name, link.name, link.link);
             let throughput = ThroughputFigure::new(&place, moved().collect());
-            let file = add(&guest.name, Some(&link.name), "throughput", throughput.title.clone());
+            let file =
+                add(Some(&guest.name), Some(&link.name), "throughput", throughput.title.clone());
             save(&throughput, directory, &file)?;
             if let Some(frames) = FramesFigure::new(&place, moved()) {
-                let file = add(&guest.name, Some(&link.name), "frames", frames.title.clone());
+                let file = add(Some(&guest.name), Some(&link.name), "frames", frames.title.clone());
                 save(&frames, directory, &file)?;
             }
             let bytes = BytesFigure { title: format!("Bytes on the link: {place}"), cells: &cells };
-            let file = add(&guest.name, Some(&link.name), "bytes", bytes.title.clone());
+            let file = add(Some(&guest.name), Some(&link.name), "bytes", bytes.title.clone());
             save(&bytes, directory, &file)?;
             let Some(spec) = link.spec()? else { continue };
             let faults = FaultsFigure::new(&place, spec.round_trip.as_secs_f64(), moved());
             if !faults.methods.is_empty() {
-                let file = add(&guest.name, Some(&link.name), "faults", faults.title.clone());
+                let file = add(Some(&guest.name), Some(&link.name), "faults", faults.title.clone());
                 save(&faults, directory, &file)?;
             }
             for cell in moved() {
@@ -84,15 +87,18 @@ pub(super) fn draw_all(
                     downtime_ms: seen.downtime_ms,
                 };
                 let kind = format!("memory-{}", cell.method);
-                let file = add(&guest.name, Some(&link.name), &kind, memory.title.clone());
+                let file = add(Some(&guest.name), Some(&link.name), &kind, memory.title.clone());
                 save(&memory, directory, &file)?;
             }
         }
-        let of_guest = |cell: &&CellRuns<'_>| cell.guest == guest.name;
-        let cells: Vec<&CellRuns<'_>> = cells.iter().filter(of_guest).collect();
-        let figure = LinksFigure::new(scenario, &guest.name, &cells);
-        if figure.links.len() > 1 {
-            let file = add(&guest.name, None, "links", figure.title.clone());
+        if let Some(figure) = AcrossFigure::of_links(scenario, &guest.name, cells) {
+            let file = add(Some(&guest.name), None, "links", figure.title.clone());
+            save(&figure, directory, &file)?;
+        }
+    }
+    for link in &scenario.link {
+        if let Some(figure) = AcrossFigure::of_sizes(scenario, &link.name, cells) {
+            let file = add(None, Some(&link.name), "sizes", figure.title.clone());
             save(&figure, directory, &file)?;
         }
     }

@@ -84,9 +84,15 @@ fn markdown(
                 let _ = writeln!(text, "| {} |", values.join(" | "));
             }
             text.push('\n');
-            show_plots(&mut text, plots, &guest.name, Some(&link.name));
+            show_plots(&mut text, plots, Some(&guest.name), Some(&link.name));
         }
-        show_plots(&mut text, plots, &guest.name, None);
+        show_plots(&mut text, plots, Some(&guest.name), None);
+    }
+    if plots.iter().any(|plot| plot.guest.is_none()) {
+        text.push_str("## All guests\n\n");
+        for link in &scenario.link {
+            show_plots(&mut text, plots, None, Some(&link.name));
+        }
     }
     show_estimates(&mut text, cells);
     show_failures(&mut text, records);
@@ -265,9 +271,9 @@ fn describe_link(link: &LinkPart) -> String {
     text
 }
 
-fn show_plots(text: &mut String, plots: &[plots::Plot], guest: &str, link: Option<&str>) {
+fn show_plots(text: &mut String, plots: &[plots::Plot], guest: Option<&str>, link: Option<&str>) {
     for plot in plots {
-        if plot.guest == guest && plot.link.as_deref() == link {
+        if plot.guest.as_deref() == guest && plot.link.as_deref() == link {
             let _ = writeln!(text, "![{}](plots/{}.svg)\n", plot.caption, plot.file);
         }
     }
@@ -304,6 +310,28 @@ mod tests {
         assert!(!text.contains("silences"), "{text}");
         let picture = std::fs::read_to_string(store.path("plots/db-wan-frames.svg")).unwrap();
         assert!(picture.contains("3 missed, gap 340 ms"), "{picture}");
+    }
+
+    #[test]
+    fn guests_that_differ_in_nothing_but_their_size_have_a_picture_together() {
+        let pictures = |change: fn(&mut Scenario)| {
+            let directory = tempfile::tempdir().unwrap();
+            let mut scenario = scenario();
+            let mut large = scenario.guest[0].clone();
+            (large.name, large.memory) = ("large-db".to_owned(), "1GiB".to_owned());
+            scenario.guest.push(large);
+            change(&mut scenario);
+            let mut store = Store::open(directory.path(), &scenario).unwrap();
+            for cell in scenario.runs(&["wan".to_owned()]) {
+                store.add(record(&scenario, &cell, Outcome::Moved)).unwrap();
+            }
+            write_report(&scenario, &store).unwrap();
+            let text = std::fs::read_to_string(store.path("report.md")).unwrap();
+            text.split_once("## All guests").map(|(_, behind)| behind.to_owned())
+        };
+        let together = pictures(|_| {}).unwrap();
+        assert!(together.contains("](plots/wan-sizes.svg)"), "{together}");
+        assert_eq!(pictures(|scenario| scenario.guest[1].rate += 1), None);
     }
 
     #[test]
