@@ -85,7 +85,7 @@ impl Default for DelayTargetConfig {
     fn default() -> Self {
         DelayTargetConfig {
             queue_target: Duration::from_millis(4),
-            queue_target_floor: Duration::from_micros(500),
+            queue_target_floor: Duration::from_micros(300),
             initial_window_packets: 32,
             max_window_bytes: 256 << 20,
             gauges: Arc::default(),
@@ -164,6 +164,8 @@ pub struct DelayTarget {
     late: Option<Late>,
     /// Until the end of the start.
     trains: Trains,
+    /// When the acknowledgement came that is being gone through.
+    ack_came: Option<Instant>,
     in_flight: u64,
     rate_bytes_per_s: f64,
 }
@@ -187,6 +189,7 @@ impl DelayTarget {
             previous_min_rtt: None,
             late: None,
             trains: Trains::default(),
+            ack_came: None,
             in_flight: 0,
             rate_bytes_per_s: 0.0,
         };
@@ -213,6 +216,14 @@ impl DelayTarget {
     pub(super) fn sent(&mut self, bytes: u64) {
         self.in_flight += bytes;
         self.round.most_in_flight = self.round.most_in_flight.max(self.in_flight);
+    }
+
+    /// When the acknowledgement came that is `stamped` so. quinn looks at the clock before it receives, and a process
+    /// that is not run in between gives what comes meanwhile a time that is too early. Round trips shorter than the
+    /// path's make all others look like a queue, and on a path of 1 ms the window fell to nothing. Too late by
+    /// the same is no harm: of late samples none counts by itself.
+    fn ack_came(&mut self, stamped: Instant) -> Instant {
+        *self.ack_came.get_or_insert_with(|| stamped.max(Instant::now()))
     }
 
     pub(super) fn acked(&mut self, now: Instant, sent: Instant, bytes: u64) {
@@ -470,6 +481,7 @@ impl DelayTarget {
     }
 
     pub(super) fn acks_done(&mut self, in_flight: u64, app_limited: bool) {
+        self.ack_came = None;
         self.in_flight = in_flight;
         self.publish();
         if app_limited {
@@ -493,7 +505,8 @@ impl Controller for DelayTarget {
     }
 
     fn on_ack(&mut self, now: Instant, sent: Instant, bytes: u64, _: bool, _: &RttEstimator) {
-        self.acked(now, sent, bytes);
+        let came = self.ack_came(now);
+        self.acked(came, sent, bytes);
     }
 
     fn on_end_acks(&mut self, _: Instant, in_flight: u64, app_limited: bool, _: Option<u64>) {
@@ -529,5 +542,23 @@ impl Controller for DelayTarget {
 
     fn into_any(self: Box<Self>) -> Box<dyn Any> {
         self
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_stamp_from_before_the_acknowledgement_came_does_not_shorten_the_path() {
+        let round_trip = Duration::from_millis(2);
+        let mut controller = DelayTarget::new(Arc::default(), Instant::now(), 1452);
+        let sent = Instant::now();
+        std::thread::sleep(round_trip);
+        let came = controller.ack_came(sent + Duration::from_micros(300));
+        assert!(came - sent >= round_trip, "{:?}", came - sent);
+        assert_eq!(controller.ack_came(sent), came, "packets of one acknowledgement came together");
+        controller.acks_done(0, false);
+        assert!(controller.ack_came(sent) > came, "the next one has a time of its own");
     }
 }

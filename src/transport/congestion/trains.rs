@@ -120,6 +120,22 @@ mod tests {
     }
 
     #[test]
+    fn acknowledgements_that_a_network_card_hands_over_together_tell_the_rate_of_the_link() {
+        let (mut trains, begin, gap_us) = (Trains::default(), Instant::now(), 50.0);
+        for burst in 0..8 {
+            let sent = begin + burst * Duration::from_millis(10);
+            for packet in 1..=100 {
+                let came_us = 1000.0 + f64::from(packet) * 11.6;
+                let told_us = (came_us / gap_us).ceil() * gap_us;
+                let left = sent + packet * Duration::from_micros(2);
+                trains.acked(sent + Duration::from_secs_f64(told_us * 1e-6), left, PACKET_BYTES);
+            }
+        }
+        let mbit = trains.bytes_per_s().unwrap() * 8e-6;
+        assert!((930.0..1070.0).contains(&mbit), "{mbit} Mbit/s");
+    }
+
+    #[test]
     fn few_bursts_and_bursts_that_are_not_spread_tell_nothing() {
         assert_eq!(bursts(5, 10, Duration::from_micros(116)).bytes_per_s(), None);
         assert_eq!(bursts(20, 10, Duration::from_micros(12)).bytes_per_s(), None);

@@ -119,6 +119,8 @@ struct Link {
     flows: Vec<Flow>,
     /// The sending host is busy: of each period, its process is not run for this long.
     stall: Option<(Duration, Duration)>,
+    /// Network cards interrupt their hosts so often at most: what comes in between comes together.
+    interrupts: Option<Duration>,
     queue_ms: Vec<f64>,
     dropped: u64,
 }
@@ -135,6 +137,7 @@ impl Link {
             arrivals: BinaryHeap::new(),
             flows: Vec::new(),
             stall: None,
+            interrupts: None,
             queue_ms: Vec::new(),
             dropped: 0,
         };
@@ -207,6 +210,13 @@ impl Link {
         time + length.saturating_sub(Duration::from_nanos(into as u64))
     }
 
+    /// When the host is told of what arrives at `time`.
+    fn told(&self, time: Duration) -> Duration {
+        let Some(gap) = self.interrupts else { return time };
+        let gaps = time.as_nanos().div_ceil(gap.as_nanos());
+        Duration::from_nanos((gaps * gap.as_nanos()) as u64)
+    }
+
     fn send(&mut self, index: usize) {
         let flow = &mut self.flows[index];
         let packet = flow.next_packet;
@@ -227,7 +237,8 @@ impl Link {
         let transmission =
             Duration::from_secs_f64(PACKET_BYTES as f64 / self.path.rate_bytes_per_s);
         self.link_free_at = self.link_free_at.max(self.now) + transmission;
-        self.arrivals.push(Reverse((self.link_free_at + self.path.rtt, index, packet)));
+        let acknowledged = self.told(self.link_free_at + self.path.rtt);
+        self.arrivals.push(Reverse((acknowledged, index, packet)));
     }
 
     fn acknowledge(&mut self, index: usize, packet: u64) {
