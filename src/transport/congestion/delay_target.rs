@@ -52,9 +52,11 @@ const GAIN: f64 = 0.35;
 /// Growth per round, at most.
 const MAX_GROWTH: f64 = 1.25;
 /// After so many rounds without a queue the link may have become wider: the window grows by this share, and
-/// by as much more in each further one, up to that limit. A single leap would be a queue of a quarter of the
-/// round trip where the link is as it was.
+/// after some such steps by as much more in each further round, up to that limit. A single leap would be a queue of
+/// a quarter of the round trip where the link is as it was. Nor may the steps grow at once: what one does shows when
+/// the next two have been made, and then all three stand in the queue.
 const CALM_ROUNDS: u32 = 3;
+const EQUAL_STEPS: u32 = 4;
 /// They count only when so much of the window was in flight at some time: else the host is what keeps the rate
 /// down, and a larger window becomes a queue as soon as it does not.
 const CALM_IN_FLIGHT: f64 = 0.95;
@@ -419,7 +421,8 @@ impl DelayTarget {
         if self.rounds_after_loss > 0 {
             step.min(self.window * GROWTH_AFTER_LOSS)
         } else if self.calm_rounds >= CALM_ROUNDS {
-            let growth = 1.0 + CALM_GROWTH * f64::from(self.calm_rounds - CALM_ROUNDS + 1);
+            let steps = (self.calm_rounds - CALM_ROUNDS + 1).saturating_sub(EQUAL_STEPS - 1);
+            let growth = 1.0 + CALM_GROWTH * f64::from(steps.max(1));
             (self.window * growth.min(MAX_GROWTH)).max(step.min(self.window * MAX_GROWTH))
         } else {
             step.min(self.window * MAX_GROWTH)

@@ -152,6 +152,19 @@ fn a_link_that_becomes_ten_times_faster_is_filled_soon() {
 }
 
 #[test]
+fn a_link_that_becomes_a_little_faster_is_filled_without_overshoot() {
+    for faster in [1.05, 1.1, 1.15, 1.2] {
+        let mut link = Link::new(path(100.0, 40, 10.0, 0.0));
+        link.run_until(5.0);
+        link.path.rate_bytes_per_s *= faster;
+        let change = link.run_until(7.0);
+        assert!(change.queue_max_ms < 8.0, "{faster}: {change:?}");
+        let after = link.run_until(9.0);
+        assert!(after.mbit > 97.0 * faster, "{faster}: {after:?}");
+    }
+}
+
+#[test]
 fn a_longer_route_is_taken_for_what_it_is() {
     let mut link = Link::new(path(100.0, 40, 1.0, 0.0));
     link.run_until(5.0);
