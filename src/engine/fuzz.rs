@@ -194,6 +194,8 @@ impl Lied {
             SourceAction::SendRound(_) => {
                 let link_bytes_per_s = 1 << 20;
                 let sent = RoundSummary { messages: 1, link_bytes_per_s, ..Default::default() };
+                // A round that broke with its link is over before there is another.
+                self.due.retain(|due| !matches!(due, SourceEvent::RoundSent(_)));
                 self.due.push(SourceEvent::RoundSent(sent));
             }
             SourceAction::Freeze(_) => self.due.push(SourceEvent::Frozen),

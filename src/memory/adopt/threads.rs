@@ -25,7 +25,7 @@ pub(super) fn parse_stat(text: &str) -> Option<Stat> {
     Some(Stat {
         state: fields.first()?.chars().next()?,
         flags: number(6)?,
-        cpu_ticks: number(11)? + number(12)?,
+        cpu_ticks: number(11)?.checked_add(number(12)?)?,
         start_time: number(19)?,
     })
 }
