@@ -57,6 +57,9 @@ const MAX_GROWTH: f64 = 1.25;
 /// the next two have been made, and then all three stand in the queue.
 const CALM_ROUNDS: u32 = 3;
 const EQUAL_STEPS: u32 = 4;
+/// A step counts when the rate has grown by so much: on a full link it does not, which shows a round trip before the
+/// queue is long enough to.
+const STEP_SHOWS: f64 = 1.01;
 /// They count only when so much of the window was in flight at some time: else the host is what keeps the rate
 /// down, and a larger window becomes a queue as soon as it does not.
 const CALM_IN_FLIGHT: f64 = 0.95;
@@ -170,6 +173,8 @@ pub struct DelayTarget {
     ack_came: Option<Instant>,
     in_flight: u64,
     rate_bytes_per_s: f64,
+    /// Of the last round alone, bytes per second.
+    round_rate: f64,
 }
 
 impl DelayTarget {
@@ -194,6 +199,7 @@ impl DelayTarget {
             ack_came: None,
             in_flight: 0,
             rate_bytes_per_s: 0.0,
+            round_rate: 0.0,
         };
         controller.publish();
         controller
@@ -321,7 +327,8 @@ impl DelayTarget {
         let round = std::mem::replace(&mut self.round, Round::new(now));
         self.round.most_in_flight = self.in_flight;
         let used = round.most_in_flight as f64 >= 0.75 * self.window;
-        self.measure_rate(&round, now, used);
+        let rate = self.measure_rate(&round, now, used);
+        let rate_before = std::mem::replace(&mut self.round_rate, rate);
         let (Some(base), Some(min_rtt)) = (self.base, round.min_rtt) else { return };
         if self.settling > 0 {
             self.settling -= 1;
@@ -330,7 +337,8 @@ impl DelayTarget {
         let base_s = base.as_secs_f64();
         let calm = round.most_in_flight as f64 >= CALM_IN_FLIGHT * self.window
             && (min_rtt - base).as_secs_f64() < self.target(base_s) / 4.0;
-        self.calm_rounds = if calm { self.calm_rounds + 1 } else { 0 };
+        let grows = self.calm_rounds < CALM_ROUNDS || rate > rate_before * STEP_SHOWS;
+        self.calm_rounds = if calm && grows { self.calm_rounds + 1 } else { 0 };
         let previous = self.previous_min_rtt.replace(min_rtt);
         let min_rtt = previous.map_or(min_rtt, |previous| previous.min(min_rtt));
         match self.phase {
@@ -353,7 +361,8 @@ impl DelayTarget {
         }
     }
 
-    fn measure_rate(&mut self, round: &Round, now: Instant, used: bool) {
+    /// Follows the rate, and gives that of the round.
+    fn measure_rate(&mut self, round: &Round, now: Instant, used: bool) -> f64 {
         let seconds = (now - round.started).as_secs_f64();
         let sample = round.acked_bytes as f64 / seconds.max(1e-6);
         // A round in which the application had little to say tells nothing about the link.
@@ -362,6 +371,7 @@ impl DelayTarget {
         } else {
             self.rate_bytes_per_s.max(sample)
         };
+        sample
     }
 
     /// One step of the steady law.

@@ -152,15 +152,16 @@ fn a_link_that_becomes_ten_times_faster_is_filled_soon() {
 }
 
 #[test]
-fn a_link_that_becomes_a_little_faster_is_filled_without_overshoot() {
-    for faster in [1.05, 1.1, 1.15, 1.2] {
+fn a_link_that_becomes_a_little_faster_is_filled_without_a_long_queue() {
+    let cases = [(1.05, 8.0), (1.1, 8.0), (1.15, 8.0), (1.2, 8.0), (1.3, 10.0), (1.5, 17.0)];
+    for (faster, longest_ms) in cases {
         let mut link = Link::new(path(100.0, 40, 10.0, 0.0));
         link.run_until(5.0);
         link.path.rate_bytes_per_s *= faster;
         let change = link.run_until(7.0);
-        assert!(change.queue_max_ms < 8.0, "{faster}: {change:?}");
+        assert!(change.queue_max_ms < longest_ms, "{faster}: {change:?}");
         let after = link.run_until(9.0);
-        assert!(after.mbit > 97.0 * faster, "{faster}: {after:?}");
+        assert!(after.mbit > 96.5 * faster, "{faster}: {after:?}");
     }
 }
 
