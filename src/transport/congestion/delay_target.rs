@@ -14,16 +14,18 @@
 //!   it; then the window falls back to the one that was in force when those packets left.
 //! * Loss alone means nothing below 6 % (random loss is common on long links); above 2 % it counts
 //!   when a queue stands at the same time.
-//! * On a short path the target is a tenth of the RTT while a guest may wait for pages behind the bulk. While
-//!   nobody does, it is that of a long path: hosts that take milliseconds to get round to their packets
-//!   look like a queue, and giving way to that would leave the link idle.
+//! * On a path of more than 128 ms the target is a thirty-second of the RTT. On a short one it is a tenth while a
+//!   guest may wait for pages behind the bulk; while nobody does, it is that of a long path: hosts that take
+//!   milliseconds to get round to their packets look like a queue, and giving way to that would leave the link idle.
+//! * A window that is far too small, however it came to be, grows by up to a quarter each round while no queue shows
+//!   and the rate follows it ([`Calm`]).
 //! * The base RTT is looked for every 10 s by draining the queue for one round. When a cut of the
 //!   window does not shorten the delay, the queue is not ours (another route, or another sender that
 //!   fills the buffer): the delay found becomes the base, and the old rate is taken up again. The same holds
 //!   when the whole window, at the rate that there was, would be through sooner than the delay lasts, as where a
 //!   busy host adds half a millisecond to a short path.
 //!
-//! Beside a loss-based TCP flow it gives way, down to a twentieth of the link at the worst, and takes the link
+//! Beside a loss-based TCP flow it gives way, down to 3 % of the link at the worst, and takes the link
 //! back when the other ends. Of two of its kind the first one keeps the most (`simulation/shared.rs`).
 
 use std::any::Any;
@@ -39,8 +41,8 @@ use super::trains::Trains;
 /// RTT samples in a row that must be late before the start ends or a round is cut short.
 const LATE_SAMPLES: u32 = 8;
 /// How long the row must be, as a share of the base RTT. A host that was not scheduled for a while
-/// handles many late acknowledgements at once, and the last of them are in time again. On a path that is
-/// shorter than a round, it is this share of the shortest round.
+/// handles many late acknowledgements at once, and the last of them are in time again; what left at once is late
+/// by its own burst. On a path that is shorter than a round, it is this share of the shortest round.
 const LATE_IN_START: f64 = 0.0625;
 const LATE_IN_STEADY: f64 = 0.5;
 /// Rounds are no shorter than this: below it, timers and schedulers are what one measures.
@@ -57,9 +59,14 @@ const MAX_GROWTH: f64 = 1.25;
 /// the next two have been made, and then all three stand in the queue.
 const CALM_ROUNDS: u32 = 3;
 const EQUAL_STEPS: u32 = 4;
-/// A step counts when the rate has grown by so much: on a full link it does not, which shows a round trip before the
+/// Steps count when the rate has grown by this share of what they should have added, but for two packets, which
+/// may be acknowledged in this round or the next: on a full link it does not, which shows a round trip before the
 /// queue is long enough to.
-const STEP_SHOWS: f64 = 1.01;
+const STEPS_SHOW: f64 = 0.5;
+/// The window grows when so much of it was in flight at some time. Less in the start (RFC 7661, 4.2): packets are paced
+/// over a round trip, and a host that does not run for half of the time is not at fault with the path.
+const USED: f64 = 0.75;
+const USED_IN_START: f64 = 0.5;
 /// They count only when so much of the window was in flight at some time: else the host is what keeps the rate
 /// down, and a larger window becomes a queue as soon as it does not.
 const CALM_IN_FLIGHT: f64 = 0.95;
@@ -79,6 +86,10 @@ pub struct DelayTargetConfig {
     pub queue_target: Duration,
     /// Smallest standing queue aimed at.
     pub queue_target_floor: Duration,
+    /// On a path so long that this share of its base RTT is more than `queue_target`, it is the target: the few
+    /// milliseconds by which a busy host is late would end the start and hold down the growth there, where each
+    /// step takes long, and a queue of that length adds little.
+    pub queue_target_share: f64,
     /// First window, in packets.
     pub initial_window_packets: u64,
     /// Largest window, in bytes.
@@ -91,6 +102,7 @@ impl Default for DelayTargetConfig {
         DelayTargetConfig {
             queue_target: Duration::from_millis(4),
             queue_target_floor: Duration::from_micros(300),
+            queue_target_share: 1.0 / 32.0,
             initial_window_packets: 32,
             max_window_bytes: 256 << 20,
             gauges: Arc::default(),
@@ -127,8 +139,38 @@ struct Cut {
 #[derive(Clone, Copy, Debug)]
 struct Late {
     since: Instant,
+    sent_since: Instant,
     samples: u32,
     min_rtt: Duration,
+}
+
+/// Full rounds in a row without any queue: the link may have become wider.
+#[derive(Clone, Copy, Debug)]
+struct Calm {
+    rounds: u32,
+    /// Of the first of them.
+    window: f64,
+    rate: f64,
+    /// Window of the last one. Its packets are acknowledged in the next.
+    last_window: f64,
+}
+
+impl Calm {
+    fn new(window: f64, rate: f64) -> Self {
+        Calm { rounds: 1, window, rate, last_window: window }
+    }
+
+    /// After another round without a queue: nothing if the rate does not follow the window any more.
+    fn go_on(self, window: f64, rate: f64) -> Option<Self> {
+        let due = self.rate * (1.0 + STEPS_SHOW * (self.last_window / self.window - 1.0));
+        let rounds = self.rounds + 1;
+        (rate >= due).then_some(Calm { rounds, last_window: window, ..self })
+    }
+
+    fn growth(self) -> Option<f64> {
+        let steps = (self.rounds + 1).checked_sub(CALM_ROUNDS).filter(|steps| *steps > 0)?;
+        Some(1.0 + CALM_GROWTH * f64::from(steps.saturating_sub(EQUAL_STEPS - 1).max(1)))
+    }
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -162,8 +204,7 @@ pub struct DelayTarget {
     /// Window per RTT when the queue was last found to be longer than the target, for as long as it is.
     declining_from: Option<f64>,
     rounds_after_loss: u32,
-    /// Full rounds in a row without any queue: the link may have become wider.
-    calm_rounds: u32,
+    calm: Option<Calm>,
     /// Smallest RTT of the round before this one, when its packets left under the same window.
     previous_min_rtt: Option<Duration>,
     late: Option<Late>,
@@ -173,8 +214,6 @@ pub struct DelayTarget {
     ack_came: Option<Instant>,
     in_flight: u64,
     rate_bytes_per_s: f64,
-    /// Of the last round alone, bytes per second.
-    round_rate: f64,
 }
 
 impl DelayTarget {
@@ -192,14 +231,13 @@ impl DelayTarget {
             cut: None,
             declining_from: None,
             rounds_after_loss: 0,
-            calm_rounds: 0,
+            calm: None,
             previous_min_rtt: None,
             late: None,
             trains: Trains::default(),
             ack_came: None,
             in_flight: 0,
             rate_bytes_per_s: 0.0,
-            round_rate: 0.0,
         };
         controller.publish();
         controller
@@ -207,13 +245,12 @@ impl DelayTarget {
 
     /// Standing queue aimed at, in seconds.
     fn target(&self, base: f64) -> f64 {
+        let on_a_long_path =
+            self.config.queue_target.as_secs_f64().max(base * self.config.queue_target_share);
         if self.config.gauges.nobody_waits() {
-            return self.config.queue_target.as_secs_f64();
+            return on_a_long_path;
         }
-        (base / 10.0).clamp(
-            self.config.queue_target_floor.as_secs_f64(),
-            self.config.queue_target.as_secs_f64(),
-        )
+        (base / 10.0).clamp(self.config.queue_target_floor.as_secs_f64(), on_a_long_path)
     }
 
     fn set_window(&mut self, bytes: f64) {
@@ -249,7 +286,7 @@ impl DelayTarget {
         self.round.acked_bytes += bytes;
         if self.phase == Phase::Start {
             self.trains.acked(now, sent, bytes);
-            if self.window_is_used() {
+            if self.is_used(USED_IN_START) {
                 self.set_window(self.window + bytes as f64);
             }
             self.end_start_when_full(now);
@@ -288,12 +325,18 @@ impl DelayTarget {
             self.late = None;
             return;
         }
-        let late = self.late.get_or_insert(Late { since: now, samples: 0, min_rtt: rtt });
+        let late = self.late.get_or_insert(Late {
+            since: now,
+            sent_since: sent,
+            samples: 0,
+            min_rtt: rtt,
+        });
         late.samples += 1;
         late.min_rtt = late.min_rtt.min(rtt);
-        let Late { since, samples, min_rtt } = *late;
+        let Late { since, sent_since, samples, min_rtt } = *late;
         let row_s = base.max(MIN_ROUND.as_secs_f64()) * share;
-        if samples < LATE_SAMPLES || (now - since).as_secs_f64() < row_s {
+        let lasted = (now - since).min(sent.saturating_duration_since(sent_since));
+        if samples < LATE_SAMPLES || lasted.as_secs_f64() < row_s {
             return;
         }
         self.late = None;
@@ -311,14 +354,14 @@ impl DelayTarget {
         }
     }
 
-    fn window_is_used(&self) -> bool {
-        self.round.most_in_flight.max(self.in_flight) as f64 >= 0.75 * self.window
+    fn is_used(&self, share: f64) -> bool {
+        self.round.most_in_flight.max(self.in_flight) as f64 >= share * self.window
     }
 
     /// Lets the packets pass that left under the old window.
     fn settle(&mut self, now: Instant) {
         self.settling = 1;
-        self.calm_rounds = 0;
+        self.calm = None;
         self.previous_min_rtt = None;
         self.round = Round::new(now);
     }
@@ -326,9 +369,8 @@ impl DelayTarget {
     fn end_round(&mut self, now: Instant) {
         let round = std::mem::replace(&mut self.round, Round::new(now));
         self.round.most_in_flight = self.in_flight;
-        let used = round.most_in_flight as f64 >= 0.75 * self.window;
+        let used = round.most_in_flight as f64 >= USED * self.window;
         let rate = self.measure_rate(&round, now, used);
-        let rate_before = std::mem::replace(&mut self.round_rate, rate);
         let (Some(base), Some(min_rtt)) = (self.base, round.min_rtt) else { return };
         if self.settling > 0 {
             self.settling -= 1;
@@ -337,8 +379,11 @@ impl DelayTarget {
         let base_s = base.as_secs_f64();
         let calm = round.most_in_flight as f64 >= CALM_IN_FLIGHT * self.window
             && (min_rtt - base).as_secs_f64() < self.target(base_s) / 4.0;
-        let grows = self.calm_rounds < CALM_ROUNDS || rate > rate_before * STEP_SHOWS;
-        self.calm_rounds = if calm && grows { self.calm_rounds + 1 } else { 0 };
+        let two_packets = 2.0 * self.mtu as f64 / (now - round.started).as_secs_f64();
+        self.calm = calm.then_some(()).and_then(|()| match self.calm {
+            None => Some(Calm::new(self.window, rate)),
+            Some(calm) => calm.go_on(self.window, rate + two_packets),
+        });
         let previous = self.previous_min_rtt.replace(min_rtt);
         let min_rtt = previous.map_or(min_rtt, |previous| previous.min(min_rtt));
         match self.phase {
@@ -430,9 +475,7 @@ impl DelayTarget {
     fn grown(&self, step: f64) -> f64 {
         if self.rounds_after_loss > 0 {
             step.min(self.window * GROWTH_AFTER_LOSS)
-        } else if self.calm_rounds >= CALM_ROUNDS {
-            let steps = (self.calm_rounds - CALM_ROUNDS + 1).saturating_sub(EQUAL_STEPS - 1);
-            let growth = 1.0 + CALM_GROWTH * f64::from(steps.max(1));
+        } else if let Some(growth) = self.calm.and_then(|calm| calm.growth()) {
             (self.window * growth.min(MAX_GROWTH)).max(step.min(self.window * MAX_GROWTH))
         } else {
             step.min(self.window * MAX_GROWTH)

@@ -14,6 +14,11 @@ const MIN_SPREAD: Duration = Duration::from_micros(800);
 const MIN_WIDENING: u32 = 3;
 /// Shorter ones are told apart from a chance meeting of packets no better than from noise.
 const MIN_PACKETS: u32 = 6;
+/// What comes so much later than the others, in gaps between those, waited at the other side: it acknowledges every
+/// other packet, and one that stays alone with the next one, or after a while (RFC 9000, 13.2).
+const ALONE: u32 = 2;
+/// A link spreads a train evenly. Where more than this share of it is one gap, a host was not run meanwhile.
+const LONGEST_GAP: f64 = 0.5;
 /// Trains that count, and how many it takes.
 const TRAINS: usize = 9;
 const MIN_TRAINS: usize = 5;
@@ -29,17 +34,44 @@ struct Train {
     packets: u32,
     /// Without what was acknowledged with the first.
     bytes: u64,
+    /// How often acknowledgements came after the first.
+    groups: u32,
+    longest_gap: Duration,
+    before_last: Option<BeforeLast>,
+}
+
+/// A train without the acknowledgements that came last.
+#[derive(Clone, Copy, Debug)]
+struct BeforeLast {
+    last_acked: Instant,
+    bytes: u64,
+    longest_gap: Duration,
 }
 
 impl Train {
     fn bytes_per_s(&self) -> Option<f64> {
-        let spread = self.last_acked - self.first_acked;
+        let BeforeLast { last_acked, bytes, longest_gap } = self.in_time();
+        let spread = last_acked - self.first_acked;
         let sent = self.last_sent.saturating_duration_since(self.first_sent);
         let tells = self.packets >= MIN_PACKETS
             && spread >= MIN_SPREAD
             && spread >= sent * MIN_WIDENING
-            && self.bytes > 0;
-        tells.then(|| self.bytes as f64 / spread.as_secs_f64())
+            && longest_gap <= spread.mul_f64(LONGEST_GAP)
+            && bytes > 0;
+        tells.then(|| bytes as f64 / spread.as_secs_f64())
+    }
+
+    /// It, but for a last packet that stayed alone at the other side.
+    fn in_time(&self) -> BeforeLast {
+        let Train { last_acked, bytes, longest_gap, .. } = *self;
+        match self.before_last {
+            Some(before) if self.groups > 1 => {
+                let usual = (before.last_acked - self.first_acked) / (self.groups - 1);
+                let was_alone = last_acked - before.last_acked > ALONE * usual;
+                if was_alone { before } else { BeforeLast { last_acked, bytes, longest_gap } }
+            }
+            _ => BeforeLast { last_acked, bytes, longest_gap },
+        }
     }
 }
 
@@ -58,8 +90,14 @@ impl Trains {
         {
             train.last_sent = train.last_sent.max(sent);
             train.packets += 1;
-            if now > train.first_acked {
+            if now > train.last_acked {
+                let Train { last_acked, bytes, longest_gap, .. } = *train;
+                train.before_last = Some(BeforeLast { last_acked, bytes, longest_gap });
+                train.longest_gap = longest_gap.max(now - last_acked);
                 train.last_acked = now;
+                train.groups += 1;
+            }
+            if train.groups > 0 {
                 train.bytes += bytes;
             }
             return;
@@ -71,6 +109,9 @@ impl Trains {
             last_acked: now,
             packets: 1,
             bytes: 0,
+            groups: 0,
+            longest_gap: Duration::ZERO,
+            before_last: None,
         };
         if let Some(rate) = self.current.replace(begun).and_then(|train| train.bytes_per_s()) {
             self.rates.push_back(rate);
@@ -133,6 +174,25 @@ mod tests {
         }
         let mbit = trains.bytes_per_s().unwrap() * 8e-6;
         assert!((930.0..1070.0).contains(&mbit), "{mbit} Mbit/s");
+    }
+
+    #[test]
+    fn a_last_packet_that_waits_for_the_next_burst_is_not_a_slow_link() {
+        for late in [Duration::from_millis(10), Duration::from_millis(25)] {
+            let (mut trains, begin, each) =
+                (Trains::default(), Instant::now(), Duration::from_micros(116));
+            for burst in 0..8 {
+                let sent = begin + burst * Duration::from_millis(10);
+                for packet in 1..=15_u32 {
+                    let together = packet.next_multiple_of(2);
+                    let came = if together > 15 { late } else { together * each };
+                    let acked = sent + Duration::from_millis(40) + came;
+                    trains.acked(acked, sent + packet * Duration::from_micros(2), PACKET_BYTES);
+                }
+            }
+            let mbit = trains.bytes_per_s().unwrap() * 8e-6;
+            assert!((95.0..105.0).contains(&mbit), "{mbit} Mbit/s");
+        }
     }
 
     #[test]

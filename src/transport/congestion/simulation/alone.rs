@@ -113,6 +113,39 @@ fn a_start_that_bursts_tell_nothing_of_has_one_overshoot_and_not_two() {
     assert!(then.queue_max_ms < 10.0 && then.mbit > 92.0, "{then:?}");
 }
 
+/// Half a second of round trip: what is lost by a start that ends too early is regained in tens of round trips.
+#[test]
+fn a_busy_host_does_not_end_the_start_on_a_very_long_path() {
+    for stall_ms in [None, Some((10, 4)), Some((25, 12))] {
+        for (mbit, rtt_ms) in [(200.0, 600), (50.0, 300)] {
+            let mut link = Link::new(path(mbit, rtt_ms, 2.0, 0.0));
+            link.stall = stall_ms.map(|(period, length)| {
+                (Duration::from_millis(period), Duration::from_millis(length))
+            });
+            let round_trip_s = rtt_ms as f64 * 1e-3;
+            link.run_until(16.0 * round_trip_s);
+            let then = link.run_until(24.0 * round_trip_s);
+            // Paced a quarter faster than a window per round trip, it cannot use more of one than it is awake for.
+            let share = if stall_ms.is_some() { 0.65 } else { 0.95 };
+            assert!(then.mbit > share * mbit, "{stall_ms:?}: {then:?}");
+        }
+    }
+}
+
+/// However the window came to be so small, it is a matter of some tens of round trips.
+#[test]
+fn a_window_that_is_far_too_small_grows_by_more_each_round_trip() {
+    for rtt_ms in [40, 600] {
+        let mut link = Link::new(path(100.0, rtt_ms, 2.0, 0.0));
+        link.path.rate_bytes_per_s /= 50.0;
+        link.run_until(60.0 * rtt_ms as f64 * 1e-3);
+        link.path.rate_bytes_per_s *= 50.0;
+        link.run_until(95.0 * rtt_ms as f64 * 1e-3);
+        let then = link.run_until(100.0 * rtt_ms as f64 * 1e-3);
+        assert!(then.mbit > 80.0, "{rtt_ms}: {then:?}");
+    }
+}
+
 #[test]
 fn a_start_on_one_bdp_of_buffer_loses_nothing() {
     let start = Link::new(path(100.0, 40, 1.0, 0.0)).run_until(2.0);
@@ -153,7 +186,7 @@ fn a_link_that_becomes_ten_times_faster_is_filled_soon() {
 
 #[test]
 fn a_link_that_becomes_a_little_faster_is_filled_without_a_long_queue() {
-    let cases = [(1.05, 8.0), (1.1, 8.0), (1.15, 8.0), (1.2, 8.0), (1.3, 10.0), (1.5, 17.0)];
+    let cases = [(1.05, 8.0), (1.1, 8.0), (1.15, 8.0), (1.2, 8.0), (1.3, 14.0), (1.5, 25.0)];
     for (faster, longest_ms) in cases {
         let mut link = Link::new(path(100.0, 40, 10.0, 0.0));
         link.run_until(5.0);

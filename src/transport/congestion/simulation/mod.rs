@@ -19,6 +19,8 @@ const PACKET_BYTES: u64 = 1452;
 /// Of quinn's pacing.
 const MIN_BURST_PACKETS: f64 = 10.0;
 const BURST_S: f64 = 0.002;
+/// QUIC acknowledges every other packet, and one that stays alone after this time (RFC 9000, 13.2).
+const MAX_ACK_DELAY: Duration = Duration::from_millis(25);
 
 /// The path as it is from some time on.
 #[derive(Clone, Copy)]
@@ -74,6 +76,8 @@ struct Flow {
     filled: Duration,
     smoothed_rtt: f64,
     largest_acked: u64,
+    /// Arrived alone: when that is told at the latest, and the packet.
+    alone: Option<(Duration, u64)>,
     /// Bytes per second that the application offers.
     offered: Option<f64>,
     is_over: bool,
@@ -181,6 +185,7 @@ impl Link {
             filled: self.now,
             smoothed_rtt: self.path.rtt.as_secs_f64(),
             largest_acked: 0,
+            alone: None,
             offered: None,
             is_over: false,
             delivered: 0,
@@ -237,8 +242,27 @@ impl Link {
         let transmission =
             Duration::from_secs_f64(PACKET_BYTES as f64 / self.path.rate_bytes_per_s);
         self.link_free_at = self.link_free_at.max(self.now) + transmission;
-        let acknowledged = self.told(self.link_free_at + self.path.rtt);
-        self.arrivals.push(Reverse((acknowledged, index, packet)));
+        let told = self.told(self.link_free_at + self.path.rtt);
+        match self.flows[index].alone.take() {
+            Some((latest, before)) => {
+                self.arrivals.push(Reverse((told.min(latest), index, before)));
+                self.arrivals.push(Reverse((told, index, packet)));
+            }
+            None => self.flows[index].alone = Some((told + MAX_ACK_DELAY, packet)),
+        }
+    }
+
+    /// When something is told next.
+    fn next_arrival(&mut self) -> Option<Duration> {
+        let first = self.arrivals.peek().map(|Reverse((time, ..))| *time);
+        for (index, flow) in self.flows.iter_mut().enumerate() {
+            if let Some((latest, packet)) =
+                flow.alone.take_if(|(latest, _)| first.is_none_or(|first| *latest <= first))
+            {
+                self.arrivals.push(Reverse((latest, index, packet)));
+            }
+        }
+        self.arrivals.peek().map(|Reverse((time, ..))| self.awake(*time))
     }
 
     fn acknowledge(&mut self, index: usize, packet: u64) {
@@ -289,7 +313,7 @@ impl Link {
         let delivered: Vec<u64> = self.flows.iter().map(|flow| flow.delivered).collect();
         self.queue_ms.clear();
         while self.now < end {
-            let arrival = self.arrivals.peek().map(|Reverse((time, ..))| self.awake(*time));
+            let arrival = self.next_arrival();
             match (arrival, self.next_departure()) {
                 (Some(time), departure) if departure.is_none_or(|(at, _)| time <= at) => {
                     let Reverse((_, flow, packet)) = self.arrivals.pop().expect("peeked");
