@@ -101,7 +101,7 @@ impl Default for DelayTargetConfig {
     fn default() -> Self {
         DelayTargetConfig {
             queue_target: Duration::from_millis(4),
-            queue_target_floor: Duration::from_micros(300),
+            queue_target_floor: Duration::from_micros(250),
             queue_target_share: 1.0 / 32.0,
             initial_window_packets: 32,
             max_window_bytes: 256 << 20,
