@@ -223,6 +223,9 @@ const SINGLE_DELTA: [Rung<DeltaCodec>; 2] = [
 const SCAN_MB_PER_S: f64 = 12_000.0;
 /// A codec stays until another moves so much more: measurements are never quite steady.
 const SWITCH_GAIN: f64 = 1.05;
+/// How much of an encoder's speed is counted on: with less to spare, whatever else the processor does for a moment is
+/// time in which the link has nothing to carry.
+const HEADROOM: f64 = 0.75;
 /// Of two that move the same but for this, the quicker is taken: the processor has other work too.
 const SAME_GAIN: f64 = 0.99;
 /// Pages that go as they are do not tell how they would compress. What was known fades, so that now and then
@@ -335,6 +338,7 @@ impl Ladder {
     pub fn choose(&mut self, link_bytes_per_s: f64, encoders: usize) -> CodecChoice {
         let speed = encoders.max(1) as f64 * 1e6 / self.slowness;
         self.fading = (TRIAL_MB_PER_S * speed / link_bytes_per_s / RAW_FADES).min(1.0);
+        let speed = HEADROOM * speed;
         self.current = CodecChoice {
             page: best(&PAGES, self.current.page, |rung| {
                 let ratio = self.page_bulk.left_of(rung.ratio);

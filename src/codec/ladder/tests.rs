@@ -11,26 +11,26 @@ fn fresh_choice(link_mbit: f64) -> CodecChoice {
 fn the_slower_the_link_the_denser_the_codec() {
     let page = |mbit| fresh_choice(mbit).page;
     assert_eq!(page(25.0), PageCodec::Zstd { level: 9 });
-    assert_eq!(page(250.0), PageCodec::Zstd { level: 6 });
-    assert_eq!(page(600.0), PageCodec::Zstd { level: 3 });
+    assert_eq!(page(200.0), PageCodec::Zstd { level: 6 });
+    assert_eq!(page(500.0), PageCodec::Zstd { level: 3 });
     assert_eq!(page(1_200.0), PageCodec::Zstd { level: 1 });
     assert_eq!(page(2_800.0), PageCodec::Lz4);
     assert_eq!(page(25_000.0), PageCodec::Raw);
     let delta = |mbit| fresh_choice(mbit).delta;
     assert_eq!(delta(25.0), DeltaCodec::ZstdOld { level: 9 });
-    assert_eq!(delta(90.0), DeltaCodec::ZstdOld { level: 6 });
-    assert_eq!(delta(300.0), DeltaCodec::ZstdOld { level: 3 });
-    assert_eq!(delta(500.0), DeltaCodec::ZstdOld { level: 1 });
-    assert_eq!(delta(800.0), DeltaCodec::Zstd { level: 1 });
-    assert_eq!(delta(1_800.0), DeltaCodec::Lz4);
+    assert_eq!(delta(70.0), DeltaCodec::ZstdOld { level: 6 });
+    assert_eq!(delta(250.0), DeltaCodec::ZstdOld { level: 3 });
+    assert_eq!(delta(350.0), DeltaCodec::ZstdOld { level: 1 });
+    assert_eq!(delta(600.0), DeltaCodec::Zstd { level: 1 });
+    assert_eq!(delta(1_500.0), DeltaCodec::Lz4);
     assert_eq!(delta(10_000.0), DeltaCodec::Plain);
 }
 
 #[test]
 fn more_cores_afford_denser_codecs() {
     let mut ladder = Ladder::default();
-    assert_eq!(ladder.choose(1_500.0 * MBIT, 1).page, PageCodec::Zstd { level: 1 });
-    assert_eq!(ladder.choose(1_500.0 * MBIT, 8).page, PageCodec::Zstd { level: 6 });
+    assert_eq!(ladder.choose(1_200.0 * MBIT, 1).page, PageCodec::Zstd { level: 1 });
+    assert_eq!(ladder.choose(1_200.0 * MBIT, 8).page, PageCodec::Zstd { level: 6 });
 }
 
 #[test]
@@ -51,7 +51,7 @@ fn bulk_is_never_slower_than_raw() {
 #[test]
 fn a_machine_slower_than_the_tables_gets_a_quicker_codec() {
     let mut ladder = Ladder::default();
-    let choice = ladder.choose(250.0 * MBIT, 1);
+    let choice = ladder.choose(200.0 * MBIT, 1);
     assert_eq!(choice.page, PageCodec::Zstd { level: 6 });
     let mut counts = CodecCounts::default();
     counts.add(CodecId::Zstd, 64, 64 * 4096 * 329 / 1000);
@@ -60,7 +60,7 @@ fn a_machine_slower_than_the_tables_gets_a_quicker_codec() {
         ladder.observe(choice, &counts, Duration::from_micros(11_920));
     }
     assert!((ladder.slowness - 5.0).abs() < 0.2, "{}", ladder.slowness);
-    assert_eq!(ladder.choose(250.0 * MBIT, 1).page, PageCodec::Zstd { level: 1 });
+    assert_eq!(ladder.choose(200.0 * MBIT, 1).page, PageCodec::Zstd { level: 1 });
 }
 
 #[test]
