@@ -233,4 +233,16 @@ mod tests {
         let both = "farfault receive --qmp a.sock -- qemu-system-x86_64";
         assert!(Arguments::try_parse_from(both.split(' ')).is_err());
     }
+
+    #[test]
+    fn who_takes_over_a_receiver_is_told_what_it_would_not_do() {
+        let accepts = |option: &str| {
+            let line = format!("farfault receive --resume 7a01 {option}");
+            Arguments::try_parse_from(line.split(' ')).is_ok()
+        };
+        assert!(accepts("--json") && accepts("--reconnect-for 1min"));
+        for option in ["--huge-pages", "--trace touched.jsonl", "--paused", "--listen [::]:7"] {
+            assert!(!accepts(option), "{option}");
+        }
+    }
 }

@@ -36,7 +36,7 @@ pub(super) struct Receive {
     qmp: Option<PathBuf>,
     /// Take the place of a `receive` that was killed, or gave up for want of a link, after the guest had begun
     /// to run here. Before that the guest is given up here, and the source lets it run on.
-    #[arg(long, value_name = "ID", conflicts_with_all = ["listen", "advertise", "paused"])]
+    #[arg(long, value_name = "ID", conflicts_with_all = ["listen", "advertise", "paused", "trace", "huge_pages"])]
     resume: Option<String>,
     /// Where the output of the QEMU that is started goes; without this it can be read in
     /// /proc/PID/fd/2 while that QEMU lives.
