@@ -60,7 +60,8 @@ pub(super) struct Send {
     #[arg(long, value_name = "auto|SIZE", default_value = "auto", value_parser = share)]
     base_cache: Share,
     /// Memory for fingerprints of the other sent pages, 32.5 MiB per GiB, by which their changed lines are
-    /// sent; auto is a thirty-second of what is available, and nothing where that is less than 1 GiB.
+    /// sent; auto is a thirty-second of what is available, and nothing on a host with less than 1 GiB
+    /// available.
     #[arg(long, value_name = "auto|SIZE", default_value = "auto", value_parser = share)]
     line_cache: Share,
     /// Threads that encode pages; auto is one a core, up to 8.
