@@ -37,7 +37,7 @@ release:
 demo *arguments:
     cargo run --release -- demo {{arguments}}
 
-# An experiment with farfault's strategies and QEMU's own methods (root): paper, wan, loss, bytes, smoke
+# An experiment of `farfault lab list`, or of a TOML file (root); paper and bytes need `just redis-guest` too
 lab scenario *arguments: release guest
     target/release/farfault lab run {{scenario}} {{arguments}}
 
@@ -53,7 +53,7 @@ guest:
 redis-guest:
     ./tools/build-guest-with redis
 
-# Benchmarks of the codecs
+# Benchmarks: `just bench --bench codec`, transport, stages, and as root bulk and faults
 bench *arguments:
     cargo bench {{arguments}}
 
