@@ -245,4 +245,25 @@ mod tests {
             assert!(!accepts(option), "{option}");
         }
     }
+
+    #[test]
+    fn who_takes_over_a_sender_is_told_what_it_would_not_do() {
+        let accepts = |option: &str| {
+            let line = format!("farfault send --resume 7a01 {option}");
+            Arguments::try_parse_from(line.split(' ')).is_ok()
+        };
+        assert!(accepts("--json") && accepts("--bandwidth 1Gbit --encoders 1 --codec lz4/lz4"));
+        let refused = [
+            "--strategy precopy",
+            "--downtime 60ms",
+            "--precopy-rounds 1",
+            "--base-cache 0",
+            "--line-cache 0",
+            "--tracker hash-scan",
+            "--trace touched.jsonl",
+        ];
+        for option in refused {
+            assert!(!accepts(option), "{option}");
+        }
+    }
 }

@@ -31,7 +31,9 @@ pub(super) struct Send {
     qmp: Option<PathBuf>,
     /// Take the place of a `send` that was killed, or gave up for want of a link, after the decision: send
     /// what the destination lacks. Before the decision the guest is let run on here.
-    #[arg(long, value_name = "ID", conflicts_with_all = ["qmp", "ticket", "strategy", "handover"])]
+    #[arg(long, value_name = "ID", conflicts_with_all = [
+        "qmp", "ticket", "strategy", "handover", "downtime", "precopy_rounds", "base_cache", "line_cache", "tracker", "trace",
+    ])]
     resume: Option<String>,
     /// What `farfault receive` printed; `-` reads it from standard input, which keeps it out of the list
     /// of processes.

@@ -45,6 +45,12 @@ const LATE_SAMPLES: u32 = 8;
 /// by its own burst. On a path that is shorter than a round, it is this share of the shortest round.
 const LATE_IN_START: f64 = 0.0625;
 const LATE_IN_STEADY: f64 = 0.5;
+/// Hosts are often late by some milliseconds, and on a short path, where few packets are under way, all of them are
+/// late by the same then. So a delay that is this many times what the whole window makes at the rate that there is
+/// calls for a cut only when it has lasted for so long. A window that was cut for a host is smaller yet, and on two busy
+/// cores a link of 1 Gbit/s and 1 ms carried a seventh of what it can.
+const NOT_OURS: f64 = 2.0;
+const HOSTS_ARE_LATE: Duration = Duration::from_millis(10);
 /// Rounds are no shorter than this: below it, timers and schedulers are what one measures.
 const MIN_ROUND: Duration = Duration::from_millis(2);
 /// How long a base RTT is believed without being seen again.
@@ -101,7 +107,7 @@ impl Default for DelayTargetConfig {
     fn default() -> Self {
         DelayTargetConfig {
             queue_target: Duration::from_millis(4),
-            queue_target_floor: Duration::from_micros(250),
+            queue_target_floor: Duration::from_micros(220),
             queue_target_share: 1.0 / 32.0,
             initial_window_packets: 32,
             max_window_bytes: 256 << 20,
@@ -201,6 +207,8 @@ pub struct DelayTarget {
     /// Rounds to let pass unjudged: their packets left before the last change of the window.
     settling: u32,
     cut: Option<Cut>,
+    /// Since when each round has had a queue that calls for a cut.
+    too_long_since: Option<Instant>,
     /// Window per RTT when the queue was last found to be longer than the target, for as long as it is.
     declining_from: Option<f64>,
     rounds_after_loss: u32,
@@ -229,6 +237,7 @@ impl DelayTarget {
             round: Round::new(now),
             settling: 0,
             cut: None,
+            too_long_since: None,
             declining_from: None,
             rounds_after_loss: 0,
             calm: None,
@@ -334,7 +343,10 @@ impl DelayTarget {
         late.samples += 1;
         late.min_rtt = late.min_rtt.min(rtt);
         let Late { since, sent_since, samples, min_rtt } = *late;
-        let row_s = base.max(MIN_ROUND.as_secs_f64()) * share;
+        let mut row_s = base.max(MIN_ROUND.as_secs_f64()) * share;
+        if self.phase == Phase::Steady {
+            row_s = row_s.max(HOSTS_ARE_LATE.as_secs_f64());
+        }
         let lasted = (now - since).min(sent.saturating_duration_since(sent_since));
         if samples < LATE_SAMPLES || lasted.as_secs_f64() < row_s {
             return;
@@ -348,6 +360,7 @@ impl DelayTarget {
             self.settle(now);
         } else if sent >= self.round.started || self.cut.is_none() {
             // Packets of this round only: what earlier ones saw has been answered already.
+            self.too_long_since.get_or_insert(since);
             self.previous_min_rtt = None;
             self.round.min_rtt = Some(min_rtt);
             self.end_round(now);
@@ -400,7 +413,7 @@ impl DelayTarget {
                 } else if used && now - self.base_seen > BASE_RTT_LIFETIME {
                     self.begin_probe(now, base, queue);
                 } else {
-                    self.steer(now, base, min_rtt, used);
+                    self.steer(now, round.started, base, min_rtt, used);
                 }
             }
         }
@@ -420,13 +433,20 @@ impl DelayTarget {
     }
 
     /// One step of the steady law.
-    fn steer(&mut self, now: Instant, base: Duration, min_rtt: Duration, used: bool) {
+    fn steer(
+        &mut self,
+        now: Instant,
+        round_began: Instant,
+        base: Duration,
+        min_rtt: Duration,
+        used: bool,
+    ) {
         let base_s = base.as_secs_f64();
         let queue = min_rtt.saturating_sub(base).as_secs_f64();
         let target = self.target(base_s);
         let rate = self.window / (base_s + queue);
         if queue <= 2.0 * target {
-            self.cut = None;
+            (self.cut, self.too_long_since) = (None, None);
             if queue <= target {
                 self.declining_from = None;
             } else {
@@ -446,6 +466,11 @@ impl DelayTarget {
             return;
         }
         self.declining_from = None;
+        let lasts = now - *self.too_long_since.get_or_insert(round_began);
+        let whole_window_s = self.window / self.rate_bytes_per_s.max(1.0);
+        if lasts < HOSTS_ARE_LATE && queue > NOT_OURS * (whole_window_s - base_s).max(0.0) {
+            return;
+        }
         let cut = match self.cut {
             Some(cut) if queue > 0.6 * cut.queue => Cut { in_vain: cut.in_vain + 1, ..cut },
             Some(cut) => Cut { queue, in_vain: 0, ..cut },

@@ -66,6 +66,18 @@ fn a_data_centre_link_is_full_with_a_short_queue_whatever_the_network_card_holds
 }
 
 #[test]
+fn a_busy_host_keeps_the_window_of_a_short_path() {
+    for (period_ms, length_ms, mbit) in [(10, 2, 800.0), (10, 4, 600.0), (25, 8, 600.0)] {
+        let mut link = Link::new(path(1000.0, 1, 10.0, 0.0));
+        link.stall = Some((Duration::from_millis(period_ms), Duration::from_millis(length_ms)));
+        link.run_until(1.0);
+        let measured = link.run_until(4.0);
+        assert!(measured.mbit > mbit, "{length_ms} of {period_ms} ms: {measured:?}");
+        assert!(measured.queue_p99_ms < 2.0, "{length_ms} of {period_ms} ms: {measured:?}");
+    }
+}
+
+#[test]
 fn packets_that_a_network_card_holds_back_are_not_taken_for_a_faster_link() {
     for (mbit, rtt_ms) in [(100.0, 40), (1000.0, 20)] {
         let mut link = Link::new(path(mbit, rtt_ms, 10.0, 0.0));
