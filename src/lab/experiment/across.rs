@@ -54,7 +54,7 @@ impl<'a> AcrossFigure<'a> {
         Self::new(title, ACROSS_LINKS, scenario, links.collect(), cells, |cell| cell.link)
     }
 
-    /// Of all guests over a link, where they differ in nothing but their size.
+    /// Of those guests over a link that differ from the first in nothing but their size.
     pub(super) fn of_sizes(
         scenario: &'a Scenario,
         link: &str,
@@ -67,13 +67,12 @@ impl<'a> AcrossFigure<'a> {
             ..guest.clone()
         };
         let first = sizeless(scenario.guest.first()?);
-        if scenario.guest.iter().any(|guest| sizeless(guest) != first) {
-            return None;
-        }
-        let guests = scenario.guest.iter().map(|part| part.name.as_str());
-        let cells = cells.iter().filter(|cell| cell.link == link).collect();
+        let alike = scenario.guest.iter().filter(|guest| sizeless(guest) == first);
+        let guests: Vec<&str> = alike.map(|part| part.name.as_str()).collect();
+        let wanted = |cell: &&CellRuns<'_>| cell.link == link && guests.contains(&cell.guest);
+        let cells = cells.iter().filter(wanted).collect();
         let title = format!("How the size of the guest tells: link {link}");
-        Self::new(title, ACROSS_GUESTS, scenario, guests.collect(), cells, |cell| cell.guest)
+        Self::new(title, ACROSS_GUESTS, scenario, guests, cells, |cell| cell.guest)
     }
 
     fn new(

@@ -14,8 +14,8 @@
 //!   it; then the window falls back to the one that was in force when those packets left.
 //! * Loss alone means nothing below 6 % (random loss is common on long links); above 2 % it counts
 //!   when a queue stands at the same time.
-//! * On a path of more than 128 ms the target is a thirty-second of the RTT. On a short one it is a tenth while a
-//!   guest may wait for pages behind the bulk; while nobody does, it is that of a long path: hosts that take
+//! * The target is 4 ms; on a path of more than 128 ms a thirty-second of the RTT, on one of less than 40 ms a tenth while
+//!   a guest may wait for pages behind the bulk. While nobody does, that would be too little: hosts that take
 //!   milliseconds to get round to their packets look like a queue, and giving way to that would leave the link idle.
 //! * A window that is far too small, however it came to be, grows by up to a quarter each round while no queue shows
 //!   and the rate follows it ([`Calm`]).
@@ -42,7 +42,8 @@ use super::trains::Trains;
 const LATE_SAMPLES: u32 = 8;
 /// How long the row must be, as a share of the base RTT. A host that was not scheduled for a while
 /// handles many late acknowledgements at once, and the last of them are in time again; what left at once is late
-/// by its own burst. On a path that is shorter than a round, it is this share of the shortest round.
+/// by its own burst. In the start, on a path that is shorter than a round, it is this share of the shortest round; in
+/// steady state it is never less than [`HOSTS_ARE_LATE`].
 const LATE_IN_START: f64 = 0.0625;
 const LATE_IN_STEADY: f64 = 0.5;
 /// Hosts are often late by some milliseconds, and on a short path, where few packets are under way, all of them are
@@ -69,11 +70,13 @@ const EQUAL_STEPS: u32 = 4;
 /// may be acknowledged in this round or the next: on a full link it does not, which shows a round trip before the
 /// queue is long enough to.
 const STEPS_SHOW: f64 = 0.5;
+/// Against the first of them, until the window has grown by this factor.
+const COMPARED_UP_TO: f64 = 1.2;
 /// The window grows when so much of it was in flight at some time. Less in the start (RFC 7661, 4.2): packets are paced
 /// over a round trip, and a host that does not run for half of the time is not at fault with the path.
 const USED: f64 = 0.75;
 const USED_IN_START: f64 = 0.5;
-/// They count only when so much of the window was in flight at some time: else the host is what keeps the rate
+/// A round is calm only when so much of the window was in flight at some time: else the host is what keeps the rate
 /// down, and a larger window becomes a queue as soon as it does not.
 const CALM_IN_FLIGHT: f64 = 0.95;
 const CALM_GROWTH: f64 = 0.04;
@@ -86,9 +89,8 @@ const ROUNDS_AFTER_LOSS: u32 = 16;
 /// Builds [`DelayTarget`] controllers.
 #[derive(Clone, Debug)]
 pub struct DelayTargetConfig {
-    /// Standing queue aimed at on a long path. While a guest may wait for pages, a path whose base RTT is
-    /// below ten times this aims at a tenth of it (but not below `queue_target_floor`): a queue must be short
-    /// beside the RTT.
+    /// Standing queue aimed at. While a guest may wait for pages, a path whose base RTT is below ten times this aims at a
+    /// tenth of it (but not below `queue_target_floor`): a queue must be short beside the RTT.
     pub queue_target: Duration,
     /// Smallest standing queue aimed at.
     pub queue_target_floor: Duration,
@@ -166,11 +168,17 @@ impl Calm {
         Calm { rounds: 1, window, rate, last_window: window }
     }
 
-    /// After another round without a queue: nothing if the rate does not follow the window any more.
-    fn go_on(self, window: f64, rate: f64) -> Option<Self> {
+    /// After another round without a queue: nothing if the rate does not follow the window any more. `slack` is
+    /// what two packets are of the rate.
+    fn go_on(self, window: f64, rate: f64, slack: f64) -> Option<Self> {
         let due = self.rate * (1.0 + STEPS_SHOW * (self.last_window / self.window - 1.0));
-        let rounds = self.rounds + 1;
-        (rate >= due).then_some(Calm { rounds, last_window: window, ..self })
+        if rate + slack < due {
+            return None;
+        }
+        let next = Calm { rounds: self.rounds + 1, last_window: window, ..self };
+        // What was reached counts from then on, or half of all growth would be given away at last.
+        let reached = self.last_window >= COMPARED_UP_TO * self.window;
+        Some(if reached { Calm { window: self.last_window, rate, ..next } } else { next })
     }
 
     fn growth(self) -> Option<f64> {
@@ -191,6 +199,11 @@ struct Round {
 impl Round {
     fn new(started: Instant) -> Self {
         Round { started, min_rtt: None, acked_bytes: 0, lost_bytes: 0, most_in_flight: 0 }
+    }
+
+    /// How long it has lasted. One that late samples cut short may have lasted for no time at all.
+    fn seconds(&self, now: Instant) -> f64 {
+        (now - self.started).max(MIN_ROUND).as_secs_f64()
     }
 }
 
@@ -295,7 +308,7 @@ impl DelayTarget {
         self.round.acked_bytes += bytes;
         if self.phase == Phase::Start {
             self.trains.acked(now, sent, bytes);
-            if self.is_used(USED_IN_START) {
+            if self.was_in_flight(&self.round, USED_IN_START) {
                 self.set_window(self.window + bytes as f64);
             }
             self.end_start_when_full(now);
@@ -367,8 +380,9 @@ impl DelayTarget {
         }
     }
 
-    fn is_used(&self, share: f64) -> bool {
-        self.round.most_in_flight.max(self.in_flight) as f64 >= share * self.window
+    /// Whether so much of the window was in flight at some time, with the next packet, which did not fit.
+    fn was_in_flight(&self, round: &Round, share: f64) -> bool {
+        (round.most_in_flight + self.mtu) as f64 >= share * self.window
     }
 
     /// Lets the packets pass that left under the old window.
@@ -379,10 +393,16 @@ impl DelayTarget {
         self.round = Round::new(now);
     }
 
+    /// The same when it was not for delay; the round goes on.
+    fn settle_within_round(&mut self) {
+        self.settling = 1;
+        (self.calm, self.previous_min_rtt, self.too_long_since) = (None, None, None);
+    }
+
     fn end_round(&mut self, now: Instant) {
         let round = std::mem::replace(&mut self.round, Round::new(now));
         self.round.most_in_flight = self.in_flight;
-        let used = round.most_in_flight as f64 >= USED * self.window;
+        let used = self.was_in_flight(&round, USED);
         let rate = self.measure_rate(&round, now, used);
         let (Some(base), Some(min_rtt)) = (self.base, round.min_rtt) else { return };
         if self.settling > 0 {
@@ -390,12 +410,13 @@ impl DelayTarget {
             return;
         }
         let base_s = base.as_secs_f64();
-        let calm = round.most_in_flight as f64 >= CALM_IN_FLIGHT * self.window
+        let calm = self.rounds_after_loss == 0
+            && self.was_in_flight(&round, CALM_IN_FLIGHT)
             && (min_rtt - base).as_secs_f64() < self.target(base_s) / 4.0;
-        let two_packets = 2.0 * self.mtu as f64 / (now - round.started).as_secs_f64();
+        let two_packets = 2.0 * self.mtu as f64 / round.seconds(now);
         self.calm = calm.then_some(()).and_then(|()| match self.calm {
             None => Some(Calm::new(self.window, rate)),
-            Some(calm) => calm.go_on(self.window, rate + two_packets),
+            Some(calm) => calm.go_on(self.window, rate, two_packets),
         });
         let previous = self.previous_min_rtt.replace(min_rtt);
         let min_rtt = previous.map_or(min_rtt, |previous| previous.min(min_rtt));
@@ -421,8 +442,7 @@ impl DelayTarget {
 
     /// Follows the rate, and gives that of the round.
     fn measure_rate(&mut self, round: &Round, now: Instant, used: bool) -> f64 {
-        let seconds = (now - round.started).as_secs_f64();
-        let sample = round.acked_bytes as f64 / seconds.max(1e-6);
+        let sample = round.acked_bytes as f64 / round.seconds(now);
         // A round in which the application had little to say tells nothing about the link.
         self.rate_bytes_per_s = if used {
             self.rate_bytes_per_s * 0.75 + sample * 0.25
@@ -468,7 +488,9 @@ impl DelayTarget {
         self.declining_from = None;
         let lasts = now - *self.too_long_since.get_or_insert(round_began);
         let whole_window_s = self.window / self.rate_bytes_per_s.max(1.0);
-        if lasts < HOSTS_ARE_LATE && queue > NOT_OURS * (whole_window_s - base_s).max(0.0) {
+        if (lasts < HOSTS_ARE_LATE || !used)
+            && queue > NOT_OURS * (whole_window_s - base_s).max(0.0)
+        {
             return;
         }
         let cut = match self.cut {
@@ -493,7 +515,7 @@ impl DelayTarget {
         self.adopt_base(now, min_rtt);
         let base_s = min_rtt.as_secs_f64();
         self.set_window(rate * (base_s + self.target(base_s)));
-        (self.cut, self.declining_from) = (None, None);
+        (self.cut, self.declining_from, self.too_long_since) = (None, None, None);
         self.settle(now);
     }
 
@@ -520,6 +542,7 @@ impl DelayTarget {
         let after = min_rtt.as_secs_f64() + self.target(min_rtt.as_secs_f64());
         self.set_window(resume * (after / before).clamp(0.5, 2.0));
         self.phase = Phase::Steady;
+        (self.cut, self.too_long_since) = (None, None);
         self.settle(now);
     }
 
@@ -541,7 +564,7 @@ impl DelayTarget {
         self.set_window(self.window * 0.8);
         self.phase = Phase::Steady;
         self.rounds_after_loss = ROUNDS_AFTER_LOSS;
-        self.settling = 1;
+        self.settle_within_round();
     }
 
     pub(super) fn lost(&mut self, now: Instant, persistent: bool, bytes: u64) {
@@ -554,7 +577,7 @@ impl DelayTarget {
         } else if bytes == 0 && self.settling == 0 {
             // An ECN mark: the network says "queue" before we could see it.
             self.set_window(self.window * 0.9);
-            self.settling = 1;
+            self.settle_within_round();
             if self.phase == Phase::Start {
                 self.phase = Phase::Steady;
             }
@@ -600,6 +623,8 @@ impl Controller for DelayTarget {
 
     fn on_mtu_update(&mut self, new_mtu: u16) {
         self.mtu = u64::from(new_mtu);
+        // Else four of the old packets could be too few for one of the new.
+        self.set_window(self.window);
     }
 
     fn window(&self) -> u64 {

@@ -214,6 +214,20 @@ mod tests {
     }
 
     #[test]
+    fn bursts_with_a_gap_in_which_a_host_was_not_run_tell_nothing() {
+        let (mut trains, begin) = (Trains::default(), Instant::now());
+        for burst in 0..8 {
+            let sent = begin + burst * Duration::from_millis(40);
+            for packet in 1..=10 {
+                let stalled = Duration::from_millis(if packet > 5 { 5 } else { 0 });
+                let came = sent + packet * Duration::from_micros(116) + stalled;
+                trains.acked(came, sent, PACKET_BYTES);
+            }
+        }
+        assert_eq!(trains.bytes_per_s(), None);
+    }
+
+    #[test]
     fn bursts_that_do_not_agree_tell_nothing() {
         let (mut trains, begin) = (Trains::default(), Instant::now());
         for burst in 1..20 {

@@ -151,6 +151,9 @@ fn a_window_that_is_far_too_small_grows_by_more_each_round_trip() {
         let mut link = Link::new(path(100.0, rtt_ms, 2.0, 0.0));
         link.path.rate_bytes_per_s /= 50.0;
         link.run_until(60.0 * rtt_ms as f64 * 1e-3);
+        let held_bytes = 12.5e6 * rtt_ms as f64 * 1e-3;
+        let window = link.flows[0].control.window() as f64;
+        assert!(window < 0.05 * held_bytes, "{window}");
         link.path.rate_bytes_per_s *= 50.0;
         link.run_until(95.0 * rtt_ms as f64 * 1e-3);
         let then = link.run_until(100.0 * rtt_ms as f64 * 1e-3);

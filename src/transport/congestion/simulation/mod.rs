@@ -252,9 +252,10 @@ impl Link {
         }
     }
 
-    /// When something is told next.
-    fn next_arrival(&mut self) -> Option<Duration> {
+    /// When something is told next, if nothing leaves before `departure`.
+    fn next_arrival(&mut self, departure: Option<Duration>) -> Option<Duration> {
         let first = self.arrivals.peek().map(|Reverse((time, ..))| *time);
+        let first = first.into_iter().chain(departure).min();
         for (index, flow) in self.flows.iter_mut().enumerate() {
             if let Some((latest, packet)) =
                 flow.alone.take_if(|(latest, _)| first.is_none_or(|first| *latest <= first))
@@ -313,8 +314,9 @@ impl Link {
         let delivered: Vec<u64> = self.flows.iter().map(|flow| flow.delivered).collect();
         self.queue_ms.clear();
         while self.now < end {
-            let arrival = self.next_arrival();
-            match (arrival, self.next_departure()) {
+            let departure = self.next_departure();
+            let arrival = self.next_arrival(departure.map(|(time, _)| time));
+            match (arrival, departure) {
                 (Some(time), departure) if departure.is_none_or(|(at, _)| time <= at) => {
                     let Reverse((_, flow, packet)) = self.arrivals.pop().expect("peeked");
                     self.now = time;
