@@ -36,6 +36,7 @@ use quinn::congestion::{Controller, ControllerFactory, ControllerMetrics};
 use quinn_proto::RttEstimator;
 
 use super::Gauges;
+use super::calm::Calm;
 use super::trains::Trains;
 
 /// RTT samples in a row that must be late before the start ends or a round is cut short.
@@ -60,18 +61,6 @@ const BASE_RTT_LIFETIME: Duration = Duration::from_secs(10);
 const GAIN: f64 = 0.35;
 /// Growth per round, at most.
 const MAX_GROWTH: f64 = 1.25;
-/// After so many rounds without a queue the link may have become wider: the window grows by this share, and
-/// after some such steps by as much more in each further round, up to that limit. A single leap would be a queue of
-/// a quarter of the round trip where the link is as it was. Nor may the steps grow at once: what one does shows when
-/// the next two have been made, and then all three stand in the queue.
-const CALM_ROUNDS: u32 = 3;
-const EQUAL_STEPS: u32 = 4;
-/// Steps count when the rate has grown by this share of what they should have added, but for two packets, which
-/// may be acknowledged in this round or the next: on a full link it does not, which shows a round trip before the
-/// queue is long enough to.
-const STEPS_SHOW: f64 = 0.5;
-/// Against the first of them, until the window has grown by this factor.
-const COMPARED_UP_TO: f64 = 1.2;
 /// The window grows when so much of it was in flight at some time. Less in the start (RFC 7661, 4.2): packets are paced
 /// over a round trip, and a host that does not run for half of the time is not at fault with the path.
 const USED: f64 = 0.75;
@@ -79,7 +68,6 @@ const USED_IN_START: f64 = 0.5;
 /// A round is calm only when so much of the window was in flight at some time: else the host is what keeps the rate
 /// down, and a larger window becomes a queue as soon as it does not.
 const CALM_IN_FLIGHT: f64 = 0.95;
-const CALM_GROWTH: f64 = 0.04;
 /// The window never falls by more than this factor in one step.
 const MAX_CUT: f64 = 0.25;
 /// Growth per round for a while after heavy loss, so that a policed link is not hit each round.
@@ -150,41 +138,6 @@ struct Late {
     sent_since: Instant,
     samples: u32,
     min_rtt: Duration,
-}
-
-/// Full rounds in a row without any queue: the link may have become wider.
-#[derive(Clone, Copy, Debug)]
-struct Calm {
-    rounds: u32,
-    /// Of the first of them.
-    window: f64,
-    rate: f64,
-    /// Window of the last one. Its packets are acknowledged in the next.
-    last_window: f64,
-}
-
-impl Calm {
-    fn new(window: f64, rate: f64) -> Self {
-        Calm { rounds: 1, window, rate, last_window: window }
-    }
-
-    /// After another round without a queue: nothing if the rate does not follow the window any more. `slack` is
-    /// what two packets are of the rate.
-    fn go_on(self, window: f64, rate: f64, slack: f64) -> Option<Self> {
-        let due = self.rate * (1.0 + STEPS_SHOW * (self.last_window / self.window - 1.0));
-        if rate + slack < due {
-            return None;
-        }
-        let next = Calm { rounds: self.rounds + 1, last_window: window, ..self };
-        // What was reached counts from then on, or half of all growth would be given away at last.
-        let reached = self.last_window >= COMPARED_UP_TO * self.window;
-        Some(if reached { Calm { window: self.last_window, rate, ..next } } else { next })
-    }
-
-    fn growth(self) -> Option<f64> {
-        let steps = (self.rounds + 1).checked_sub(CALM_ROUNDS).filter(|steps| *steps > 0)?;
-        Some(1.0 + CALM_GROWTH * f64::from(steps.saturating_sub(EQUAL_STEPS - 1).max(1)))
-    }
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -414,10 +367,11 @@ impl DelayTarget {
             && self.was_in_flight(&round, CALM_IN_FLIGHT)
             && (min_rtt - base).as_secs_f64() < self.target(base_s) / 4.0;
         let two_packets = 2.0 * self.mtu as f64 / round.seconds(now);
-        self.calm = calm.then_some(()).and_then(|()| match self.calm {
+        self.calm = match self.calm {
+            _ if !calm => None,
             None => Some(Calm::new(self.window, rate)),
-            Some(calm) => calm.go_on(self.window, rate, two_packets),
-        });
+            Some(before) => before.go_on(self.window, rate, two_packets),
+        };
         let previous = self.previous_min_rtt.replace(min_rtt);
         let min_rtt = previous.map_or(min_rtt, |previous| previous.min(min_rtt));
         match self.phase {
@@ -522,7 +476,7 @@ impl DelayTarget {
     fn grown(&self, step: f64) -> f64 {
         if self.rounds_after_loss > 0 {
             step.min(self.window * GROWTH_AFTER_LOSS)
-        } else if let Some(growth) = self.calm.and_then(|calm| calm.growth()) {
+        } else if let Some(growth) = self.calm.and_then(Calm::growth) {
             (self.window * growth.min(MAX_GROWTH)).max(step.min(self.window * MAX_GROWTH))
         } else {
             step.min(self.window * MAX_GROWTH)

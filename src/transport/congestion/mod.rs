@@ -5,6 +5,7 @@
 //! loss-based controllers that come with quinn fill whatever buffer the path has and collapse under
 //! random loss, so the default here is [`DelayTarget`], which regulates the queueing delay itself.
 
+mod calm;
 mod delay_target;
 mod fixed;
 mod gauges;

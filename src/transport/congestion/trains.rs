@@ -30,28 +30,27 @@ struct Train {
     first_sent: Instant,
     last_sent: Instant,
     first_acked: Instant,
-    last_acked: Instant,
     packets: u32,
-    /// Without what was acknowledged with the first.
-    bytes: u64,
     /// How often acknowledgements came after the first.
     groups: u32,
-    longest_gap: Duration,
-    before_last: Option<BeforeLast>,
+    acked: Acked,
+    /// Without those that came last.
+    acked_before: Acked,
 }
 
-/// A train without the acknowledgements that came last.
+/// What was acknowledged of a train.
 #[derive(Clone, Copy, Debug)]
-struct BeforeLast {
-    last_acked: Instant,
+struct Acked {
+    last: Instant,
+    /// Without what was acknowledged with the first packet.
     bytes: u64,
     longest_gap: Duration,
 }
 
 impl Train {
     fn bytes_per_s(&self) -> Option<f64> {
-        let BeforeLast { last_acked, bytes, longest_gap } = self.in_time();
-        let spread = last_acked - self.first_acked;
+        let Acked { last, bytes, longest_gap } = self.acked_in_time();
+        let spread = last - self.first_acked;
         let sent = self.last_sent.saturating_duration_since(self.first_sent);
         let tells = self.packets >= MIN_PACKETS
             && spread >= MIN_SPREAD
@@ -61,17 +60,14 @@ impl Train {
         tells.then(|| bytes as f64 / spread.as_secs_f64())
     }
 
-    /// It, but for a last packet that stayed alone at the other side.
-    fn in_time(&self) -> BeforeLast {
-        let Train { last_acked, bytes, longest_gap, .. } = *self;
-        match self.before_last {
-            Some(before) if self.groups > 1 => {
-                let usual = (before.last_acked - self.first_acked) / (self.groups - 1);
-                let was_alone = last_acked - before.last_acked > ALONE * usual;
-                if was_alone { before } else { BeforeLast { last_acked, bytes, longest_gap } }
-            }
-            _ => BeforeLast { last_acked, bytes, longest_gap },
+    /// All but a last packet that stayed alone at the other side.
+    fn acked_in_time(&self) -> Acked {
+        if self.groups < 2 {
+            return self.acked;
         }
+        let usual = (self.acked_before.last - self.first_acked) / (self.groups - 1);
+        let was_alone = self.acked.last - self.acked_before.last > ALONE * usual;
+        if was_alone { self.acked_before } else { self.acked }
     }
 }
 
@@ -90,28 +86,27 @@ impl Trains {
         {
             train.last_sent = train.last_sent.max(sent);
             train.packets += 1;
-            if now > train.last_acked {
-                let Train { last_acked, bytes, longest_gap, .. } = *train;
-                train.before_last = Some(BeforeLast { last_acked, bytes, longest_gap });
-                train.longest_gap = longest_gap.max(now - last_acked);
-                train.last_acked = now;
+            let acked = &mut train.acked;
+            if now > acked.last {
+                train.acked_before = *acked;
+                acked.longest_gap = acked.longest_gap.max(now - acked.last);
+                acked.last = now;
                 train.groups += 1;
             }
             if train.groups > 0 {
-                train.bytes += bytes;
+                acked.bytes += bytes;
             }
             return;
         }
+        let acked = Acked { last: now, bytes: 0, longest_gap: Duration::ZERO };
         let begun = Train {
             first_sent: sent,
             last_sent: sent,
             first_acked: now,
-            last_acked: now,
             packets: 1,
-            bytes: 0,
             groups: 0,
-            longest_gap: Duration::ZERO,
-            before_last: None,
+            acked,
+            acked_before: acked,
         };
         if let Some(rate) = self.current.replace(begun).and_then(|train| train.bytes_per_s()) {
             self.rates.push_back(rate);
