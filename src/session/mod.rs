@@ -42,6 +42,7 @@ mod links;
 mod pace;
 mod reader;
 mod rehearsal;
+mod remembering;
 pub mod resolve;
 mod rounds;
 pub mod share;

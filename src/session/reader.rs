@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::pace::Pace;
+use super::remembering::Remembering;
 use crate::codec::ladder::{CodecChoice, DeltaCodec, Ladder, PageCodec};
 use crate::codec::{CodecCounts, ContentHash, Known, LineFingerprint, SentPages, is_zero};
 use crate::memory::GuestMemory;
@@ -74,6 +75,7 @@ pub(super) struct PageReader {
     left_over: Vec<u8>,
     ladder: Ladder,
     pace: Arc<Pace>,
+    remembering: Remembering,
 }
 
 impl PageReader {
@@ -91,6 +93,7 @@ impl PageReader {
             left_over: Vec::new(),
             ladder: Ladder::default(),
             pace,
+            remembering: Remembering::default(),
         }
     }
 
@@ -99,8 +102,9 @@ impl PageReader {
     /// [`Self::left_over`]. Without `against` each page goes as it is.
     ///
     /// In the first round a page that equals one sent in the same round is not sent: see
-    /// [`Self::put_off`]. Where the link takes pages as fast as they are copied, that and all that later
-    /// rounds would gain by remembering the page costs more than it saves: most pages are never sent again.
+    /// [`Self::put_off`]. Where the link takes pages nearly as fast as they are copied, that and all that later
+    /// rounds would gain by remembering the page costs more than it saves: most pages are never sent again. Then
+    /// pages of that round are only coded ([`Remembering`]).
     pub(super) fn encode(
         &mut self,
         memory: &GuestMemory,
@@ -112,7 +116,9 @@ impl PageReader {
         let begin = Instant::now();
         let choice = self.choice(pages.len());
         let first = self.purpose == Purpose::Round && version == Version(1);
-        let only_copy = first && self.fixed.is_none() && choice.page == PageCodec::Raw;
+        let only_code = first
+            && self.fixed.is_none()
+            && (choice.page == PageCodec::Raw || !self.remembering.pays());
         // Nothing is gained by it where one page goes, and a copy may have to be asked for again.
         let may_copy = self.purpose != Purpose::Fault;
         let start = message.len();
@@ -131,7 +137,7 @@ impl PageReader {
             memory.read_page(page, bytes);
             let bytes = &*bytes;
             let mut to_send = PageToSend { page, bytes, base: None };
-            if only_copy || is_zero(bytes) {
+            if only_code || is_zero(bytes) {
                 went.push(Went::AndIsForgotten);
                 plain.push(to_send);
                 continue;
@@ -174,7 +180,13 @@ impl PageReader {
             plain.push(to_send);
         }
         let mut counts = encoder.encode(version, &plain, message);
-        self.ladder.observe(choice, &counts, begin.elapsed());
+        let encode_time = begin.elapsed();
+        self.ladder.observe(choice, &counts, encode_time);
+        if first {
+            let link_bytes_per_s = self.pace.link_bytes_per_s();
+            let bytes = counts.total_bytes();
+            self.remembering.sent(plain.len(), encode_time, bytes, link_bytes_per_s);
+        }
         counts += encoder.encode_lines(version, &lines, message);
         counts += encoder.encode_copies(version, &copied, message);
         if message.len() > Lane::Push.limit_bytes() {
@@ -186,22 +198,27 @@ impl PageReader {
     /// Notes in `sent` how the pages that were encoded last went, and shows each copy that was sent to
     /// `saw`.
     pub(super) fn remember(
-        &self,
+        &mut self,
         sent: &SentPages,
         version: Version,
         pages: &[PageIndex],
         mut saw: impl FnMut(PageIndex, &PageBytes),
     ) {
+        let (begin, mut remembered) = (Instant::now(), 0);
         for ((page, bytes), went) in pages.iter().zip(&self.copies).zip(&self.went) {
             match *went {
                 Went::AndIsForgotten => sent.forget(PageRange::new(page.0, page.0 + 1)),
                 // The original stays the one that is found: this round's other copies are of it too.
                 Went::AsCopy => sent.remember(*page, version, bytes, None),
-                Went::Otherwise(hash) => sent.remember(*page, version, bytes, hash),
+                Went::Otherwise(hash) => {
+                    sent.remember(*page, version, bytes, hash);
+                    remembered += 1;
+                }
                 Went::PutOff => continue,
             }
             saw(*page, bytes);
         }
+        self.remembering.remembered(remembered, begin.elapsed());
     }
 
     /// Pages of the last batch that were not sent, since the destination is about to have them as another page:
