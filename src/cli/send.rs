@@ -1,6 +1,7 @@
 //! `farfault send`
 
 use std::net::SocketAddr;
+use std::num::NonZero;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -20,7 +21,7 @@ use crate::report::{Output, Report};
 use crate::session::journal::{Side, find};
 use crate::session::share::{default_encoders, default_limits};
 use crate::session::source::{SendOptions, resume_send, send};
-use crate::transport::{Ticket, TransportOptions};
+use crate::transport::{Connections, MAX_CONNECTIONS, Ticket, TransportOptions};
 use crate::wire::message::{HandoverForm, Strategy};
 
 /// Moves a running QEMU guest to a waiting receiver.
@@ -69,6 +70,10 @@ pub(super) struct Send {
     /// Threads that encode pages; auto is one a core, up to 8.
     #[arg(long, value_name = "auto|N", default_value = "auto", value_parser = encoders)]
     encoders: Encoders,
+    /// Connections of the link; auto begins with one and takes more for bulk where the network takes more than a core
+    /// sends, up to half of the cores, at most 8.
+    #[arg(long, value_name = "auto|N", default_value = "auto", value_parser = connections)]
+    connections: Connections,
     /// Codecs, as PAGES/DELTAS: raw, lz4 or zstd:LEVEL, and off, plain, lz4, zstd:LEVEL,
     /// zstd-old:LEVEL or xbzrle. auto follows the link's rate.
     #[arg(long, value_name = "auto|CODECS", default_value = "auto", value_parser = codecs)]
@@ -175,6 +180,16 @@ fn encoders(text: &str) -> Result<Encoders, String> {
     }
 }
 
+fn connections(text: &str) -> Result<Connections, String> {
+    match text {
+        "auto" => Ok(Connections::Auto),
+        _ => match text.parse::<NonZero<u8>>() {
+            Ok(number) if number.get() <= MAX_CONNECTIONS => Ok(Connections::Exactly(number)),
+            _ => Err(format!("auto, or a number from 1 to {MAX_CONNECTIONS}")),
+        },
+    }
+}
+
 #[derive(Clone, Copy, Debug)]
 struct Codecs(Option<CodecChoice>);
 
@@ -205,6 +220,7 @@ impl Send {
     pub(super) async fn run(self, output: Arc<Output>) -> Result<Report, Failure> {
         let transport = TransportOptions {
             bandwidth_limit_bytes_per_s: self.bandwidth,
+            connections: self.connections,
             qlog: qlog(self.qlog.as_deref())?,
             ..TransportOptions::default()
         };

@@ -114,6 +114,9 @@ pub struct Report {
     pub account: Option<AccountFigures>,
     /// The link's shortest round trip.
     pub round_trip_ms: f64,
+    /// Connections of the link, at its end.
+    #[serde(default)]
+    pub connections: u32,
     /// Outages of the link that were mended.
     pub reconnects: u32,
     /// The most memory that farfault itself was seen to take on this side, looked at four times a
@@ -212,6 +215,9 @@ impl fmt::Display for Report {
         }
         if let Some(account) = &self.account {
             row("remembered", account.to_string())?;
+        }
+        if self.connections > 1 {
+            row("connections", self.connections.to_string())?;
         }
         if self.reconnects > 0 {
             row("reconnects", self.reconnects.to_string())?;

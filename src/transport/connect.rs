@@ -5,16 +5,18 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
-use quinn::{ClientConfig, Connection, Endpoint, ReadExactError};
+use quinn::{ClientConfig, Connection, Endpoint, ReadExactError, RecvStream, SendStream};
 use tokio::task::JoinSet;
 
+use super::bulk;
 use super::congestion::Gauges;
 use super::error::{ConnectError, LinkError};
 use super::link::{Established, Link};
 use super::proof::{self, Claim, Hello, SessionKey, WELCOME_BYTES, Welcome};
 use super::quic::{self, Peer};
-use super::ticket::{Secret, Ticket};
-use super::{TransportOptions, identity, socket};
+use super::socket::{self, Cap};
+use super::ticket::{MigrationId, Secret, Ticket};
+use super::{TransportOptions, identity};
 
 /// Addresses are tried in the ticket's order, each a little after the one before, as RFC 8305 does.
 const STAGGER: Duration = Duration::from_millis(100);
@@ -50,21 +52,31 @@ async fn establish(
 ) -> Result<Link, ConnectError> {
     let limit = Duration::from_millis(options.connect_timeout_ms);
     let deadline = tokio::time::Instant::now() + limit;
-    let dialled = dial(ticket, options, deadline).await?;
-    let late = || {
-        let address = dialled.connection.remote_address();
-        ConnectError::Unreachable(format!("{address} did not answer in time"))
-    };
-    tokio::time::timeout_at(deadline, introduce(&dialled, ticket, claim, secret, options))
-        .await
-        .map_err(|_| late())?
+    let (dialler, dialled) = dial(ticket, options, deadline).await?;
+    let late = || ConnectError::Unreachable(format!("{} did not answer in time", dialler.address));
+    let link =
+        tokio::time::timeout_at(deadline, introduce(dialled, ticket, claim, secret, options))
+            .await
+            .map_err(|_| late())??;
+    bulk::keep_wide(&link, dialler);
+    Ok(link)
+}
+
+/// How to reach a receiver at an address of its.
+pub(super) struct Dialler {
+    address: SocketAddr,
+    certificate_sha256: [u8; 32],
+    pub(super) migration: MigrationId,
+    pub(super) options: TransportOptions,
+    /// The same for all connections.
+    cap: Option<Cap>,
 }
 
 /// A connection to the right receiver, which does not know us yet.
-struct Dialled {
-    connection: Connection,
-    endpoint: Endpoint,
-    gauges: Arc<Gauges>,
+pub(super) struct Dialled {
+    pub(super) connection: Connection,
+    pub(super) endpoint: Endpoint,
+    pub(super) gauges: Arc<Gauges>,
 }
 
 /// The first address at which the receiver with the ticket's certificate answers.
@@ -72,25 +84,25 @@ async fn dial(
     ticket: &Ticket,
     options: &TransportOptions,
     deadline: tokio::time::Instant,
-) -> Result<Dialled, ConnectError> {
+) -> Result<(Dialler, Dialled), ConnectError> {
     let mut attempts = JoinSet::new();
+    let cap = Cap::of(options);
     for (position, &address) in ticket.addresses.iter().enumerate() {
-        let (fingerprint, options) = (ticket.certificate_sha256, options.clone());
+        let dialler = Dialler::new(address, ticket, options, cap.clone());
         attempts.spawn(async move {
             tokio::time::sleep(STAGGER * position as u32).await;
-            let attempt =
-                tokio::time::timeout_at(deadline, dial_one(address, fingerprint, &options));
+            let attempt = tokio::time::timeout_at(deadline, dialler.dial());
             let result = attempt
                 .await
                 .unwrap_or_else(|_| Err(ConnectError::Unreachable("no answer in time".to_owned())));
-            (address, result)
+            (dialler, result)
         });
     }
     let mut failures = Vec::new();
     while let Some(joined) = attempts.join_next().await {
         match joined {
-            Ok((_, Ok(dialled))) => return Ok(dialled),
-            Ok((address, Err(error))) => failures.push((address, error)),
+            Ok((dialler, Ok(dialled))) => return Ok((dialler, dialled)),
+            Ok((dialler, Err(error))) => failures.push((dialler.address, error)),
             Err(_) => {}
         }
     }
@@ -116,45 +128,57 @@ fn explain(mut failures: Vec<(SocketAddr, ConnectError)>) -> ConnectError {
     ConnectError::Unreachable(each.collect::<Vec<_>>().join("; "))
 }
 
-async fn dial_one(
-    address: SocketAddr,
-    fingerprint: [u8; 32],
-    options: &TransportOptions,
-) -> Result<Dialled, ConnectError> {
-    let local: SocketAddr = if address.is_ipv4() {
-        (Ipv4Addr::UNSPECIFIED, 0).into()
-    } else {
-        (Ipv6Addr::UNSPECIFIED, 0).into()
-    };
-    let endpoint = socket::endpoint(local, None, options)
-        .map_err(|source| ConnectError::Socket { address: local, source })?;
-    let gauges = Arc::<Gauges>::default();
-    let (crypto, mismatch) = identity::sender(fingerprint);
-    let mut config = ClientConfig::new(Arc::new(crypto));
-    let transport = quic::transport_config(options, Peer::Known, address, gauges.clone());
-    config.transport_config(Arc::new(transport));
-    let connecting = endpoint
-        .connect_with(config, address, identity::SERVER_NAME)
-        .map_err(|error| ConnectError::Unreachable(error.to_string()))?;
-    match connecting.await {
-        Ok(connection) => Ok(Dialled { connection, endpoint, gauges }),
-        Err(_) if mismatch.load(Relaxed) => Err(ConnectError::AnotherReceiver { address }),
-        Err(error) => Err(LinkError::from_quic(error, options.idle_timeout_ms).into()),
+impl Dialler {
+    pub(super) fn new(
+        address: SocketAddr,
+        ticket: &Ticket,
+        options: &TransportOptions,
+        cap: Option<Cap>,
+    ) -> Self {
+        let (certificate_sha256, migration) = (ticket.certificate_sha256, ticket.migration);
+        Dialler { address, certificate_sha256, migration, options: options.clone(), cap }
+    }
+
+    /// Connects, from a socket of its own.
+    pub(super) async fn dial(&self) -> Result<Dialled, ConnectError> {
+        let Dialler { address, options, .. } = self;
+        let local: SocketAddr = if address.is_ipv4() {
+            (Ipv4Addr::UNSPECIFIED, 0).into()
+        } else {
+            (Ipv6Addr::UNSPECIFIED, 0).into()
+        };
+        let endpoint = socket::endpoint(local, None, options, self.cap.clone())
+            .map_err(|source| ConnectError::Socket { address: local, source })?;
+        let gauges = Arc::<Gauges>::default();
+        let (crypto, mismatch) = identity::sender(self.certificate_sha256);
+        let mut config = ClientConfig::new(Arc::new(crypto));
+        let transport = quic::transport_config(options, Peer::Known, *address, gauges.clone());
+        config.transport_config(Arc::new(transport));
+        let connecting = endpoint
+            .connect_with(config, *address, identity::SERVER_NAME)
+            .map_err(|error| ConnectError::Unreachable(error.to_string()))?;
+        match connecting.await {
+            Ok(connection) => Ok(Dialled { connection, endpoint, gauges }),
+            Err(_) if mismatch.load(Relaxed) => {
+                Err(ConnectError::AnotherReceiver { address: *address })
+            }
+            Err(error) => Err(LinkError::from_quic(error, options.idle_timeout_ms).into()),
+        }
     }
 }
 
-async fn introduce(
-    dialled: &Dialled,
-    ticket: &Ticket,
+/// Proves on a new connection to hold `secret`. Gives the stream on which that was done, and the answer.
+pub(super) async fn prove(
+    connection: &Connection,
+    migration: MigrationId,
     claim: Claim,
     secret: &Secret,
     options: &TransportOptions,
-) -> Result<Link, ConnectError> {
-    let Dialled { connection, endpoint, gauges } = dialled;
+) -> Result<((SendStream, RecvStream), Welcome), ConnectError> {
     let lost = |error| ConnectError::refused(LinkError::from_quic(error, options.idle_timeout_ms));
     let (mut send, mut recv) = connection.open_bi().await.map_err(lost)?;
     let window = quic::push_window_bytes(options);
-    let hello = Hello::new(claim, ticket.migration, window, secret, connection);
+    let hello = Hello::new(claim, migration, window, secret, connection);
     let mut answer = [0; WELCOME_BYTES];
     // A refusal shows as an error of either call; the connection knows why.
     let answered = match send.write_all(&hello.encode()).await {
@@ -164,17 +188,30 @@ async fn introduce(
     if answered.is_err() {
         return Err(lost(connection.closed().await));
     }
-    let session = match claim {
-        Claim::Ticket => proof::session_key(secret, connection),
-        Claim::Session => SessionKey(secret.clone()),
+    Ok(((send, recv), Welcome::decode(answer)))
+}
+
+async fn introduce(
+    dialled: Dialled,
+    ticket: &Ticket,
+    claim: Claim,
+    secret: &Secret,
+    options: &TransportOptions,
+) -> Result<Link, ConnectError> {
+    let Dialled { connection, endpoint, gauges } = dialled;
+    let (control, welcome) = prove(&connection, ticket.migration, claim, secret, options).await?;
+    let session = if claim == Claim::Ticket {
+        proof::session_key(secret, &connection)
+    } else {
+        SessionKey(secret.clone())
     };
     let established = Established {
-        connection: connection.clone(),
-        endpoint: endpoint.clone(),
-        control: (send, recv),
-        gauges: gauges.clone(),
+        connection,
+        endpoint,
+        control,
+        gauges,
         session,
-        peer_push_window_bytes: Welcome::decode(answer).push_window_bytes,
+        peer_push_window_bytes: welcome.push_window_bytes,
     };
     Ok(Link::new(established, options))
 }

@@ -1,13 +1,14 @@
 //! The receiving end of a link's streams: each message is put together by a task of its own, within the
 //! limits of its lane, and handed to the queue of its lane.
 
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
 use bytes::{Bytes, BytesMut};
-use quinn::{Connection, Endpoint, ReadError, ReadExactError, RecvStream};
+use quinn::{Connection, ConnectionError, Endpoint, ReadError, ReadExactError, RecvStream};
 use tokio::sync::{Semaphore, mpsc};
 
 use super::buffers::Buffers;
+use super::bulk::BulkConnection;
 use super::error::{LinkError, close_code, code};
 use super::lanes::{CREDIT_TAG, Lane};
 use super::push::{PushBudget, PushCredit};
@@ -22,11 +23,14 @@ const CHUNKS: usize = 32;
 /// What the tasks of a link share. They end when the connection does.
 #[derive(Debug)]
 pub(super) struct Core {
+    /// The main connection: all lanes.
     pub(super) connection: Connection,
     pub(super) endpoint: Endpoint,
     pub(super) idle_timeout_ms: u64,
-    /// What the peer did wrong, when that is why the connection ended.
-    violation: OnceLock<LinkError>,
+    /// More connections, for the push lane alone. The link ends with any of them.
+    bulk: Mutex<Vec<BulkConnection>>,
+    /// Why the link ended, when that is not what the main connection says.
+    cause: OnceLock<LinkError>,
 }
 
 impl Core {
@@ -35,19 +39,54 @@ impl Core {
         endpoint: Endpoint,
         idle_timeout_ms: u64,
     ) -> Arc<Self> {
-        Arc::new(Core { connection, endpoint, idle_timeout_ms, violation: OnceLock::new() })
+        let (bulk, cause) = (Mutex::default(), OnceLock::new());
+        Arc::new(Core { connection, endpoint, idle_timeout_ms, bulk, cause })
+    }
+
+    /// The connections beside the main one.
+    pub(super) fn bulk(&self) -> MutexGuard<'_, Vec<BulkConnection>> {
+        self.bulk.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The connection of this number: 0 is the main one, the others follow in the order in which they came.
+    pub(super) fn way(&self, number: usize) -> Connection {
+        match number.checked_sub(1) {
+            None => self.connection.clone(),
+            Some(place) => self.bulk()[place].connection.clone(),
+        }
+    }
+
+    /// Closes all connections.
+    pub(super) fn close(&self, number: u32, reason: &[u8]) {
+        let close = |connection: &Connection| {
+            // quinn would forget why it was closed before.
+            if connection.close_reason().is_none() {
+                connection.close(code(number), reason);
+            }
+        };
+        close(&self.connection);
+        self.bulk().iter().for_each(|bulk| close(&bulk.connection));
     }
 
     /// Ends the link because of what the peer did.
     pub(super) fn violated(&self, what: String) {
-        self.connection.close(code(close_code::VIOLATION), what.as_bytes());
-        let _ = self.violation.set(LinkError::Violation(what));
+        // Before anyone can see that it has ended.
+        let _ = self.cause.set(LinkError::Violation(what.clone()));
+        self.close(close_code::VIOLATION, what.as_bytes());
+    }
+
+    /// Ends the link because one of its connections has: what was pushed there may be lost.
+    pub(super) fn lost_bulk(&self, reason: ConnectionError) {
+        if self.connection.close_reason().is_none() {
+            let _ = self.cause.set(LinkError::from_quic(reason, self.idle_timeout_ms));
+        }
+        self.close(close_code::LET_GO, b"one of the link's connections was lost");
     }
 
     /// Why the link has ended; `None` while it lives.
     pub(super) fn ended(&self) -> Option<LinkError> {
-        if let Some(violation) = self.violation.get() {
-            return Some(violation.clone());
+        if let Some(cause) = self.cause.get() {
+            return Some(cause.clone());
         }
         let reason = self.connection.close_reason()?;
         Some(LinkError::from_quic(reason, self.idle_timeout_ms))
@@ -56,7 +95,7 @@ impl Core {
     /// Waits for the end.
     pub(super) async fn end(&self) -> LinkError {
         let reason = self.connection.closed().await;
-        self.violation
+        self.cause
             .get()
             .cloned()
             .unwrap_or_else(|| LinkError::from_quic(reason, self.idle_timeout_ms))
@@ -66,12 +105,13 @@ impl Core {
 /// The queues of one link's lanes, by [`Lane::index`].
 pub(super) type LaneQueues<T> = [T; Lane::ALL.len()];
 
-/// Starts to receive one-shot messages.
+/// Starts to receive one-shot messages. More connections can be added to what is given beside the queues, as long
+/// as the link lives.
 pub(super) fn start_lanes(
     core: &Arc<Core>,
     budget: Arc<PushBudget>,
     credit: Arc<PushCredit>,
-) -> LaneQueues<mpsc::Receiver<Bytes>> {
+) -> (LaneQueues<mpsc::Receiver<Bytes>>, Weak<Assembly>) {
     let queues = Lane::ALL.map(|lane| mpsc::channel(lane.queue_length()));
     let lanes = Arc::new(Assembly {
         core: core.clone(),
@@ -81,16 +121,22 @@ pub(super) fn start_lanes(
         credit,
         buffers: Buffers::default(),
     });
-    tokio::spawn(async move {
-        while let Ok(stream) = lanes.core.connection.accept_uni().await {
-            let lanes = lanes.clone();
-            tokio::spawn(async move { lanes.receive(stream).await });
-        }
-    });
-    queues.map(|(_, receiver)| receiver)
+    let more = Arc::downgrade(&lanes);
+    lanes.serve(core.connection.clone(), Carries::AllLanes);
+    (queues.map(|(_, receiver)| receiver), more)
 }
 
-struct Assembly {
+/// What may come on a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Carries {
+    /// The main one.
+    AllLanes,
+    /// Any other.
+    Push,
+}
+
+/// Puts messages together, of all connections of a link.
+pub(super) struct Assembly {
     core: Arc<Core>,
     queues: LaneQueues<mpsc::Sender<Bytes>>,
     permits: LaneQueues<Semaphore>,
@@ -100,7 +146,17 @@ struct Assembly {
 }
 
 impl Assembly {
-    async fn receive(&self, mut stream: RecvStream) {
+    /// Receives from a connection until that ends.
+    pub(super) fn serve(self: Arc<Self>, connection: Connection, carries: Carries) {
+        tokio::spawn(async move {
+            while let Ok(stream) = connection.accept_uni().await {
+                let lanes = self.clone();
+                tokio::spawn(async move { lanes.receive(stream, carries).await });
+            }
+        });
+    }
+
+    async fn receive(&self, mut stream: RecvStream, carries: Carries) {
         let mut tag = [0];
         match stream.read_exact(&mut tag).await {
             Ok(()) => {}
@@ -110,6 +166,12 @@ impl Assembly {
             Err(ReadExactError::ReadError(_)) => return,
         }
         match (tag[0], Lane::from_tag(tag[0])) {
+            (_, Some(Lane::Push)) => self.assemble(Lane::Push, stream).await,
+            (_, lane) if carries == Carries::Push => {
+                let lane = lane.map_or("unknown", Lane::name);
+                let what = format!("a stream of the {lane} lane on a connection for bulk");
+                self.core.violated(what);
+            }
             (_, Some(lane)) => self.assemble(lane, stream).await,
             (CREDIT_TAG, None) => self.follow_credit(stream).await,
             (tag, None) => self.core.violated(format!("a stream of the unknown lane {tag}")),

@@ -1,20 +1,22 @@
 //! An authenticated connection and its lanes.
 
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use bytes::Bytes;
-use quinn::{Connection, Endpoint, RecvStream, SendStream, VarInt, WriteError};
+use quinn::{Connection, ConnectionStats, Endpoint, RecvStream, SendStream, VarInt, WriteError};
 use tokio::sync::{Mutex, mpsc, oneshot};
 
 use super::TransportOptions;
+use super::bulk::{BulkConnection, MAX_CONNECTIONS};
 use super::congestion::Gauges;
 use super::error::{LinkError, close_code, code};
-use super::incoming::{self, Core, LaneQueues};
+use super::incoming::{self, Assembly, Carries, Core, LaneQueues};
 use super::lanes::{CONTROL_PRIORITY, Lane};
-use super::proof::SessionKey;
+use super::proof::{self, SessionKey};
 use super::push::{PushBudget, PushCredit};
 use super::quic;
+use super::ticket::Secret;
 
 /// Control messages that wait to be written.
 const CONTROL_QUEUE: usize = 16;
@@ -22,6 +24,7 @@ const CONTROL_QUEUE: usize = 16;
 const CLOSE_GRACE: Duration = Duration::from_millis(500);
 
 const LET_GO_REASON: &[u8] = b"the other side let go of the link";
+const NO_MORE: &str = "the link takes no connection more";
 
 /// What both ends know of each other when a link begins.
 pub(super) struct Established {
@@ -33,7 +36,8 @@ pub(super) struct Established {
     pub(super) peer_push_window_bytes: u64,
 }
 
-/// One end of an authenticated connection; clones are handles to the same. Dropping the last closes it.
+/// One end of an authenticated connection, or of several that act as one; clones are handles to the same. Dropping
+/// the last closes it.
 ///
 /// All receiving and sending methods may be called from several tasks, and a call that is given up
 /// (its future dropped) takes nothing and sends nothing half.
@@ -50,6 +54,7 @@ struct Inner {
     control_out: mpsc::Sender<ControlOut>,
     control_in: Mutex<mpsc::Receiver<Bytes>>,
     lanes_in: LaneQueues<Mutex<mpsc::Receiver<Bytes>>>,
+    assembly: Weak<Assembly>,
     budget: Arc<PushBudget>,
     credit: Arc<PushCredit>,
 }
@@ -60,7 +65,18 @@ enum ControlOut {
     Finish(oneshot::Sender<()>),
 }
 
-/// What a link measures of itself.
+/// A link that does not keep it.
+#[derive(Clone, Debug)]
+pub(super) struct WeakLink(Weak<Inner>);
+
+impl WeakLink {
+    pub(super) fn upgrade(&self) -> Option<Link> {
+        self.0.upgrade().map(Link)
+    }
+}
+
+/// What a link measures of itself: all its connections together, but for the times and the largest payload, which
+/// are of the main one.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct LinkStats {
     /// Smoothed round-trip time.
@@ -85,6 +101,8 @@ pub struct LinkStats {
     pub lost_packets: u64,
     /// Largest UDP payload that the path takes.
     pub mtu_bytes: u64,
+    /// How many connections there are.
+    pub connections: u32,
 }
 
 impl Link {
@@ -96,8 +114,9 @@ impl Link {
         let (control_send, control_recv) = control;
         let control_in =
             incoming::start_control(&core, control_recv, options.control_message_limit_bytes);
-        let lanes_in = incoming::start_lanes(&core, budget.clone(), credit.clone());
+        let (lanes_in, assembly) = incoming::start_lanes(&core, budget.clone(), credit.clone());
         incoming::start_credit(&core, credit.clone());
+        follow(&budget, &core.connection, &gauges);
         Link(Arc::new(Inner {
             core,
             gauges,
@@ -107,6 +126,7 @@ impl Link {
             control_out: start_control_writer(control_send),
             control_in: Mutex::new(control_in),
             lanes_in: lanes_in.map(Mutex::new),
+            assembly,
             budget,
             credit,
         }))
@@ -120,6 +140,52 @@ impl Link {
     /// The peer's address, as the network shows it now.
     pub fn remote_address(&self) -> std::net::SocketAddr {
         self.0.core.connection.remote_address()
+    }
+
+    pub(super) fn downgrade(&self) -> WeakLink {
+        WeakLink(Arc::downgrade(&self.0))
+    }
+
+    /// True while nothing has ended it.
+    pub(super) fn is_up(&self) -> bool {
+        self.0.core.ended().is_none()
+    }
+
+    /// What proves to be the other end of this link.
+    pub(super) fn bulk_key(&self) -> Secret {
+        proof::bulk_key(&self.0.core.connection)
+    }
+
+    /// Adds a connection, whose other end has proved to be this link's.
+    ///
+    /// # Errors
+    /// There are as many as may be, or the link has ended. The connection is closed then.
+    pub(super) fn add(&self, bulk: BulkConnection) -> Result<(), &'static str> {
+        let Inner { core, gauges, budget, assembly, .. } = &*self.0;
+        let (connection, its_gauges) = (bulk.connection.clone(), bulk.gauges.clone());
+        let mut others = core.bulk();
+        let full = others.len() + 1 >= usize::from(MAX_CONNECTIONS);
+        let assembly = assembly.upgrade().filter(|_| core.ended().is_none());
+        let (false, Some(assembly)) = (full, assembly) else {
+            connection.close(code(close_code::BUSY), NO_MORE.as_bytes());
+            return Err(NO_MORE);
+        };
+        its_gauges.set_nobody_waits(gauges.nobody_waits());
+        assembly.serve(connection.clone(), Carries::Push);
+        follow(budget, &connection, &its_gauges);
+        // Of the same number in both, so that nothing is pushed to one that is not there.
+        others.push(bulk);
+        budget.add_way(its_gauges);
+        drop(others);
+        let (core, main) = (core.clone(), core.connection.clone());
+        tokio::spawn(async move {
+            tokio::select! {
+                reason = connection.closed() => core.lost_bulk(reason),
+                // One that was added while the link was being closed.
+                _ = main.closed() => connection.close(code(close_code::LET_GO), LET_GO_REASON),
+            }
+        });
+        Ok(())
     }
 
     /// Puts a message on the control lane, where messages arrive in order. Returns when it is queued.
@@ -171,7 +237,8 @@ impl Link {
             return self.push(message).await;
         }
         check_size(lane, &message)?;
-        self.write(lane, lane.priority(), message).await.map(drop)
+        let main = &self.0.core.connection;
+        self.write(main, lane, lane.priority(), message).await.map(drop)
     }
 
     /// Sends bulk. Waits while about 1.25 congestion windows of bulk are under way, or while the peer's
@@ -185,7 +252,8 @@ impl Link {
             admitted = self.0.budget.admit(message.len()) => admitted,
             error = self.0.core.end() => return Err(error),
         };
-        let stream = self.write(Lane::Push, admitted.priority, message).await?;
+        let connection = self.0.core.way(admitted.way);
+        let stream = self.write(&connection, Lane::Push, admitted.priority, message).await?;
         tokio::spawn(async move {
             let _ = stream.stopped().await;
             drop(admitted);
@@ -197,6 +265,9 @@ impl Link {
     /// queue of a few milliseconds is let stand on short paths too, which keeps busy hosts at work.
     pub fn expect_faults(&self, expected: bool) {
         self.0.gauges.set_nobody_waits(!expected);
+        for bulk in self.0.core.bulk().iter() {
+            bulk.gauges.set_nobody_waits(!expected);
+        }
     }
 
     /// Waits until all that was pushed is acknowledged by the peer's transport.
@@ -226,24 +297,22 @@ impl Link {
 
     /// What the link measures of itself.
     pub fn stats(&self) -> LinkStats {
-        let quic = self.0.core.connection.stats();
-        let rate = self.0.gauges.delivery_rate_bytes_per_s();
-        LinkStats {
-            rtt_us: quic.path.rtt.as_micros() as u64,
+        let main = self.0.core.connection.stats();
+        let mut stats = LinkStats {
+            rtt_us: main.path.rtt.as_micros() as u64,
             min_rtt_us: self.0.gauges.min_rtt_us(),
-            delivery_rate_bytes_per_s: self
-                .0
-                .bandwidth_limit_bytes_per_s
-                .map_or(rate, |limit| rate.min(limit)),
-            window_bytes: quic.path.cwnd,
-            in_flight_bytes: self.0.gauges.in_flight_bytes(),
             push_in_flight_bytes: self.0.budget.in_flight_bytes(),
-            sent_bytes: quic.udp_tx.bytes,
-            received_bytes: quic.udp_rx.bytes,
-            sent_packets: quic.path.sent_packets,
-            lost_packets: quic.path.lost_packets,
-            mtu_bytes: u64::from(quic.path.current_mtu),
+            mtu_bytes: u64::from(main.path.current_mtu),
+            ..LinkStats::default()
+        };
+        stats.count(&main, &self.0.gauges);
+        for bulk in self.0.core.bulk().iter() {
+            stats.count(&bulk.connection.stats(), &bulk.gauges);
         }
+        if let Some(limit) = self.0.bandwidth_limit_bytes_per_s {
+            stats.delivery_rate_bytes_per_s = stats.delivery_rate_bytes_per_s.min(limit);
+        }
+        stats
     }
 
     /// Waits for the end of the link and tells why.
@@ -255,14 +324,21 @@ impl Link {
     /// ([`LinkError::PeerClosed`]). Gives the notice up to half a second to leave.
     pub async fn close(&self, code_for_peer: u32, reason: &str) {
         let number = code_for_peer.saturating_add(close_code::FIRST_SESSION);
-        self.0.core.connection.close(code(number), reason.as_bytes());
-        let _ = tokio::time::timeout(CLOSE_GRACE, self.0.core.endpoint.wait_idle()).await;
+        self.0.core.close(number, reason.as_bytes());
+        let others: Vec<_> = self.0.core.bulk().iter().map(|bulk| bulk.endpoint.clone()).collect();
+        let told = async {
+            self.0.core.endpoint.wait_idle().await;
+            for endpoint in others {
+                endpoint.wait_idle().await;
+            }
+        };
+        let _ = tokio::time::timeout(CLOSE_GRACE, told).await;
     }
 
     /// Closes the link at once, since another one is to take its place. Unlike [`close`](Self::close) this
     /// does not say that the conversation is over.
     pub fn abandon(&self) {
-        self.0.core.connection.close(code(close_code::LET_GO), LET_GO_REASON);
+        self.0.core.close(close_code::LET_GO, LET_GO_REASON);
     }
 
     fn ended_or(&self, otherwise: LinkError) -> LinkError {
@@ -271,11 +347,12 @@ impl Link {
 
     async fn write(
         &self,
+        connection: &Connection,
         lane: Lane,
         priority: i32,
         message: Bytes,
     ) -> Result<SendStream, LinkError> {
-        let stream = self.0.core.connection.open_uni().await;
+        let stream = connection.open_uni().await;
         let stream = stream.map_err(|_| self.ended_or(LinkError::Closed))?;
         let mut stream = UnfinishedStream(Some(stream));
         let open = stream.0.as_mut().expect("taken only at the end");
@@ -303,6 +380,12 @@ impl Link {
         self.0.core.endpoint.rebind(socket).expect("a socket on loopback");
     }
 
+    /// For tests of what becomes of the connections beside the main one.
+    #[cfg(test)]
+    pub(super) fn bulk(&self) -> Vec<Connection> {
+        self.0.core.bulk().iter().map(|bulk| bulk.connection.clone()).collect()
+    }
+
     /// For tests of what a hostile peer could do.
     #[cfg(test)]
     pub(super) fn quic(&self) -> &Connection {
@@ -312,8 +395,33 @@ impl Link {
 
 impl Drop for Inner {
     fn drop(&mut self) {
-        self.core.connection.close(code(close_code::LET_GO), LET_GO_REASON);
+        self.core.close(close_code::LET_GO, LET_GO_REASON);
     }
+}
+
+impl LinkStats {
+    /// One more connection.
+    fn count(&mut self, quic: &ConnectionStats, gauges: &Gauges) {
+        self.delivery_rate_bytes_per_s += gauges.delivery_rate_bytes_per_s();
+        self.window_bytes += quic.path.cwnd;
+        self.in_flight_bytes += gauges.in_flight_bytes();
+        self.sent_bytes += quic.udp_tx.bytes;
+        self.received_bytes += quic.udp_rx.bytes;
+        self.sent_packets += quic.path.sent_packets;
+        self.lost_packets += quic.path.lost_packets;
+        self.connections += 1;
+    }
+}
+
+/// Lets the pusher know when a connection runs dry.
+fn follow(budget: &Arc<PushBudget>, connection: &Connection, gauges: &Arc<Gauges>) {
+    let (budget, connection, gauges) = (budget.clone(), connection.clone(), gauges.clone());
+    tokio::spawn(async move {
+        tokio::select! {
+            () = budget.follow(&gauges) => {}
+            _ = connection.closed() => {}
+        }
+    });
 }
 
 fn check_size(lane: Lane, message: &Bytes) -> Result<(), LinkError> {

@@ -9,16 +9,18 @@ use quinn::crypto::rustls::QuicServerConfig;
 use quinn::{Connection, Endpoint, Incoming, RecvStream, SendStream, ServerConfig, VarInt};
 use tokio::sync::mpsc;
 
+use super::bulk::{BULK_WINDOW_BYTES, BulkConnection};
 use super::congestion::Gauges;
 use super::error::{ListenError, close_code, code};
 use super::identity::Identity;
 use super::lanes::MAX_STREAMS;
-use super::link::{Established, Link};
+use super::link::{Established, Link, WeakLink};
 use super::proof::{self, Claim, HELLO_BYTES, Hello, SessionKey, Welcome};
 use super::quic::{self, Peer};
 use super::saved::{SavedError, SavedReceiver};
+use super::socket::{self, Cap};
 use super::ticket::{MAX_ADDRESSES, MigrationId, Secret, Ticket};
-use super::{TransportOptions, addresses, socket};
+use super::{TransportOptions, addresses};
 
 /// A stranger must have proved its ticket within this time.
 const STRANGER_PATIENCE: Duration = Duration::from_secs(5);
@@ -75,7 +77,7 @@ impl Listener {
         let damaged = |error: SavedError| ListenError::Certificate(error.to_string());
         let (identity, migration) = saved.identity().map_err(damaged)?;
         let session = Some(saved.session().map_err(damaged)?);
-        let trust = Trust { ticket_used: true, session };
+        let trust = Trust { ticket_used: true, session, newest: None };
         // The ticket was used: no secret opens it any more.
         Self::open(saved.listen, identity, Secret::random(), migration, trust, options)
     }
@@ -91,7 +93,8 @@ impl Listener {
         let crypto = Arc::new(identity.config().map_err(ListenError::Certificate)?);
         let bind_error = |source| ListenError::Bind { address, source };
         let config = server_config(&crypto, options, address, Arc::default());
-        let endpoint = socket::endpoint(address, Some(config), options).map_err(bind_error)?;
+        let endpoint = socket::endpoint(address, Some(config), options, Cap::of(options))
+            .map_err(bind_error)?;
         let bound = endpoint.local_addr().map_err(bind_error)?;
         let (fresh_sender, fresh) = mpsc::channel(LINK_QUEUE);
         let (resumed_sender, resumed) = mpsc::channel(LINK_QUEUE);
@@ -224,6 +227,18 @@ struct Desk {
 struct Trust {
     ticket_used: bool,
     session: Option<SessionKey>,
+    /// The link to which connections can be added, and the key to that.
+    newest: Option<(WeakLink, Secret)>,
+}
+
+/// As whom a stranger was recognized.
+enum Known {
+    /// The holder of the ticket; the session begins.
+    Sender(SessionKey),
+    /// The sender of this session, once more.
+    SenderAgain(SessionKey),
+    /// The other end of this link.
+    Bulk(Link),
 }
 
 async fn receive_strangers(desk: Arc<Desk>) {
@@ -282,11 +297,23 @@ impl Desk {
         recv.read_exact(&mut bytes).await.map_err(|_| None)?;
         let hello = Hello::decode(&bytes)
             .ok_or(Some((close_code::VIOLATION, "the first message is not understood")))?;
-        let session = self.verify(&hello, &connection).map_err(Some)?;
-        connection.set_receive_window(quic::receive_window(&self.options));
+        let known = self.verify(&hello, &connection).map_err(Some)?;
+        connection.set_receive_window(match known {
+            Known::Sender(_) | Known::SenderAgain(_) => quic::receive_window(&self.options),
+            Known::Bulk(_) => VarInt::from_u32(BULK_WINDOW_BYTES),
+        });
         connection.set_max_concurrent_uni_streams(VarInt::from_u32(MAX_STREAMS));
         let welcome = Welcome { push_window_bytes: quic::push_window_bytes(&self.options) };
         send.write_all(&welcome.encode()).await.map_err(|_| None)?;
+        let (session, queue) = match known {
+            Known::Sender(session) => (session, &self.fresh),
+            Known::SenderAgain(session) => (session, &self.resumed),
+            Known::Bulk(link) => {
+                let endpoint = self.endpoint.clone();
+                let bulk = BulkConnection { connection, endpoint, gauges, _control: (send, recv) };
+                return link.add(bulk).map_err(|why| Some((close_code::BUSY, why)));
+            }
+        };
         let established = Established {
             connection,
             endpoint: self.endpoint.clone(),
@@ -295,22 +322,16 @@ impl Desk {
             session,
             peer_push_window_bytes: hello.push_window_bytes,
         };
-        let queue = match hello.claim {
-            Claim::Ticket => &self.fresh,
-            Claim::Session => &self.resumed,
-        };
+        let link = Link::new(established, &self.options);
+        self.trust().newest = Some((link.downgrade(), link.bulk_key()));
         queue
-            .try_send(Link::new(established, &self.options))
+            .try_send(link)
             .map_err(|_| Some((close_code::BUSY, "the receiver is not ready for this connection")))
     }
 
     /// Decides, at one moment, whether this stranger is the sender. A used ticket is told only to who
     /// holds it.
-    fn verify(
-        &self,
-        hello: &Hello,
-        connection: &Connection,
-    ) -> Result<SessionKey, (u32, &'static str)> {
+    fn verify(&self, hello: &Hello, connection: &Connection) -> Result<Known, (u32, &'static str)> {
         const WRONG: (u32, &str) = (close_code::WRONG_TICKET, "wrong ticket");
         if hello.migration != self.migration {
             return Err(WRONG);
@@ -325,10 +346,18 @@ impl Desk {
                 let session = proof::session_key(&self.secret, connection);
                 trust.ticket_used = true;
                 trust.session = Some(session.clone());
-                Ok(session)
+                Ok(Known::Sender(session))
             }
             Claim::Session => match &trust.session {
-                Some(session) if hello.proves(&session.0, connection) => Ok(session.clone()),
+                Some(session) if hello.proves(&session.0, connection) => {
+                    Ok(Known::SenderAgain(session.clone()))
+                }
+                _ => Err(WRONG),
+            },
+            Claim::Bulk => match &trust.newest {
+                Some((link, key)) if hello.proves(key, connection) => {
+                    link.upgrade().map(Known::Bulk).ok_or(WRONG)
+                }
                 _ => Err(WRONG),
             },
         }

@@ -1,10 +1,11 @@
-//! The network between the two hosts: one QUIC connection, both ends authenticated.
+//! The network between the two hosts: a QUIC connection, both ends authenticated.
 //!
 //! * [`Listener::bind`] makes a one-time identity and prints it as a [`Ticket`]; [`connect()`] proves the
 //!   ticket's secret. Afterwards both ends hold a [`Link`].
 //! * A link has *lanes* ([`Lane`]), each with its own priority, limits and receive queue, so that a
 //!   page fault never stands behind bulk data at either end: control messages in order on one
 //!   stream; everything else one message a stream, which may arrive in any order.
+//! * Where one connection's work fills a core, bulk takes more of them ([`Connections`]).
 //! * In the network the same is the congestion controller's work: see [`congestion`].
 //!
 //! Everything that a peer sends is bounded before it is kept. An unauthenticated peer gets one small
@@ -15,6 +16,7 @@ pub mod congestion;
 mod addresses;
 mod base32;
 mod buffers;
+mod bulk;
 mod connect;
 mod error;
 #[doc(hidden)]
@@ -36,12 +38,13 @@ mod tests;
 mod ticket;
 
 pub(crate) use buffers::Buffers;
+pub(crate) use bulk::MAX_CONNECTIONS;
 pub use connect::{connect, reconnect};
 pub use error::{ConnectError, LinkError, ListenError};
 pub use lanes::Lane;
 pub use link::{Link, LinkStats};
 pub use listener::Listener;
-pub use options::TransportOptions;
+pub use options::{Connections, TransportOptions};
 pub use proof::SessionKey;
 pub use qlog::Qlog;
 pub use saved::{SavedError, SavedReceiver, SavedSender};

@@ -1,7 +1,19 @@
 //! What can be chosen about the transport.
 
+use std::num::NonZero;
+
 use super::congestion::Congestion;
 use super::qlog::Qlog;
+
+/// How many connections a link's sender opens.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Connections {
+    /// One, and more for bulk when the network takes more than a core can send: up to half of the cores, and eight.
+    #[default]
+    Auto,
+    /// So many from the beginning.
+    Exactly(NonZero<u8>),
+}
 
 /// Settings of one end of a link. The two ends need not agree.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -22,6 +34,8 @@ pub struct TransportOptions {
     pub socket_buffer_bytes: usize,
     /// Largest UDP payload tried by MTU discovery; `None` follows the route's MTU.
     pub mtu_limit_bytes: Option<u16>,
+    /// How many connections the sender opens.
+    pub connections: Connections,
     /// The congestion controller.
     pub congestion: Congestion,
     /// Where packets and the congestion controller's figures are logged.
@@ -39,6 +53,7 @@ impl Default for TransportOptions {
             control_message_limit_bytes: 64 << 20,
             socket_buffer_bytes: 4 << 20,
             mtu_limit_bytes: None,
+            connections: Connections::default(),
             congestion: Congestion::default(),
             qlog: None,
         }

@@ -24,6 +24,8 @@ pub(super) enum Claim {
     Ticket = 1,
     /// The key of a session that was authenticated before.
     Session = 2,
+    /// That of a link that lives: one more connection for its bulk.
+    Bulk = 3,
 }
 
 /// Shared by the two ends of one authenticated connection, and by nobody else: proves on a later
@@ -81,6 +83,7 @@ impl Hello {
         let claim = match bytes[0] {
             1 => Claim::Ticket,
             2 => Claim::Session,
+            3 => Claim::Bulk,
             _ => return None,
         };
         Some(Hello {
@@ -114,6 +117,11 @@ pub(super) fn session_key(secret: &Secret, connection: &Connection) -> SessionKe
     let key = hmac::Key::new(hmac::HMAC_SHA256, &secret.0);
     let tag = hmac::sign(&key, &exporter(connection, b"EXPORTER-farfault-session"));
     SessionKey(Secret(tag.as_ref().try_into().expect("HMAC-SHA256 has 32 bytes")))
+}
+
+/// The key that adds connections to the link whose main connection this is.
+pub(super) fn bulk_key(connection: &Connection) -> Secret {
+    Secret(exporter(connection, b"EXPORTER-farfault-bulk"))
 }
 
 fn statement(claim: Claim, migration: MigrationId, connection: &Connection) -> Vec<u8> {

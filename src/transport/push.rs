@@ -1,8 +1,8 @@
 //! How much bulk may be on its way.
 //!
 //! Two bounds hold for the push lane of the sending end:
-//! * *in flight*: what quinn holds of it, unsent or unacknowledged, stays near the congestion window,
-//!   so that what goes next is decided late, by the pusher, and not queued early;
+//! * *in flight*: what quinn holds of it, unsent or unacknowledged, stays near the congestion window of each of
+//!   the link's connections, so that what goes next is decided late, by the pusher, and not queued early;
 //! * *credit*: what the peer's consumer has not taken yet stays within the window that the peer
 //!   announced, so that a slow consumer of bulk cannot use up the connection's flow control, which the
 //!   fault lanes need too.
@@ -19,16 +19,34 @@ const SENDER_QUEUE_BYTES: u64 = 64 << 10;
 
 #[derive(Debug, Default)]
 struct Ledger {
-    in_flight_bytes: u64,
+    /// One for each connection, the main one first.
+    ways: Vec<Way>,
     pushed_cost: u64,
     consumed_cost: u64,
     messages: u32,
 }
 
+#[derive(Debug)]
+struct Way {
+    gauges: Arc<Gauges>,
+    in_flight_bytes: u64,
+}
+
+impl Way {
+    /// How much of it is free with a message of `bytes` more, if that fits.
+    fn room_with(&self, bytes: u64) -> Option<u64> {
+        let window = self.gauges.window_bytes();
+        let limit = window + window / 4 + SENDER_QUEUE_BYTES;
+        match self.in_flight_bytes {
+            0 => Some(limit.saturating_sub(bytes)),
+            under_way => limit.checked_sub(under_way + bytes),
+        }
+    }
+}
+
 /// The sending end's account.
 #[derive(Debug)]
 pub(super) struct PushBudget {
-    gauges: Arc<Gauges>,
     peer_window_bytes: u64,
     ledger: Mutex<Ledger>,
     changed: Notify,
@@ -38,13 +56,31 @@ pub(super) struct PushBudget {
 
 impl PushBudget {
     pub(super) fn new(gauges: Arc<Gauges>, peer_window_bytes: u64) -> Arc<Self> {
+        let ways = vec![Way { gauges, in_flight_bytes: 0 }];
         Arc::new(PushBudget {
-            gauges,
             peer_window_bytes,
-            ledger: Mutex::default(),
+            ledger: Mutex::new(Ledger { ways, ..Ledger::default() }),
             changed: Notify::new(),
             turn: tokio::sync::Mutex::default(),
         })
+    }
+
+    /// One connection more.
+    pub(super) fn add_way(&self, gauges: Arc<Gauges>) {
+        self.ledger().ways.push(Way { gauges, in_flight_bytes: 0 });
+        self.changed.notify_waiters();
+    }
+
+    /// Wakes the pusher whenever the connection with these gauges runs dry.
+    pub(super) async fn follow(&self, gauges: &Gauges) {
+        let mut dry = std::pin::pin!(gauges.dry.notified());
+        dry.as_mut().enable();
+        loop {
+            dry.as_mut().await;
+            dry.set(gauges.dry.notified());
+            dry.as_mut().enable();
+            self.changed.notify_waiters();
+        }
     }
 
     fn ledger(&self) -> MutexGuard<'_, Ledger> {
@@ -56,16 +92,11 @@ impl PushBudget {
         let _turn = self.turn.lock().await;
         loop {
             let mut changed = std::pin::pin!(self.changed.notified());
-            let mut dry = std::pin::pin!(self.gauges.dry.notified());
             changed.as_mut().enable();
-            dry.as_mut().enable();
             if let Some(admitted) = self.try_admit(bytes) {
                 return admitted;
             }
-            tokio::select! {
-                () = changed => {}
-                () = dry => {}
-            }
+            changed.await;
         }
     }
 
@@ -76,21 +107,23 @@ impl PushBudget {
         if unconsumed > 0 && unconsumed + cost > self.peer_window_bytes {
             return None;
         }
-        let window = self.gauges.window_bytes();
-        let limit = window + window / 4 + SENDER_QUEUE_BYTES;
-        let fits = ledger.in_flight_bytes == 0 || ledger.in_flight_bytes + bytes as u64 <= limit;
+        let ways = ledger.ways.iter().enumerate();
+        let fitting = ways.filter_map(|(way, it)| Some((it.room_with(bytes as u64)?, way)));
+        // Of equals the first one.
+        let roomiest = fitting.max_by_key(|(room, way)| (*room, std::cmp::Reverse(*way)));
         // A message counts until its last byte is acknowledged, so under loss the account shows more
         // than is on its way. That the connection ran out of data is the better witness then.
-        if !fits && !self.gauges.take_dry() {
-            return None;
-        }
-        ledger.in_flight_bytes += bytes as u64;
+        let way = match roomiest {
+            Some((_, way)) => way,
+            None => ledger.ways.iter().position(|way| way.gauges.take_dry())?,
+        };
+        ledger.ways[way].in_flight_bytes += bytes as u64;
         ledger.pushed_cost += cost;
         ledger.messages = ledger.messages.saturating_add(1);
         // Earlier messages precede later ones: pages arrive in the pusher's order, and few streams
         // are incomplete at a time.
         let priority = i32::try_from(ledger.messages).map_or(i32::MIN, |count| -count);
-        Some(Admitted { budget: self.clone(), bytes: bytes as u64, priority })
+        Some(Admitted { budget: self.clone(), bytes: bytes as u64, way, priority })
     }
 
     /// The peer's consumer has taken messages of this cost, in all. `Err` when that cannot be.
@@ -107,7 +140,7 @@ impl PushBudget {
 
     /// Bytes pushed and not acknowledged by the peer's transport.
     pub(super) fn in_flight_bytes(&self) -> u64 {
-        self.ledger().in_flight_bytes
+        self.ledger().ways.iter().map(|way| way.in_flight_bytes).sum()
     }
 
     /// Waits until all that was pushed is acknowledged by the peer's transport.
@@ -128,13 +161,15 @@ impl PushBudget {
 pub(super) struct Admitted {
     budget: Arc<PushBudget>,
     bytes: u64,
+    /// By which of the link's connections.
+    pub(super) way: usize,
     /// For the message's stream.
     pub(super) priority: i32,
 }
 
 impl Drop for Admitted {
     fn drop(&mut self) {
-        self.budget.ledger().in_flight_bytes -= self.bytes;
+        self.budget.ledger().ways[self.way].in_flight_bytes -= self.bytes;
         self.budget.changed.notify_waiters();
     }
 }
@@ -217,6 +252,21 @@ mod tests {
     }
 
     #[test]
+    fn connections_are_filled_alike_each_up_to_its_own_window() {
+        let (_gauges, budget) = budget(400_000, u64::MAX / 2);
+        let narrow = Arc::new(Gauges::default());
+        narrow.publish(100_000, 0, 0, None);
+        budget.add_way(narrow.clone());
+        let held: Vec<_> = std::iter::from_fn(|| budget.try_admit(50_000)).collect();
+        let by = |way: usize| held.iter().filter(|admitted| admitted.way == way).count();
+        assert_eq!((by(0), by(1)), (11, 3), "at most 1.25 windows and 64 KiB of each");
+        narrow.report_dry();
+        assert_eq!(budget.try_admit(50_000).unwrap().way, 1, "the dry one is fed");
+        drop(held);
+        assert_eq!(budget.in_flight_bytes(), 0);
+    }
+
+    #[test]
     fn a_message_larger_than_the_window_goes_alone() {
         let (_, budget) = budget(10_000, 100_000);
         let first = budget.try_admit(256_000).unwrap();
@@ -251,6 +301,28 @@ mod tests {
         credit.consumed(60_000);
         assert!(credit.received(60_000).is_ok());
         assert_eq!(credit.announce(), 60_000);
+    }
+
+    #[tokio::test]
+    async fn a_waiting_pusher_goes_on_when_a_connection_runs_dry() {
+        let (gauges, budget) = budget(10_000, 1 << 30);
+        let followed = tokio::spawn({
+            let (gauges, budget) = (gauges.clone(), budget.clone());
+            async move { budget.follow(&gauges).await }
+        });
+        let held = budget.try_admit(80_000).unwrap();
+        for _ in 0..3 {
+            let waiting = tokio::spawn({
+                let budget = budget.clone();
+                async move { drop(budget.admit(80_000).await) }
+            });
+            tokio::time::sleep(Duration::from_millis(20)).await;
+            assert!(!waiting.is_finished());
+            gauges.report_dry();
+            waiting.await.unwrap();
+        }
+        drop(held);
+        followed.abort();
     }
 
     #[tokio::test]

@@ -26,11 +26,28 @@ use super::quic::MAX_PAYLOAD_BYTES;
 const BURST: Duration = Duration::from_millis(2);
 const LARGEST_DATAGRAM_BYTES: u64 = 1500;
 
+/// A hard cap on what leaves by all sockets that have it; clones are the same.
+#[derive(Clone, Debug)]
+pub(super) struct Cap {
+    bytes_per_s: u64,
+    bucket: Arc<Mutex<Bucket>>,
+}
+
+impl Cap {
+    /// The one that the options ask for.
+    pub(super) fn of(options: &TransportOptions) -> Option<Self> {
+        let bytes_per_s = options.bandwidth_limit_bytes_per_s?;
+        let bucket = Arc::new(Mutex::new(Bucket::new(bytes_per_s, Instant::now())));
+        Some(Cap { bytes_per_s, bucket })
+    }
+}
+
 /// A QUIC endpoint on `address`. Must be called within a tokio runtime.
 pub(super) fn endpoint(
     address: SocketAddr,
     server: Option<ServerConfig>,
     options: &TransportOptions,
+    cap: Option<Cap>,
 ) -> io::Result<Endpoint> {
     let socket = UdpSocket::bind(address)?;
     widen(&socket, options.socket_buffer_bytes);
@@ -38,8 +55,8 @@ pub(super) fn endpoint(
     endpoint_config.max_udp_payload_size(MAX_PAYLOAD_BYTES).expect("between 1200 and 65527");
     let runtime = Arc::new(TokioRuntime);
     let inner = runtime.wrap_udp_socket(socket)?;
-    let socket: Arc<dyn AsyncUdpSocket> = match options.bandwidth_limit_bytes_per_s {
-        Some(limit) => Arc::new(CappedSocket::new(inner, limit)),
+    let socket: Arc<dyn AsyncUdpSocket> = match cap {
+        Some(cap) => Arc::new(CappedSocket::new(inner, cap)),
         None => inner,
     };
     Endpoint::new_with_abstract_socket(endpoint_config, server, socket, runtime)
@@ -97,15 +114,14 @@ struct CappedSocket {
 }
 
 impl CappedSocket {
-    fn new(inner: Arc<dyn AsyncUdpSocket>, limit_bytes_per_s: u64) -> Self {
+    fn new(inner: Arc<dyn AsyncUdpSocket>, cap: Cap) -> Self {
         // A batch must be short in time as well, or a fault reply would wait behind it.
-        let per_burst = limit_bytes_per_s as f64 * BURST.as_secs_f64();
+        let per_burst = cap.bytes_per_s as f64 * BURST.as_secs_f64();
         let max_segments = (per_burst as u64 / LARGEST_DATAGRAM_BYTES).max(1) as usize;
-        let bucket = Arc::new(Mutex::new(Bucket::new(limit_bytes_per_s, Instant::now())));
         CappedSocket {
             max_segments: max_segments.min(inner.max_transmit_segments()),
             inner,
-            bucket,
+            bucket: cap.bucket,
         }
     }
 }

@@ -9,10 +9,11 @@ use tokio::net::UdpSocket;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
-use super::error::code;
+use super::error::{close_code, code};
 use super::*;
 
 mod authentication;
+mod bulk;
 mod ends;
 mod lanes;
 mod logs;

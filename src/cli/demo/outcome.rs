@@ -152,6 +152,7 @@ mod tests {
             push: None,
             account: None,
             round_trip_ms: 40.5,
+            connections: 1,
             reconnects: 0,
             tracker: None,
             phases_ms: PhaseTimes::default(),

@@ -136,6 +136,7 @@ mod tests {
             push: None,
             account: None,
             round_trip_ms: 40.5,
+            connections: 1,
             reconnects: 0,
             tracker: Some("write-protect".into()),
             phases_ms: {

@@ -77,6 +77,7 @@ impl Session {
             push: None,
             account: None,
             round_trip_ms: stats.min_rtt_us as f64 / 1e3,
+            connections: stats.connections,
             reconnects: self.links.reconnects(),
             peak_rss_bytes: self.counters.peak_rss_bytes.load(Ordering::Relaxed),
             tracker: None,

@@ -85,6 +85,7 @@ impl Session {
             push: self.push_figures(),
             account,
             round_trip_ms: stats.min_rtt_us as f64 / 1e3,
+            connections: stats.connections,
             reconnects: self.links.reconnects(),
             huge_pages: None,
             peak_rss_bytes: self.counters.peak_rss_bytes.load(Ordering::Relaxed),

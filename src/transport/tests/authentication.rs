@@ -161,7 +161,7 @@ async fn a_sender_and_a_receiver_find_each_other_again_by_what_they_kept() {
 
 /// A QUIC connection to the right receiver that has proved nothing.
 async fn raw_connection(ticket: &Ticket) -> quinn::Connection {
-    let endpoint = socket::endpoint(loopback(), None, &options()).unwrap();
+    let endpoint = socket::endpoint(loopback(), None, &options(), None).unwrap();
     let (crypto, _) = identity::sender(ticket.certificate_sha256);
     let config = quinn::ClientConfig::new(std::sync::Arc::new(crypto));
     endpoint.connect_with(config, ticket.addresses[0], "x").unwrap().await.unwrap()
