@@ -1,5 +1,5 @@
 //! Bulk between two network namespaces that a plain pair of virtual network cards joins: TCP, bare quinn, and
-//! a link as a migration has it, each sent by one process and received by another.
+//! a link as a migration has it, of one connection and of several, each sent by one process and received by another.
 //!
 //! `cargo bench --bench bulk`, as root, sends 4 GiB by each, with the MTU of Ethernet and with jumbo frames;
 //! `cargo bench --bench bulk -- link` only what has the word in its name. Bare quinn is as it comes, its
@@ -7,6 +7,7 @@
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::num::NonZero;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::Instant;
@@ -14,7 +15,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail, ensure};
 use bytes::Bytes;
 use farfault::lab::netns::Netns;
-use farfault::transport::{Lane, Listener, Ticket, TransportOptions, connect};
+use farfault::transport::{Connections, Lane, Listener, Ticket, TransportOptions, connect};
 use nix::sys::resource::{UsageWho, getrusage};
 use nix::sys::socket::{setsockopt, sockopt};
 use quinn::crypto::rustls::QuicClientConfig;
@@ -25,7 +26,7 @@ use rustls::pki_types::{CertificateDer, PrivatePkcs8KeyDer};
 const TOTAL_BYTES: u64 = 4 << 30;
 const MESSAGE_BYTES: usize = 256 << 10;
 const ADDRESS: &str = "10.78.0.2:4444";
-const WAYS: [&str; 3] = ["tcp", "quinn", "link"];
+const WAYS: [&str; 5] = ["tcp", "quinn", "link", "link of 2", "link of 4"];
 const MTUS: [u16; 2] = [1_500, 9_000];
 /// As large as quinn's batches of datagrams allow.
 const LARGEST_PAYLOAD_BYTES: u16 = 6_500;
@@ -139,7 +140,11 @@ fn send(way: &str, mtu: u16) -> Result<()> {
     match way {
         "tcp" => send_tcp(messages)?,
         "quinn" => runtime()?.block_on(send_quinn(key.trim(), mtu, messages))?,
-        _ => runtime()?.block_on(send_link(key.trim(), messages))?,
+        _ => {
+            let connections = way.strip_prefix("link of ").map_or(Ok(1), str::parse)?;
+            let connections = NonZero::new(connections).context("no connection")?;
+            runtime()?.block_on(send_link(key.trim(), connections, messages))?;
+        }
     }
     println!("{} {}", begun.elapsed().as_secs_f64(), cpu_seconds()? - cpu);
     Ok(())
@@ -252,9 +257,15 @@ async fn receive_link() -> Result<u64> {
     Ok(received)
 }
 
-async fn send_link(ticket: &str, messages: impl Iterator<Item = Bytes>) -> Result<()> {
+async fn send_link(
+    ticket: &str,
+    connections: NonZero<u8>,
+    messages: impl Iterator<Item = Bytes>,
+) -> Result<()> {
     let ticket: Ticket = ticket.parse()?;
-    let link = connect(&ticket, &TransportOptions::default()).await?;
+    let connections = Connections::Exactly(connections);
+    let options = TransportOptions { connections, ..TransportOptions::default() };
+    let link = connect(&ticket, &options).await?;
     link.expect_faults(false);
     for message in messages {
         link.push(message).await?;

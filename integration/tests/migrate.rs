@@ -154,6 +154,18 @@ fn a_guest_of_4_gib_moves_by_hybrid() -> Result<()> {
 }
 
 #[test]
+fn a_guest_moves_by_four_connections() -> Result<()> {
+    let send_options = ["--connections", "4"];
+    let spec = GuestSpec::new(Machine::Pc, 512, SPARSE);
+    let Some(after) = move_guest(&spec, &[], &send_options)? else { return Ok(()) };
+    after.guest_is_unharmed()?;
+    for report in [&after.moved.source, &after.moved.destination] {
+        ensure!(report["connections"] == 4, "{report}");
+    }
+    after.nothing_is_left()
+}
+
+#[test]
 fn a_guest_with_two_memory_nodes_moves_by_hybrid() -> Result<()> {
     let mut spec = GuestSpec::new(Machine::Pc, 512, "ff.ws=320M ff.pattern=sparse ff.rate=2000");
     spec.ram = Ram::SharedTwoNodes;

@@ -20,8 +20,8 @@ const LONGEST_ATTEMPT: Duration = Duration::from_secs(20);
 const WORK: &str = "ff.ws=96M ff.pattern=sparse ff.rate=1000 ff.fill=random ff.verify=50000";
 const LINK: &str = "200Mbit,10ms";
 
-/// Moves a guest, and cuts the link twice while `phase` goes on at the source.
-fn moves_over_cuts(strategy: &str, phase: &str) -> Result<()> {
+/// Moves a guest by a link of so many connections, which is cut twice while `phase` goes on at the source.
+fn moves_over_cuts(strategy: &str, phase: &str, connections: u32) -> Result<()> {
     let long = match std::env::var(LONG_VARIABLE) {
         Ok(seconds) => Duration::from_secs(seconds.parse().context(LONG_VARIABLE)?),
         Err(_) => Duration::from_secs(LONG_S),
@@ -32,7 +32,9 @@ fn moves_over_cuts(strategy: &str, phase: &str) -> Result<()> {
     let destination = Guest::prepare(&lab, "destination", &spec)?;
     let mut receive = Running::receive(&lab, &destination, &[])?;
     let ticket = receive.ticket()?;
-    let mut send = Running::send(&lab, &source, &ticket, &["--strategy", strategy])?;
+    let connections_word = connections.to_string();
+    let options = ["--strategy", strategy, "--connections", &connections_word];
+    let mut send = Running::send(&lab, &source, &ticket, &options)?;
     send.wait_for_event(phase, LIMIT, |event| event["phase"] == phase)?;
     for cut in [SHORT, long] {
         // In the middle of the pages.
@@ -48,6 +50,7 @@ fn moves_over_cuts(strategy: &str, phase: &str) -> Result<()> {
     eprintln!("{report}\n{report_there}");
     for (ended, report) in [(&sent, report), (&received, report_there)] {
         ensure!(report["result"] == "migrated", "{report}");
+        ensure!(report["connections"] == connections, "{report}");
         let back = ended.events.iter().filter(|event| event["state"] == "up").count() as u64;
         ensure!(report["reconnects"] == back, "{back} links in {report}");
         ensure!(back >= 1, "the long cut went unnoticed: {report}");
@@ -65,10 +68,10 @@ fn moves_over_cuts(strategy: &str, phase: &str) -> Result<()> {
 
 #[test]
 fn a_link_that_is_cut_in_pre_copy_is_mended() -> Result<()> {
-    moves_over_cuts("precopy", "precopy")
+    moves_over_cuts("precopy", "precopy", 3)
 }
 
 #[test]
 fn a_link_that_is_cut_in_post_copy_is_mended_and_no_page_is_wrong() -> Result<()> {
-    moves_over_cuts("postcopy", "postcopy")
+    moves_over_cuts("postcopy", "postcopy", 1)
 }

@@ -3,6 +3,7 @@
 use std::cell::RefCell;
 use std::io::Write;
 use std::net::Ipv4Addr;
+use std::num::NonZero;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -23,7 +24,7 @@ use crate::page::{PAGE_SIZE_BYTES, PageIndex, PageRange, PageSet};
 use crate::report::{MigrationResult, Output, Report, TraceRecord, read_trace};
 use crate::session::destination::{ReceiveOptions, receive};
 use crate::session::source::{SendOptions, send};
-use crate::transport::{Listener, Ticket, TransportOptions};
+use crate::transport::{Connections, Listener, Ticket, TransportOptions};
 use crate::wire::message::{HandoverForm, Strategy};
 
 mod bulky;
@@ -45,6 +46,7 @@ struct Method {
     limits: SentLimits,
     /// Without any the link decides. Over the loopback interface pages then go as they are, and are not remembered.
     codecs: Option<CodecChoice>,
+    connections: Connections,
 }
 
 impl Default for Method {
@@ -60,6 +62,7 @@ impl Default for Method {
             link: None,
             limits: SentLimits { base_cache_bytes: 64 << 20, lines_bytes: 16 << 20 },
             codecs: None,
+            connections: Connections::default(),
         }
     }
 }
@@ -69,6 +72,7 @@ fn transport(method: Method) -> TransportOptions {
         bandwidth_limit_bytes_per_s: method.bandwidth_bytes_per_s,
         keep_alive_ms: 200,
         idle_timeout_ms: 2_000,
+        connections: method.connections,
         ..TransportOptions::default()
     }
 }
@@ -275,6 +279,20 @@ fn a_guest_of_threads_moves_whole_under_every_workload() {
     }
     for pattern in Pattern::ALL {
         moves_whole(threads, waiting_threads, &plan(pattern, 20_000, 32, 2), Method::default());
+    }
+}
+
+#[test]
+fn a_guest_moves_whole_by_several_connections() {
+    if !can_serve_faults("moves by several connections") {
+        return;
+    }
+    let connections = Connections::Exactly(NonZero::new(4).unwrap());
+    for strategy in [Strategy::Hybrid, Strategy::Postcopy] {
+        let method = Method { strategy, connections, ..Method::default() };
+        let plan = plan(Pattern::Sparse, 20_000, 64, 2);
+        let Moved { sent, received, .. } = moves_whole(threads, waiting_threads, &plan, method);
+        assert_eq!([sent.connections, received.connections], [4, 4]);
     }
 }
 

@@ -5,8 +5,8 @@ use crate::lab::relay::Relay;
 use crate::memory::{PageTable, StageCounts};
 
 /// QUIC gives a silent link up after this.
-const IDLE: Duration = Duration::from_millis(800);
-const OUTAGE: Duration = Duration::from_millis(1500);
+const IDLE: Duration = Duration::from_millis(1200);
+const OUTAGE: Duration = Duration::from_millis(1800);
 
 /// When the link is cut.
 type Moment = fn(&StageCounts) -> bool;
