@@ -14,11 +14,11 @@ lab-test name: release
 # Migrations of real guests with random accidents after the switchover (root; half a minute each)
 accidents runs="20" seed="1": release
     FARFAULT_ACCIDENT_RUNS={{runs}} FARFAULT_ACCIDENT_SEED={{seed}} \
-        cargo test --package farfault-integration --test accidents -- --nocapture
+        cargo test --package farfault-integration --test all accidents:: -- --nocapture
 
 # Migrations of real guests over a link that is cut for so long, in pre-copy and in post-copy (root)
 outages seconds="60": release
-    FARFAULT_OUTAGE_S={{seconds}} cargo test --package farfault-integration --test outage -- --nocapture
+    FARFAULT_OUTAGE_S={{seconds}} cargo test --package farfault-integration --test all outage:: -- --nocapture
 
 # Unit and property tests only: seconds, no root
 unit:
