@@ -125,7 +125,7 @@ pub(super) fn ms(time: Duration) -> f64 {
 
 fn guest_spec(cell: &Cell) -> Result<GuestSpec> {
     let guest = &cell.guest;
-    let work = format!(
+    let mut work = format!(
         "ff.ws={}K ff.pattern={} ff.rate={} ff.fill={} ff.verify={}",
         guest.working_set_bytes()? >> 10,
         guest.work,
@@ -133,6 +133,9 @@ fn guest_spec(cell: &Cell) -> Result<GuestSpec> {
         guest.fill,
         guest.verify
     );
+    if let Some(usable_bytes) = guest.usable_bytes()? {
+        work = format!("mem={}M {work}", usable_bytes >> 20);
+    }
     let mut spec = GuestSpec::new(Machine::Pc, guest.memory_bytes()? >> 20, &work);
     spec.programs = guest.programs();
     if guest.streams() {

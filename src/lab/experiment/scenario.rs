@@ -96,6 +96,9 @@ pub struct GuestPart {
     pub kind: GuestKind,
     /// All its memory.
     pub memory: String,
+    /// QEMU only: how much of it the guest's kernel may use; the rest is never touched.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub usable: Option<String>,
     /// QEMU only: memory that it fills and works on.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub working_set: Option<String>,
@@ -306,12 +309,15 @@ impl GuestPart {
                 "work: a built-in guest that does nothing has no heartbeat"
             );
             ensure!(self.working_set.is_none(), "working_set is for guests in QEMU");
+            ensure!(self.usable.is_none(), "usable is for guests in QEMU");
             return Ok(());
         }
         ensure!(memory.is_multiple_of(1 << 20), "memory: whole MiB");
         let working_set = self.working_set_bytes()?;
+        let usable = self.usable_bytes()?.unwrap_or(memory);
+        ensure!(usable.is_multiple_of(1 << 20) && usable <= memory, "usable: whole MiB of memory");
         ensure!(
-            working_set + (64 << 20) <= memory,
+            working_set + (64 << 20) <= usable,
             "working_set: leave the guest's kernel 64 MiB of its memory"
         );
         ensure!(
@@ -339,6 +345,12 @@ impl GuestPart {
     /// All memory, in bytes.
     pub fn memory_bytes(&self) -> Result<u64> {
         Ok(parse_bytes(&self.memory)?)
+    }
+
+    /// What the guest's kernel may use of it, in bytes, when that is not all.
+    pub fn usable_bytes(&self) -> Result<Option<u64>> {
+        let text = self.usable.as_ref();
+        text.map(|text| parse_bytes(text).context("usable")).transpose()
     }
 
     /// Whether a guest in QEMU streams to a client outside.

@@ -70,6 +70,8 @@ fn what_cannot_be_tried_is_refused_with_its_place() {
         ("name = \"native\"", "name = \"small\"", "same name"),
         ("name = \"lan\"", "name = \"a/b\"", "letters"),
         ("64MiB", "250MiB", "leave the guest's kernel"),
+        ("64MiB\"", "64MiB\"\n    usable = \"100MiB\"", "leave the guest's kernel"),
+        ("64MiB\"", "64MiB\"\n    usable = \"1TiB\"", "usable: whole MiB of memory"),
         ("repeat = 2", "repeat = 0", "at least 1"),
         ("repeat = 2", "repeats = 2", "unknown field"),
         ("1ms\"", "1ms\"\nqueue = \"10bdp\"", "built-in"),
