@@ -9,10 +9,12 @@ use std::time::{Duration, Instant};
 
 use hdrhistogram::Histogram;
 
-use super::MemoryError;
 use super::table::{PageTable, Stage, Want};
 use super::userfault::{Fault, Userfault};
+use super::{MemoryError, Units};
 use crate::page::{PageIndex, PageRange, Version};
+
+mod units;
 
 /// How often the fault reader looks whether it shall stop, and retries what had no memory.
 const TICK: Duration = Duration::from_millis(20);
@@ -46,9 +48,9 @@ impl Default for FaultOptions {
 pub struct FaultStats {
     /// Faults on pages whose content was here.
     pub local_faults: u64,
-    /// Pages that were asked for because of a fault.
+    /// Faults because of which a page was asked for, or all missing ones of a unit.
     pub remote_faults: u64,
-    /// Faults on pages that had been asked for already.
+    /// Faults on pages, or units, that had been asked for already.
     pub joined_faults: u64,
     /// From reading a remote fault to waking its threads, in microseconds.
     pub remote_latency_us: Histogram<u64>,
@@ -84,8 +86,9 @@ pub struct FaultServer {
 
 impl FaultServer {
     /// Starts to serve. `ask` is called, in the fault thread, with each page that a thread of the guest
-    /// waits for and that is not here, and that thread's id (0 when the kernel does not tell): once per
-    /// page, until it has been mapped. It must not block.
+    /// waits for and that is not here, and that thread's id: once per page, until it has been mapped. The id is
+    /// 0 for all but one of the pages that are asked for together since they are of one unit, and when the kernel
+    /// does not tell it. It must not block.
     pub fn start(
         userfault: Arc<Userfault>,
         table: Arc<PageTable>,
@@ -106,6 +109,17 @@ impl FaultServer {
     /// applier after [`PageTable::finish`], and for what [`PageTable::freeze`] gave; ascending
     /// neighbours are mapped together.
     pub fn map_arrived(&self, pages: &[PageIndex]) -> Result<(), MemoryError> {
+        let units = self.service.units();
+        if units.are_single() {
+            return self.map_arrived_singly(pages);
+        }
+        let is_single = |page: &PageIndex| units.of(*page).len() == 1;
+        let (singly, in_units): (Vec<_>, Vec<_>) = pages.iter().copied().partition(is_single);
+        self.map_arrived_singly(&singly)?;
+        self.service.map_arrived_units(&in_units)
+    }
+
+    fn map_arrived_singly(&self, pages: &[PageIndex]) -> Result<(), MemoryError> {
         let mut run = PageRange::new(0, 0);
         for page in pages {
             let state = self.service.table.state(*page);
@@ -275,6 +289,10 @@ impl Service {
     /// Asks for the page of a fault if it is not here; else tells whether it is of zeros.
     fn request(&self, fault: Fault, ask: &impl Fn(PageIndex, u32)) -> Option<bool> {
         let page = fault.page;
+        let unit = self.units().of(page);
+        if unit.len() > 1 {
+            return self.request_unit(fault, unit, ask).then_some(false);
+        }
         // While it is being replaced, the version is still that of the older copy.
         let absent = self.table.state(page).version == Version::NONE;
         match self.table.want(page) {
@@ -300,6 +318,10 @@ impl Service {
 
     /// Maps a page that is here, and its neighbours.
     fn serve(&self, page: PageIndex, zero: bool) -> Result<(), MemoryError> {
+        let unit = self.units().of(page);
+        if unit.len() > 1 {
+            return self.map_unit(unit);
+        }
         if zero {
             return self.map_one(page);
         }
@@ -333,9 +355,11 @@ impl Service {
         }
         let window = page.0 - page.0 % self.options.around_pages;
         let end = (window + self.options.around_pages).min(self.table.pages());
+        let units = self.units();
         let joins = |page: &u64| {
-            let state = self.table.state(PageIndex(*page));
-            state.stage == Stage::Current && !state.zero
+            let page = PageIndex(*page);
+            let state = self.table.state(page);
+            state.stage == Stage::Current && !state.zero && units.of(page).len() == 1
         };
         let before = (window..page.0).rev().take_while(joins).count() as u64;
         let after = (page.0 + 1..end).take_while(joins).count() as u64;
@@ -373,6 +397,10 @@ impl Service {
         self.userfault.map_zero(page)?;
         self.mapped(PageRange::new(page.0, page.0 + 1));
         Ok(())
+    }
+
+    fn units(&self) -> &Units {
+        self.userfault.units()
     }
 
     fn mapped(&self, run: PageRange) {
@@ -492,7 +520,13 @@ fn map_all(service: &Service, stop: &AtomicBool) -> Result<u64, MemoryError> {
     let pages = service.table.pages();
     let (mut from, mut mapped) = (0, 0);
     while from < pages && !stop.load(Ordering::Relaxed) {
-        let window = PageRange::new(from, (from + MAPPER_RUN_PAGES).min(pages));
+        let window = service.units().stretch(PageIndex(from), MAPPER_RUN_PAGES);
+        if service.units().of(window.start).len() > 1 {
+            mapped += if service.map_unit_ahead(window)? { window.len() } else { 0 };
+            from = window.end.0;
+            std::thread::yield_now();
+            continue;
+        }
         let ready = service.table.next_run(window, |s| s.stage == Stage::Current && !s.zero);
         let Some(run) = ready else {
             from = window.end.0;

@@ -14,7 +14,8 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::statfs::{HUGETLBFS_MAGIC, fstatfs};
 use nix::unistd::{Whence, lseek};
 
-use super::{MemoryError, MemoryLayout, RegionLayout, sys};
+use super::huge_file::{HUGE_PAGE_BYTES, HugeFile};
+use super::{MemoryError, MemoryLayout, RegionLayout, Units, sys};
 use crate::page::{PAGE_SIZE_BYTES, PageBytes, PageIndex, PageRange, PageSet};
 
 /// Pages among which holes are looked for at a time: 4 MiB.
@@ -52,7 +53,7 @@ pub struct RegionBacking {
 /// `pwrite(2)`: on a full tmpfs it gives `ENOSPC`, where a store through the mapping would kill the
 /// process with SIGBUS. It also is the faster way for pages that are new: of 64 together one takes 4 us
 /// (alone 6 us), against 10 us, most of which is the fault of the alias. (For pages that are there it is 1.8 us
-/// against 0.9 us.)
+/// against 0.9 us.) RAM on hugetlbfs is read and written by other system calls: see `huge_file.rs`.
 #[derive(Debug)]
 pub struct GuestMemory {
     layout: MemoryLayout,
@@ -66,20 +67,28 @@ struct Region {
     pages: PageRange,
     file: File,
     file_offset_bytes: u64,
-    /// None of a file on hugetlbfs, which is read by `pread(2)`: reading a hole of that through a mapping
-    /// would take a huge page.
-    map: Option<MmapRaw>,
+    alias: Alias,
     /// How large the pages of the file are.
     unit_bytes: u64,
+}
+
+#[derive(Debug)]
+enum Alias {
+    /// Of shared memory.
+    Mapped(MmapRaw),
+    /// Of a file on hugetlbfs, which is read by `pread(2)`: reading a hole of that through a mapping would take a
+    /// huge page. With what it takes to write it, where it may be written.
+    Huge(Option<HugeFile>),
 }
 
 impl GuestMemory {
     /// Maps these regions.
     ///
     /// # Errors
-    /// [`MemoryError::BackingTooSmall`] when a file ends before its region does,
-    /// [`MemoryError::HugePages`] on hugetlbfs unless it is only read, [`MemoryError::Backing`] when mapping
-    /// fails.
+    /// [`MemoryError::BackingTooSmall`] when a file ends before its region does, [`MemoryError::Backing`] when
+    /// mapping fails. For a region on hugetlbfs that is to be written, [`MemoryError::HugePages`] when its pages
+    /// are not of 2 MiB or it is not a whole number of them, and [`MemoryError::NoHugePages`] when the pool has no
+    /// room for it.
     pub fn map(mut regions: Vec<RegionBacking>, access: Access) -> Result<Self, MemoryError> {
         let layout = MemoryLayout::new(regions.iter().map(|r| r.layout.clone()).collect());
         regions.sort_by(|a, b| a.layout.name.cmp(&b.layout.name));
@@ -127,7 +136,7 @@ impl GuestMemory {
     /// When the page is beyond the guest.
     pub fn read_page(&self, page: PageIndex, into: &mut PageBytes) {
         let (region, offset) = self.locate(page);
-        let Some(map) = &region.map else {
+        let Alias::Mapped(map) = &region.alias else {
             let read = region.file.read_exact_at(into, region.file_position(page) as u64);
             return read.expect("guest RAM on hugetlbfs can be read, since its size was checked");
         };
@@ -148,7 +157,7 @@ impl GuestMemory {
     pub fn will_read(&self, pages: PageRange) {
         for (index, piece) in self.layout.split(pages) {
             let region = &self.regions[index];
-            let Some(map) = &region.map else { continue };
+            let Alias::Mapped(map) = &region.alias else { continue };
             let offset = (piece.start.0 - region.pages.start.0) as usize * PAGE_SIZE_BYTES;
             // A kernel before 5.14 does not know it; then each read has its fault.
             let _ = map.advise_range(
@@ -184,13 +193,7 @@ impl GuestMemory {
             self.must_be_writable(region)?;
             let (now, behind) = rest.split_at(piece.len() as usize);
             rest = behind;
-            let position = region.file_position(piece.start) as u64;
-            region.file.write_all_at(now.as_flattened(), position).map_err(
-                |source| match source.kind() {
-                    io::ErrorKind::StorageFull => MemoryError::NoSpace { page: piece.start },
-                    _ => region.error("write to its file", source),
-                },
-            )?;
+            region.write(piece.start, now.as_flattened())?;
         }
         Ok(())
     }
@@ -213,8 +216,9 @@ impl GuestMemory {
     pub fn first_populated(&self, range: PageRange) -> Result<Option<PageIndex>, MemoryError> {
         for (index, piece) in self.layout.split(range) {
             let region = &self.regions[index];
-            if let Some(data) = region.next_data(region.file_position(piece.start))?
-                && region.page_at(data) < piece.end
+            let (at, end) = (region.file_position(piece.start), region.file_position(piece.end));
+            if let Some(data) = region.next_data(at, end)?
+                && data < end
             {
                 return Ok(Some(region.page_at(data)));
             }
@@ -255,7 +259,7 @@ impl GuestMemory {
     fn is_populated(&self, page: PageIndex) -> Result<bool, MemoryError> {
         let (region, _) = self.locate(page);
         let at = region.file_position(page);
-        Ok(region.next_data(at)? == Some(at))
+        Ok(region.next_data(at, at + PAGE_SIZE_BYTES as i64)? == Some(at))
     }
 
     /// Calls `visit` with the maximal runs of pages in `range` that are not holes, in ascending order
@@ -280,7 +284,8 @@ impl GuestMemory {
                     break;
                 }
                 // From here on there may be nothing for many GiB.
-                stretch = match region.next_data(region.file_position(PageIndex(end)))? {
+                let rest = (region.file_position(PageIndex(end)), region.file_position(piece.end));
+                stretch = match region.next_data(rest.0, rest.1)? {
                     Some(data) => region.page_at(data),
                     None => break,
                 };
@@ -291,15 +296,57 @@ impl GuestMemory {
     }
 
     /// Makes `range` a hole again: its content is gone, reads as zero and takes no memory, and the
-    /// guest's mapping of it is taken away too.
+    /// guest's mapping of it is taken away too. On hugetlbfs its room in the pool stays reserved.
+    ///
+    /// # Errors
+    /// [`MemoryError::Backing`], also for a part of a huge page, [`MemoryError::NoHugePages`] when the pool has given
+    /// that room to others meanwhile, [`MemoryError::ReadOnly`].
     pub fn punch_hole(&self, range: PageRange) -> Result<(), MemoryError> {
         for (index, piece) in self.layout.split(range) {
             let region = &self.regions[index];
             self.must_be_writable(region)?;
             let mode = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
             let start = region.file_position(piece.start);
-            fallocate(&region.file, mode, start, region.file_position(piece.end) - start)
-                .map_err(|errno| region.error("punch a hole into its file", errno.into()))?;
+            let length_bytes = region.file_position(piece.end) - start;
+            let fail = |errno: Errno| region.error("punch a hole into its file", errno.into());
+            let Alias::Huge(huge) = &region.alias else {
+                fallocate(&region.file, mode, start, length_bytes).map_err(fail)?;
+                continue;
+            };
+            // The kernel would make the whole huge pages of it holes, and only clear the rest.
+            let is_whole = |bytes: i64| (bytes as u64).is_multiple_of(region.unit_bytes);
+            if !is_whole(start) || !is_whole(length_bytes) {
+                return Err(fail(Errno::EINVAL));
+            }
+            fallocate(&region.file, mode, start, length_bytes).map_err(fail)?;
+            if let Some(huge) = huge {
+                huge.punched(&region.file, start as u64, length_bytes as u64)
+                    .map_err(|source| no_huge_pages(&region.name, source))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes `range` read as zero: by holes where each page can be one, on hugetlbfs by writing zeros over what is
+    /// not zero, since the guest's other pages may lie in the same huge page. The caller holds the claims as for
+    /// [`Self::write_pages`].
+    ///
+    /// # Errors
+    /// As of [`Self::punch_hole`] and [`Self::write_pages`].
+    pub fn clear(&self, range: PageRange) -> Result<(), MemoryError> {
+        for (index, piece) in self.layout.split(range) {
+            match &self.regions[index].alias {
+                Alias::Mapped(_) => self.punch_hole(piece)?,
+                Alias::Huge(_) => {
+                    let (mut copy, zeros) = ([0; PAGE_SIZE_BYTES], [0; PAGE_SIZE_BYTES]);
+                    for page in piece.pages() {
+                        self.read_page(page, &mut copy);
+                        if copy != zeros {
+                            self.write_page(page, &zeros)?;
+                        }
+                    }
+                }
+            }
         }
         Ok(())
     }
@@ -307,8 +354,13 @@ impl GuestMemory {
     /// Where the regions are in this process, in layout order; `None` when one of them is not mapped, since it
     /// lies on hugetlbfs.
     pub(super) fn addresses(&self) -> Option<Vec<u64>> {
-        let address = |region: &Region| Some(region.map.as_ref()?.as_ptr() as u64);
+        let address = |region: &Region| Some(region.mapped()?.as_ptr() as u64);
         self.regions.iter().map(address).collect()
+    }
+
+    /// Which pages can only be mapped together.
+    pub fn units(&self) -> Units {
+        Units::new(&self.layout, self.unit_pages())
     }
 
     /// Pages of 4 KiB that a page of each region's file has: more than one on hugetlbfs.
@@ -318,7 +370,7 @@ impl GuestMemory {
 
     /// Asks the kernel to map the alias in small pages only (before Linux 6.12 it may do otherwise).
     pub(super) fn avoid_huge_pages(&self) {
-        for map in self.regions.iter().filter_map(|region| region.map.as_ref()) {
+        for map in self.regions.iter().filter_map(Region::mapped) {
             // A kernel that refuses this advice has no huge pages.
             let _ = map.advise(Advice::NoHugePage);
         }
@@ -367,11 +419,25 @@ impl Region {
         }
         let system = fstatfs(&file).map_err(|e| fail("inspect its file system", e.into()))?;
         if system.filesystem_type() == HUGETLBFS_MAGIC {
-            if access == Access::ReadWrite {
-                return Err(MemoryError::HugePages { region: name });
-            }
             let unit_bytes = system.block_size() as u64;
-            return Ok(Region { name, pages, file, file_offset_bytes, map: None, unit_bytes });
+            let huge = match access {
+                Access::ReadOnly => None,
+                Access::ReadWrite => {
+                    let is_whole = |bytes: u64| bytes.is_multiple_of(HUGE_PAGE_BYTES);
+                    let fits = is_whole(size_bytes) && is_whole(file_offset_bytes);
+                    if unit_bytes != HUGE_PAGE_BYTES || !fits {
+                        return Err(MemoryError::HugePages {
+                            region: name,
+                            size_bytes,
+                            unit_bytes,
+                        });
+                    }
+                    let huge = HugeFile::map(&file, file_offset_bytes, size_bytes);
+                    Some(huge.map_err(|source| no_huge_pages(&name, source))?)
+                }
+            };
+            let alias = Alias::Huge(huge);
+            return Ok(Region { name, pages, file, file_offset_bytes, alias, unit_bytes });
         }
         let mut options = MmapOptions::new();
         options.offset(file_offset_bytes).len(size_bytes as usize);
@@ -386,7 +452,36 @@ impl Region {
         // A crash of farfault must not write the guest's memory to disk.
         map.advise(Advice::DontDump).map_err(|e| fail("keep it out of core dumps", e))?;
         let unit_bytes = PAGE_SIZE_BYTES as u64;
-        Ok(Region { name, pages, file, file_offset_bytes, map: Some(map), unit_bytes })
+        let alias = Alias::Mapped(map);
+        Ok(Region { name, pages, file, file_offset_bytes, alias, unit_bytes })
+    }
+
+    fn mapped(&self) -> Option<&MmapRaw> {
+        match &self.alias {
+            Alias::Mapped(map) => Some(map),
+            Alias::Huge(_) => None,
+        }
+    }
+
+    /// Writes `bytes`, whole pages, from `first` on.
+    fn write(&self, first: PageIndex, bytes: &[u8]) -> Result<(), MemoryError> {
+        let position = self.file_position(first) as u64;
+        let fail = |page, source: io::Error| match source.kind() {
+            io::ErrorKind::StorageFull => MemoryError::NoSpace { page },
+            _ => self.error("write to its file", source),
+        };
+        let Alias::Huge(Some(huge)) = &self.alias else {
+            let written = self.file.write_all_at(bytes, position);
+            return written.map_err(|source| fail(first, source));
+        };
+        let mut done = 0;
+        while done < bytes.len() {
+            let at = position + done as u64;
+            done += huge
+                .write_at(&bytes[done..], at)
+                .map_err(|errno| fail(self.page_at(at as i64), errno.into()))?;
+        }
+        Ok(())
     }
 
     fn file_position(&self, page: PageIndex) -> i64 {
@@ -399,10 +494,12 @@ impl Region {
         PageIndex(self.pages.start.0 + in_region / PAGE_SIZE_BYTES as u64)
     }
 
-    /// Where in the file there is content, from position `at` on. hugetlbfs does not tell: everywhere.
-    fn next_data(&self, at: i64) -> Result<Option<i64>, MemoryError> {
-        if self.map.is_none() {
-            return Ok(Some(at));
+    /// Where in the file there is content, from position `at` on; what is behind `end` is of no interest. hugetlbfs
+    /// does not tell: where we have not made holes ourselves.
+    fn next_data(&self, at: i64, end: i64) -> Result<Option<i64>, MemoryError> {
+        if let Alias::Huge(huge) = &self.alias {
+            let held = |huge: &HugeFile| huge.next_held(at as u64, end as u64).map(|at| at as i64);
+            return Ok(huge.as_ref().map_or(Some(at), held));
         }
         match lseek(&self.file, at, Whence::SeekData) {
             Ok(data) => Ok(Some(data)),
@@ -422,17 +519,21 @@ impl Region {
         stretch: PageRange,
         mut visit: impl FnMut(PageRange),
     ) -> Result<(), MemoryError> {
-        if self.map.is_none() {
-            visit(stretch);
+        let (mut at, end) = (self.file_position(stretch.start), self.file_position(stretch.end));
+        if let Alias::Huge(huge) = &self.alias {
+            while let Some(data) = self.next_data(at, end)?.filter(|data| *data < end) {
+                let hole = huge.as_ref().and_then(|huge| huge.next_hole(data as u64, end as u64));
+                at = hole.map_or(end, |hole| hole as i64);
+                visit(PageRange { start: self.page_at(data), end: self.page_at(at) });
+            }
             return Ok(());
         }
-        let (mut at, end) = (self.file_position(stretch.start), self.file_position(stretch.end));
         let cached = sys::cached_pages(self.file.as_fd(), at as u64, (end - at) as u64);
         if cached == Ok(stretch.len()) {
             visit(stretch);
             return Ok(());
         }
-        while let Some(data) = self.next_data(at)?.filter(|data| *data < end) {
+        while let Some(data) = self.next_data(at, end)?.filter(|data| *data < end) {
             let hole = match cached {
                 Ok(_) => lseek(&self.file, data, Whence::SeekHole)
                     .map_err(|errno| self.error(LOOKING_FOR_HOLES, errno.into()))?
@@ -452,6 +553,10 @@ impl Region {
     fn error(&self, action: &'static str, source: io::Error) -> MemoryError {
         MemoryError::Backing { region: self.name.clone(), action, source }
     }
+}
+
+fn no_huge_pages(region: &str, source: io::Error) -> MemoryError {
+    MemoryError::NoHugePages { region: region.to_owned(), source }
 }
 
 #[cfg(test)]
