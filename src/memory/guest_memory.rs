@@ -3,26 +3,24 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use memmap2::{Advice, MmapOptions, MmapRaw};
+use memmap2::Advice;
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::memfd::{MFdFlags, memfd_create};
-use nix::sys::statfs::{HUGETLBFS_MAGIC, fstatfs};
-use nix::unistd::{Whence, lseek};
 
-use super::huge_file::{HUGE_PAGE_BYTES, HugeFile};
-use super::{MemoryError, MemoryLayout, RegionLayout, Units, sys};
+use self::region::{Alias, Region, no_huge_pages};
+use super::{MemoryError, MemoryLayout, RegionLayout, Units};
 use crate::page::{PAGE_SIZE_BYTES, PageBytes, PageIndex, PageRange, PageSet};
+
+mod region;
 
 /// Pages among which holes are looked for at a time: 4 MiB.
 const STRETCH_PAGES: u64 = 1024;
 /// So many pages of a stretch are looked up one by one.
 const FEW_PAGES: u32 = 32;
-const LOOKING_FOR_HOLES: &str = "look for holes in its file";
 
 /// Whether an alias may be written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -59,26 +57,6 @@ pub struct GuestMemory {
     layout: MemoryLayout,
     regions: Vec<Region>,
     access: Access,
-}
-
-#[derive(Debug)]
-struct Region {
-    name: String,
-    pages: PageRange,
-    file: File,
-    file_offset_bytes: u64,
-    alias: Alias,
-    /// How large the pages of the file are.
-    unit_bytes: u64,
-}
-
-#[derive(Debug)]
-enum Alias {
-    /// Of shared memory.
-    Mapped(MmapRaw),
-    /// Of a file on hugetlbfs, which is read by `pread(2)`: reading a hole of that through a mapping would take a
-    /// huge page. With what it takes to write it, where it may be written.
-    Huge(Option<HugeFile>),
 }
 
 impl GuestMemory {
@@ -407,255 +385,5 @@ impl GuestMemory {
     }
 }
 
-impl Region {
-    fn map(backing: RegionBacking, pages: PageRange, access: Access) -> Result<Self, MemoryError> {
-        let RegionBacking { layout: RegionLayout { name, size_bytes }, file, file_offset_bytes } =
-            backing;
-        let fail = |action, source| MemoryError::Backing { region: name.clone(), action, source };
-        let have_bytes = file.metadata().map_err(|e| fail("inspect its file", e))?.len();
-        let need_bytes = file_offset_bytes.saturating_add(size_bytes);
-        if have_bytes < need_bytes {
-            return Err(MemoryError::BackingTooSmall { region: name, need_bytes, have_bytes });
-        }
-        let system = fstatfs(&file).map_err(|e| fail("inspect its file system", e.into()))?;
-        if system.filesystem_type() == HUGETLBFS_MAGIC {
-            let unit_bytes = system.block_size() as u64;
-            let huge = match access {
-                Access::ReadOnly => None,
-                Access::ReadWrite => {
-                    let is_whole = |bytes: u64| bytes.is_multiple_of(HUGE_PAGE_BYTES);
-                    let fits = is_whole(size_bytes) && is_whole(file_offset_bytes);
-                    if unit_bytes != HUGE_PAGE_BYTES || !fits {
-                        return Err(MemoryError::HugePages {
-                            region: name,
-                            size_bytes,
-                            unit_bytes,
-                        });
-                    }
-                    let huge = HugeFile::map(&file, file_offset_bytes, size_bytes);
-                    Some(huge.map_err(|source| no_huge_pages(&name, source))?)
-                }
-            };
-            let alias = Alias::Huge(huge);
-            return Ok(Region { name, pages, file, file_offset_bytes, alias, unit_bytes });
-        }
-        let mut options = MmapOptions::new();
-        options.offset(file_offset_bytes).len(size_bytes as usize);
-        let map = match access {
-            // A private mapping that is never written shows the pages of the file, as a shared one does.
-            // But where the file is open for reading only, a userfaultfd can watch no shared one.
-            // SAFETY: the mapping is used through its raw pointer alone.
-            Access::ReadOnly => unsafe { options.map_copy_read_only(&file) }.map(MmapRaw::from),
-            Access::ReadWrite => options.map_raw(&file),
-        };
-        let map = map.map_err(|e| fail("map its file", e))?;
-        // A crash of farfault must not write the guest's memory to disk.
-        map.advise(Advice::DontDump).map_err(|e| fail("keep it out of core dumps", e))?;
-        let unit_bytes = PAGE_SIZE_BYTES as u64;
-        let alias = Alias::Mapped(map);
-        Ok(Region { name, pages, file, file_offset_bytes, alias, unit_bytes })
-    }
-
-    fn mapped(&self) -> Option<&MmapRaw> {
-        match &self.alias {
-            Alias::Mapped(map) => Some(map),
-            Alias::Huge(_) => None,
-        }
-    }
-
-    /// Writes `bytes`, whole pages, from `first` on.
-    fn write(&self, first: PageIndex, bytes: &[u8]) -> Result<(), MemoryError> {
-        let position = self.file_position(first) as u64;
-        let fail = |page, source: io::Error| match source.kind() {
-            io::ErrorKind::StorageFull => MemoryError::NoSpace { page },
-            _ => self.error("write to its file", source),
-        };
-        let Alias::Huge(Some(huge)) = &self.alias else {
-            let written = self.file.write_all_at(bytes, position);
-            return written.map_err(|source| fail(first, source));
-        };
-        let mut done = 0;
-        while done < bytes.len() {
-            let at = position + done as u64;
-            done += huge
-                .write_at(&bytes[done..], at)
-                .map_err(|errno| fail(self.page_at(at as i64), errno.into()))?;
-        }
-        Ok(())
-    }
-
-    fn file_position(&self, page: PageIndex) -> i64 {
-        let in_region = (page.0 - self.pages.start.0) * PAGE_SIZE_BYTES as u64;
-        (self.file_offset_bytes + in_region) as i64
-    }
-
-    fn page_at(&self, position: i64) -> PageIndex {
-        let in_region = position as u64 - self.file_offset_bytes;
-        PageIndex(self.pages.start.0 + in_region / PAGE_SIZE_BYTES as u64)
-    }
-
-    /// Where in the file there is content, from position `at` on; what is behind `end` is of no interest. hugetlbfs
-    /// does not tell: where we have not made holes ourselves.
-    fn next_data(&self, at: i64, end: i64) -> Result<Option<i64>, MemoryError> {
-        if let Alias::Huge(huge) = &self.alias {
-            let held = |huge: &HugeFile| huge.next_held(at as u64, end as u64).map(|at| at as i64);
-            return Ok(huge.as_ref().map_or(Some(at), held));
-        }
-        match lseek(&self.file, at, Whence::SeekData) {
-            Ok(data) => Ok(Some(data)),
-            Err(Errno::ENXIO) => Ok(None),
-            Err(errno) => Err(self.error(LOOKING_FOR_HOLES, errno.into())),
-        }
-    }
-
-    /// Calls `visit` with the runs of pages in `stretch` that are not holes.
-    ///
-    /// The kernel looks for the next hole page by page, up to the end of the file when there is none: in
-    /// each of many stretches of a guest that is full that takes a time which grows with the square of its
-    /// size. So a stretch that is full is found to be so by the number of its pages in the page cache, and
-    /// the next hole is looked for only where one is near.
-    fn populated_in(
-        &self,
-        stretch: PageRange,
-        mut visit: impl FnMut(PageRange),
-    ) -> Result<(), MemoryError> {
-        let (mut at, end) = (self.file_position(stretch.start), self.file_position(stretch.end));
-        if let Alias::Huge(huge) = &self.alias {
-            while let Some(data) = self.next_data(at, end)?.filter(|data| *data < end) {
-                let hole = huge.as_ref().and_then(|huge| huge.next_hole(data as u64, end as u64));
-                at = hole.map_or(end, |hole| hole as i64);
-                visit(PageRange { start: self.page_at(data), end: self.page_at(at) });
-            }
-            return Ok(());
-        }
-        let cached = sys::cached_pages(self.file.as_fd(), at as u64, (end - at) as u64);
-        if cached == Ok(stretch.len()) {
-            visit(stretch);
-            return Ok(());
-        }
-        while let Some(data) = self.next_data(at, end)?.filter(|data| *data < end) {
-            let hole = match cached {
-                Ok(_) => lseek(&self.file, data, Whence::SeekHole)
-                    .map_err(|errno| self.error(LOOKING_FOR_HOLES, errno.into()))?
-                    .min(end),
-                // An older kernel does not tell: page by page then.
-                Err(_) => data - data % PAGE_SIZE_BYTES as i64 + PAGE_SIZE_BYTES as i64,
-            };
-            visit(PageRange {
-                start: self.page_at(data),
-                end: self.page_at(hole - 1 + PAGE_SIZE_BYTES as i64),
-            });
-            at = hole;
-        }
-        Ok(())
-    }
-
-    fn error(&self, action: &'static str, source: io::Error) -> MemoryError {
-        MemoryError::Backing { region: self.name.clone(), action, source }
-    }
-}
-
-fn no_huge_pages(region: &str, source: io::Error) -> MemoryError {
-    MemoryError::NoHugePages { region: region.to_owned(), source }
-}
-
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn two_regions() -> MemoryLayout {
-        let region = |name: &str, pages: u64| RegionLayout {
-            name: name.to_owned(),
-            size_bytes: pages * PAGE_SIZE_BYTES as u64,
-        };
-        MemoryLayout::new(vec![region("ram1", 8), region("ram0", 16)])
-    }
-
-    fn filled(byte: u8) -> PageBytes {
-        [byte; PAGE_SIZE_BYTES]
-    }
-
-    #[test]
-    fn what_is_written_is_read_back_in_every_region() {
-        let memory = GuestMemory::create(&two_regions()).unwrap();
-        for page in (0..memory.pages()).map(PageIndex) {
-            memory.write_page(page, &filled(page.0 as u8 + 1)).unwrap();
-        }
-        let mut copy = filled(0);
-        for page in (0..memory.pages()).map(PageIndex) {
-            memory.read_page(page, &mut copy);
-            assert_eq!(copy, filled(page.0 as u8 + 1), "{page:?}");
-        }
-    }
-
-    #[test]
-    fn holes_are_found_across_regions_and_made_again() {
-        let memory = GuestMemory::create(&two_regions()).unwrap();
-        assert!(memory.populated(PageRange::new(0, 24)).unwrap().is_empty());
-        for page in [3, 4, 14, 15, 16, 17, 23] {
-            memory.write_page(PageIndex(page), &filled(7)).unwrap();
-        }
-        memory.punch_hole(PageRange::new(15, 17)).unwrap();
-        let found: Vec<_> =
-            memory.populated(PageRange::new(0, 24)).unwrap().iter().map(|p| p.0).collect();
-        assert_eq!(found, [3, 4, 14, 17, 23]);
-        assert_eq!(memory.populated(PageRange::new(4, 15)).unwrap().len(), 2);
-        let mut copy = filled(1);
-        memory.read_page(PageIndex(16), &mut copy);
-        assert_eq!(copy, filled(0));
-    }
-
-    #[test]
-    fn a_region_may_start_inside_its_file() {
-        let memory = GuestMemory::create(&two_regions()).unwrap();
-        memory.write_page(PageIndex(5), &filled(9)).unwrap();
-        let mut backing = memory.region_files().unwrap().swap_remove(0);
-        backing.file_offset_bytes = 4 * PAGE_SIZE_BYTES as u64;
-        backing.layout.size_bytes = 4 * PAGE_SIZE_BYTES as u64;
-        let part = GuestMemory::map(vec![backing], Access::ReadOnly).unwrap();
-        let populated = part.populated(PageRange::new(0, 4)).unwrap();
-        assert_eq!(populated.iter().collect::<Vec<_>>(), [PageIndex(1)]);
-        let mut copy = filled(0);
-        part.read_page(PageIndex(1), &mut copy);
-        assert_eq!(copy, filled(9));
-        let refused = part.write_page(PageIndex(1), &copy);
-        assert!(matches!(refused, Err(MemoryError::ReadOnly { .. })), "{refused:?}");
-    }
-
-    #[test]
-    fn a_file_that_ends_too_early_is_refused() {
-        let memory = GuestMemory::create(&two_regions()).unwrap();
-        let mut backing = memory.region_files().unwrap().swap_remove(1);
-        backing.layout.size_bytes *= 2;
-        let refused = GuestMemory::map(vec![backing], Access::ReadOnly);
-        assert!(matches!(refused, Err(MemoryError::BackingTooSmall { .. })), "{refused:?}");
-    }
-
-    #[test]
-    fn a_full_file_system_is_an_error_and_not_a_signal() {
-        use nix::mount::{MntFlags, MsFlags, mount, umount2};
-
-        if !nix::unistd::geteuid().is_root() {
-            return;
-        }
-        let place = tempfile::tempdir().unwrap();
-        mount(Some("tmpfs"), place.path(), Some("tmpfs"), MsFlags::empty(), Some("size=16k"))
-            .unwrap();
-        let mut options = File::options();
-        options.read(true).write(true).create_new(true);
-        let file = options.open(place.path().join("ram")).unwrap();
-        file.set_len(64 * PAGE_SIZE_BYTES as u64).unwrap();
-        let layout =
-            RegionLayout { name: "ram".to_owned(), size_bytes: 64 * PAGE_SIZE_BYTES as u64 };
-        let backing = RegionBacking { layout, file, file_offset_bytes: 0 };
-        let memory = GuestMemory::map(vec![backing], Access::ReadWrite).unwrap();
-        let written: Result<Vec<_>, _> =
-            (0..64).map(|page| memory.write_page(PageIndex(page), &filled(1))).collect();
-        assert!(matches!(written, Err(MemoryError::NoSpace { .. })), "{written:?}");
-        let populated = memory.populated(PageRange::new(0, 64)).unwrap().len();
-        assert!((1..=4).contains(&populated), "{populated} pages in 16 KiB");
-        memory.write_page(PageIndex(0), &filled(2)).expect("a page that is there needs no room");
-        drop(memory);
-        umount2(place.path(), MntFlags::MNT_DETACH).unwrap();
-    }
-}
+mod tests;
