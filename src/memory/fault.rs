@@ -231,6 +231,8 @@ struct Waiting {
     absent: bool,
     /// Its place among the touches.
     touch: Option<usize>,
+    /// Of a unit: when what is missing of it is asked for again, and in the name of which thread.
+    again: Option<(Instant, u32)>,
 }
 
 impl Service {
@@ -275,6 +277,9 @@ impl Service {
                     }
                 }
             }
+            if !self.units().are_single() {
+                self.ask_again(ask);
+            }
             if !retry.is_empty() {
                 std::thread::sleep(TICK);
             }
@@ -309,7 +314,7 @@ impl Service {
                 let asked_at = Instant::now();
                 ask(page, fault.thread.unwrap_or(0));
                 let touch = self.keep(fault);
-                self.start_clock(page, Waiting { since: asked_at, absent, touch });
+                self.start_clock(page, Waiting { since: asked_at, absent, touch, again: None });
                 None
             }
             Want::Ask { first: false } => {
@@ -446,7 +451,7 @@ impl Asked {
     }
 
     fn stop_clock(&mut self, page: PageIndex) {
-        let Some(Waiting { since, absent, touch }) = self.since.remove(&page) else { return };
+        let Some(Waiting { since, absent, touch, .. }) = self.since.remove(&page) else { return };
         let now = Instant::now();
         let waited = now.saturating_duration_since(since);
         let histogram = if absent { &mut self.absent_us } else { &mut self.stale_us };

@@ -61,6 +61,7 @@ impl Answers {
             let is_mate = |wanted: &&Wanted| wanted.thread == 0 && !request.whole;
             let mates = request.pages.iter().filter(is_mate).map(|wanted| wanted.page);
             let mates = self.frozen.give(mates);
+            mates.iter().for_each(|page| _ = self.is_first(*page));
             for wanted in request.pages.iter().filter(|wanted| !is_mate(wanted)).copied() {
                 // One that came spoilt is asked for again.
                 if !self.is_first(wanted.page) && !request.whole {

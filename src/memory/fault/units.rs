@@ -5,9 +5,15 @@
 //! waited for, looks at the whole unit after that: the last one of them sees all that the others did, and maps it.
 
 use std::sync::atomic::{Ordering, fence};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use super::{Fault, MemoryError, PageIndex, PageRange, Service, Stage, Version, Waiting, Want};
+use super::{
+    Fault, MemoryError, PageIndex, PageRange, Service, Stage, Version, Waiting, Want, lock,
+};
+
+/// What is still missing after so long is asked for again. It was pushed, and not sent again for a fault, but lies behind
+/// the replies to other faults perhaps, which may go on for as long as there are any.
+const AGAIN_AFTER: Duration = Duration::from_secs(1);
 
 impl Service {
     /// Asks for the pages of a unit that are not here, each once; true when all of them are. The one that the thread is
@@ -39,12 +45,32 @@ impl Service {
             return false;
         };
         self.remote.fetch_add(1, Ordering::Relaxed);
-        let since = Instant::now();
+        let (since, thread) = (Instant::now(), fault.thread.unwrap_or(0));
         others.iter().for_each(|page| ask(*page, 0));
-        ask(*one, fault.thread.unwrap_or(0));
+        ask(*one, thread);
         let touch = self.keep(fault);
-        self.start_clock(unit.start, Waiting { since, absent, touch });
+        let again = Some((since + AGAIN_AFTER, thread.max(1)));
+        self.start_clock(unit.start, Waiting { since, absent, touch, again });
         false
+    }
+
+    /// Asks again for what is missing of the units that are waited for since long, each page in the thread's name: so it
+    /// is sent, once on a link, even if it was sent before.
+    pub(super) fn ask_again(&self, ask: &impl Fn(PageIndex, u32)) {
+        let now = Instant::now();
+        let mut late = Vec::new();
+        for (page, waiting) in &mut lock(&self.asked).since {
+            if let Some((due, thread)) = &mut waiting.again
+                && *due <= now
+            {
+                *due = now + AGAIN_AFTER;
+                late.push((*page, *thread));
+            }
+        }
+        for (first, thread) in late {
+            let missing = |page: &PageIndex| !self.table.state(*page).is_complete();
+            self.units().of(first).pages().filter(missing).for_each(|page| ask(page, thread));
+        }
     }
 
     /// Maps those units of `pages`, which have just become Current, that have all their pages now and that hold

@@ -96,6 +96,37 @@ fn a_fault_asks_once_for_all_that_is_missing_and_waits_for_the_last() {
 }
 
 #[test]
+fn what_does_not_come_is_asked_for_again_in_the_name_of_the_thread() {
+    let Some((_pool, mut destination)) = destination() else { return };
+    for page in unit(0).pages().skip(2) {
+        destination.apply(page, 1, false);
+    }
+    let (server, requests) = asking(&destination);
+    let mut need = PageSet::full(destination.memory.pages());
+    need.remove_range(PageRange { start: PageIndex(SMALL + 2), end: unit(0).end });
+    destination.table.freeze(&need).unwrap();
+    let (first, second) = (PageIndex(SMALL), PageIndex(SMALL + 1));
+    let Destination { guest, table, .. } = &mut destination;
+    std::thread::scope(|scope| {
+        let reader = scope.spawn(move || guest.read(first));
+        let next = || requests.recv_timeout(SOON).unwrap();
+        let (mate, named) = (next(), next());
+        assert_eq!((mate, named.0), ((second, 0), first));
+        let settle = |page| {
+            assert_eq!(table.settle_hole(page, Version(2), true), Some(true));
+            server.map_arrived(&[page]).unwrap();
+        };
+        settle(first);
+        for _ in 0..2 {
+            assert_eq!(next(), (second, named.1), "and only that");
+        }
+        settle(second);
+        assert_eq!(reader.join().unwrap(), 0);
+    });
+    assert_eq!(server.stats().remote_faults, 1);
+}
+
+#[test]
 fn a_fault_before_the_switchover_is_served_by_it() {
     let Some((_pool, mut destination)) = destination() else { return };
     for page in unit(0).pages() {
