@@ -1,8 +1,10 @@
 //! Huge pages for the guests of a test: taken from the kernel for its time, and a place to make files of them.
 
+use std::fs::File;
 use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, anyhow};
+use nix::fcntl::{Flock, FlockArg};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
 const POOL: &str = "/proc/sys/vm/nr_hugepages";
@@ -12,15 +14,19 @@ const POOL: &str = "/proc/sys/vm/nr_hugepages";
 pub struct HugePool {
     directory: tempfile::TempDir,
     pages_before: u64,
+    /// Other tests take turns.
+    _lock: Flock<File>,
 }
 
 impl HugePool {
     /// With so much memory; `None`, with a loud word, when the kernel has not so many huge pages to give.
     pub fn of_mib(mib: u64) -> Result<Option<Self>> {
+        let lock = Flock::lock(File::open(POOL).context(POOL)?, FlockArg::LockExclusive);
+        let lock = lock.map_err(|(_, errno)| anyhow!("lock {POOL}: {errno}"))?;
         let (wanted, pages_before) = (mib / 2, pages(POOL)?);
         std::fs::write(POOL, (pages_before + wanted).to_string()).context(POOL)?;
         let directory = tempfile::Builder::new().prefix("farfault-huge-").tempdir()?;
-        let pool = HugePool { directory, pages_before };
+        let pool = HugePool { directory, pages_before, _lock: lock };
         let there = pages(POOL)?;
         if there < pages_before + wanted {
             eprintln!(

@@ -57,8 +57,19 @@ impl Move {
         wrappers: [&[&str]; 2],
     ) -> Result<Self> {
         let spec = GuestSpec::new(Machine::Pc, 256, work);
-        let source = Guest::boot(&lab, "source", &spec)?;
-        let destination = Guest::prepare(&lab, "destination", &spec)?;
+        Self::begin_between(lab, [&spec, &spec], send_options, patience, wrappers)
+    }
+
+    /// The same, with what differs at source and destination.
+    pub fn begin_between(
+        lab: Lab,
+        specs: [&GuestSpec; 2],
+        send_options: &[&str],
+        patience: &str,
+        wrappers: [&[&str]; 2],
+    ) -> Result<Self> {
+        let source = Guest::boot(&lab, "source", specs[0])?;
+        let destination = Guest::prepare(&lab, "destination", specs[1])?;
         let before = Inventory::of(&lab)?;
         let patience = ["--reconnect-for", patience];
         let mut receive = Running::receive_wrapped(&lab, &destination, &patience, wrappers[1])?;

@@ -33,11 +33,26 @@ pub enum MemoryError {
         /// Size of the file.
         have_bytes: u64,
     },
-    /// A region lies on hugetlbfs.
-    #[error("guest RAM region {region} lies on hugetlbfs, whose pages are not 4 KiB")]
+    /// A region lies on hugetlbfs, in pages of which a guest cannot be received into.
+    #[error(
+        "guest RAM region {region} of {} KiB is in huge pages of {} KiB: it is received into whole ones of 2048 KiB only",
+        size_bytes >> 10, unit_bytes >> 10
+    )]
     HugePages {
         /// Name of the region.
         region: String,
+        /// Its size.
+        size_bytes: u64,
+        /// The size of its huge pages.
+        unit_bytes: u64,
+    },
+    /// The pool of huge pages is too small.
+    #[error("the pool of huge pages has no room for guest RAM region {region}: {source}")]
+    NoHugePages {
+        /// Name of the region.
+        region: String,
+        /// The kernel's answer.
+        source: io::Error,
     },
     /// A write to memory that was mapped for reading.
     #[error("guest RAM region {region} is mapped for reading only")]
@@ -229,11 +244,16 @@ impl MemoryError {
             MemoryError::BackingTooSmall { .. } => {
                 "the file behind guest RAM was cut short while in use; restart the guest".to_owned()
             }
-            MemoryError::HugePages { region } => format!(
-                "give {region} a memory backend on tmpfs (mem-path=/dev/shm/NAME,share=on) instead of hugetlbfs"
+            MemoryError::HugePages { region, .. } => format!(
+                "give {region} a size that is a multiple of 2 MiB, and a memory backend on a hugetlbfs that is mounted \
+                 with pagesize=2M, or on tmpfs (mem-path=/dev/shm/NAME,share=on,align=2M) with receive --huge-pages"
             ),
+            MemoryError::NoHugePages { .. } => {
+                "enlarge the pool (vm.nr_hugepages; on NUMA that of the node), or the size= of the hugetlbfs".to_owned()
+            }
             MemoryError::NoSpace { .. } => {
-                "free space in /dev/shm, or enlarge it: mount -o remount,size=SIZE /dev/shm".to_owned()
+                "free space in /dev/shm, or enlarge it: mount -o remount,size=SIZE /dev/shm; for RAM on hugetlbfs \
+                 enlarge the pool of huge pages: vm.nr_hugepages".to_owned()
             }
             MemoryError::RegisterBusy { .. } => {
                 "another migration of this guest is running, or the monitor itself uses userfaultfd (its own postcopy or background snapshot)".to_owned()

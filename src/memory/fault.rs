@@ -9,10 +9,15 @@ use std::time::{Duration, Instant};
 
 use hdrhistogram::Histogram;
 
-use super::MemoryError;
 use super::table::{PageTable, Stage, Want};
 use super::userfault::{Fault, Userfault};
+use super::{MemoryError, Units};
 use crate::page::{PageIndex, PageRange, Version};
+
+mod mapper;
+mod units;
+
+pub use mapper::Mapper;
 
 /// How often the fault reader looks whether it shall stop, and retries what had no memory.
 const TICK: Duration = Duration::from_millis(20);
@@ -46,9 +51,9 @@ impl Default for FaultOptions {
 pub struct FaultStats {
     /// Faults on pages whose content was here.
     pub local_faults: u64,
-    /// Pages that were asked for because of a fault.
+    /// Faults because of which a page was asked for, or all missing ones of a unit.
     pub remote_faults: u64,
-    /// Faults on pages that had been asked for already.
+    /// Faults on pages, or units, that had been asked for already.
     pub joined_faults: u64,
     /// From reading a remote fault to waking its threads, in microseconds.
     pub remote_latency_us: Histogram<u64>,
@@ -84,8 +89,9 @@ pub struct FaultServer {
 
 impl FaultServer {
     /// Starts to serve. `ask` is called, in the fault thread, with each page that a thread of the guest
-    /// waits for and that is not here, and that thread's id (0 when the kernel does not tell): once per
-    /// page, until it has been mapped. It must not block.
+    /// waits for and that is not here, and that thread's id: once per page, until it has been mapped. The id is
+    /// 0 for all but one of the pages that are asked for together since they are of one unit, and when the kernel
+    /// does not tell it. It must not block.
     pub fn start(
         userfault: Arc<Userfault>,
         table: Arc<PageTable>,
@@ -106,6 +112,17 @@ impl FaultServer {
     /// applier after [`PageTable::finish`], and for what [`PageTable::freeze`] gave; ascending
     /// neighbours are mapped together.
     pub fn map_arrived(&self, pages: &[PageIndex]) -> Result<(), MemoryError> {
+        let units = self.service.units();
+        if units.are_single() {
+            return self.map_arrived_singly(pages);
+        }
+        let is_single = |page: &PageIndex| units.of(*page).len() == 1;
+        let (singly, in_units): (Vec<_>, Vec<_>) = pages.iter().copied().partition(is_single);
+        self.map_arrived_singly(&singly)?;
+        self.service.map_arrived_units(&in_units)
+    }
+
+    fn map_arrived_singly(&self, pages: &[PageIndex]) -> Result<(), MemoryError> {
         let mut run = PageRange::new(0, 0);
         for page in pages {
             let state = self.service.table.state(*page);
@@ -214,6 +231,8 @@ struct Waiting {
     absent: bool,
     /// Its place among the touches.
     touch: Option<usize>,
+    /// Of a unit: when what is missing of it is asked for again, and in the name of which thread.
+    again: Option<(Instant, u32)>,
 }
 
 impl Service {
@@ -258,6 +277,9 @@ impl Service {
                     }
                 }
             }
+            if !self.units().are_single() {
+                self.ask_again(ask);
+            }
             if !retry.is_empty() {
                 std::thread::sleep(TICK);
             }
@@ -275,6 +297,10 @@ impl Service {
     /// Asks for the page of a fault if it is not here; else tells whether it is of zeros.
     fn request(&self, fault: Fault, ask: &impl Fn(PageIndex, u32)) -> Option<bool> {
         let page = fault.page;
+        let unit = self.units().of(page);
+        if unit.len() > 1 {
+            return self.request_unit(fault, unit, ask).then_some(false);
+        }
         // While it is being replaced, the version is still that of the older copy.
         let absent = self.table.state(page).version == Version::NONE;
         match self.table.want(page) {
@@ -288,7 +314,7 @@ impl Service {
                 let asked_at = Instant::now();
                 ask(page, fault.thread.unwrap_or(0));
                 let touch = self.keep(fault);
-                self.start_clock(page, Waiting { since: asked_at, absent, touch });
+                self.start_clock(page, Waiting { since: asked_at, absent, touch, again: None });
                 None
             }
             Want::Ask { first: false } => {
@@ -300,6 +326,10 @@ impl Service {
 
     /// Maps a page that is here, and its neighbours.
     fn serve(&self, page: PageIndex, zero: bool) -> Result<(), MemoryError> {
+        let unit = self.units().of(page);
+        if unit.len() > 1 {
+            return self.map_unit(unit);
+        }
         if zero {
             return self.map_one(page);
         }
@@ -333,9 +363,11 @@ impl Service {
         }
         let window = page.0 - page.0 % self.options.around_pages;
         let end = (window + self.options.around_pages).min(self.table.pages());
+        let units = self.units();
         let joins = |page: &u64| {
-            let state = self.table.state(PageIndex(*page));
-            state.stage == Stage::Current && !state.zero
+            let page = PageIndex(*page);
+            let state = self.table.state(page);
+            state.stage == Stage::Current && !state.zero && units.of(page).len() == 1
         };
         let before = (window..page.0).rev().take_while(joins).count() as u64;
         let after = (page.0 + 1..end).take_while(joins).count() as u64;
@@ -373,6 +405,10 @@ impl Service {
         self.userfault.map_zero(page)?;
         self.mapped(PageRange::new(page.0, page.0 + 1));
         Ok(())
+    }
+
+    fn units(&self) -> &Units {
+        self.userfault.units()
     }
 
     fn mapped(&self, run: PageRange) {
@@ -415,7 +451,7 @@ impl Asked {
     }
 
     fn stop_clock(&mut self, page: PageIndex) {
-        let Some(Waiting { since, absent, touch }) = self.since.remove(&page) else { return };
+        let Some(Waiting { since, absent, touch, .. }) = self.since.remove(&page) else { return };
         let now = Instant::now();
         let waited = now.saturating_duration_since(since);
         let histogram = if absent { &mut self.absent_us } else { &mut self.stale_us };
@@ -438,71 +474,6 @@ impl Asked {
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// Maps Current pages in the background, so that the guest need not fault for each of them.
-pub struct Mapper {
-    stop: Arc<AtomicBool>,
-    thread: Option<JoinHandle<Result<u64, MemoryError>>>,
-}
-
-/// 2 MiB per call: above that the kernel gets no faster, and a fault of the guest may wait for it.
-const MAPPER_RUN_PAGES: u64 = 512;
-
-impl Mapper {
-    /// Goes once over all pages and maps those that are Current and hold content, in runs of up to
-    /// 2 MiB, giving way between them. Pages of zeros stay holes.
-    pub fn start(server: &FaultServer) -> Result<Self, MemoryError> {
-        let service = server.service();
-        let stop = Arc::new(AtomicBool::new(false));
-        let stopped = Arc::clone(&stop);
-        let name = "page-mapper";
-        let thread = std::thread::Builder::new().name(name.to_owned());
-        let thread = thread.spawn(move || map_all(&service, &stopped));
-        let thread = thread.map_err(|source| MemoryError::Thread { name, source })?;
-        Ok(Mapper { stop, thread: Some(thread) })
-    }
-
-    /// Waits until it has gone over all pages; gives how many it mapped.
-    pub fn finish(mut self) -> Result<u64, MemoryError> {
-        match self.thread.take().map(JoinHandle::join) {
-            Some(Ok(result)) => result,
-            Some(Err(panic)) => std::panic::resume_unwind(panic),
-            None => Ok(0),
-        }
-    }
-
-    /// True when [`Self::finish`] would not wait.
-    pub fn is_finished(&self) -> bool {
-        self.thread.as_ref().is_none_or(JoinHandle::is_finished)
-    }
-}
-
-impl Drop for Mapper {
-    /// Stops early.
-    fn drop(&mut self) {
-        self.stop.store(true, Ordering::Relaxed);
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
-        }
-    }
-}
-
-fn map_all(service: &Service, stop: &AtomicBool) -> Result<u64, MemoryError> {
-    let pages = service.table.pages();
-    let (mut from, mut mapped) = (0, 0);
-    while from < pages && !stop.load(Ordering::Relaxed) {
-        let window = PageRange::new(from, (from + MAPPER_RUN_PAGES).min(pages));
-        let ready = service.table.next_run(window, |s| s.stage == Stage::Current && !s.zero);
-        let Some(run) = ready else {
-            from = window.end.0;
-            continue;
-        };
-        mapped += service.map_content(run, None)?;
-        from = run.end.0;
-        std::thread::yield_now();
-    }
-    Ok(mapped)
 }
 
 #[cfg(test)]

@@ -10,7 +10,7 @@ use nix::errno::Errno;
 use userfaultfd::{FeatureFlags, Uffd};
 
 use super::{
-    DirtyTracker, FAULT_FEATURES, GuestMemory, MemoryError, MemoryLayout, TrackerKind, Userfault,
+    DirtyTracker, FAULT_FEATURES, GuestMemory, MemoryError, TrackerKind, Units, Userfault,
     open_tracker, sys,
 };
 use crate::page::{PAGE_SIZE_BYTES, PageIndex};
@@ -25,7 +25,7 @@ const WORDS: usize = PAGE_SIZE_BYTES / 8;
 /// applied to it. Touching a page that has not arrived blocks the thread that does.
 #[derive(Debug)]
 pub struct GuestMapping {
-    layout: MemoryLayout,
+    units: Units,
     maps: Vec<MmapRaw>,
 }
 
@@ -43,12 +43,12 @@ impl GuestMapping {
             })?;
             maps.push(map);
         }
-        Ok(GuestMapping { layout: memory.layout().clone(), maps })
+        Ok(GuestMapping { units: memory.units(), maps })
     }
 
     /// Pages of the whole guest.
     pub fn pages(&self) -> u64 {
-        self.layout.pages()
+        self.units.layout().pages()
     }
 
     /// The words of a page. The guest's other threads and vCPUs, and whoever writes through the
@@ -82,7 +82,7 @@ impl GuestMapping {
     /// As of [`Userfault::register`], and when this process may not make a userfaultfd that serves
     /// kernel-mode faults, as KVM needs.
     pub fn userfault(&self) -> Result<Userfault, MemoryError> {
-        Userfault::register(own_uffd(FAULT_FEATURES)?, &self.layout, &self.addresses())
+        Userfault::register(own_uffd(FAULT_FEATURES)?, &self.units, &self.addresses())
     }
 
     /// Follows the writes made through this mapping of `memory`.
@@ -99,9 +99,10 @@ impl GuestMapping {
 
     fn pointer_to(&self, page: PageIndex) -> *mut u8 {
         let (index, offset_bytes) = self
-            .layout
+            .units
+            .layout()
             .locate(page)
-            .unwrap_or_else(|| panic!("{page:?} beyond {} pages", self.layout.pages()));
+            .unwrap_or_else(|| panic!("{page:?} beyond {} pages", self.pages()));
         // SAFETY: `locate` gives an offset inside the region, which the mapping covers.
         unsafe { self.maps[index].as_mut_ptr().add(offset_bytes as usize) }
     }

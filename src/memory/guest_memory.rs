@@ -3,25 +3,24 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use memmap2::{Advice, MmapOptions, MmapRaw};
+use memmap2::Advice;
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::memfd::{MFdFlags, memfd_create};
-use nix::sys::statfs::{HUGETLBFS_MAGIC, fstatfs};
-use nix::unistd::{Whence, lseek};
 
-use super::{MemoryError, MemoryLayout, RegionLayout, sys};
+use self::region::{Alias, Region, no_huge_pages};
+use super::{MemoryError, MemoryLayout, RegionLayout, Units};
 use crate::page::{PAGE_SIZE_BYTES, PageBytes, PageIndex, PageRange, PageSet};
+
+mod region;
 
 /// Pages among which holes are looked for at a time: 4 MiB.
 const STRETCH_PAGES: u64 = 1024;
 /// So many pages of a stretch are looked up one by one.
 const FEW_PAGES: u32 = 32;
-const LOOKING_FOR_HOLES: &str = "look for holes in its file";
 
 /// Whether an alias may be written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,7 +51,7 @@ pub struct RegionBacking {
 /// `pwrite(2)`: on a full tmpfs it gives `ENOSPC`, where a store through the mapping would kill the
 /// process with SIGBUS. It also is the faster way for pages that are new: of 64 together one takes 4 us
 /// (alone 6 us), against 10 us, most of which is the fault of the alias. (For pages that are there it is 1.8 us
-/// against 0.9 us.)
+/// against 0.9 us.) RAM on hugetlbfs is read and written by other system calls: see `huge_file.rs`.
 #[derive(Debug)]
 pub struct GuestMemory {
     layout: MemoryLayout,
@@ -60,26 +59,14 @@ pub struct GuestMemory {
     access: Access,
 }
 
-#[derive(Debug)]
-struct Region {
-    name: String,
-    pages: PageRange,
-    file: File,
-    file_offset_bytes: u64,
-    /// None of a file on hugetlbfs, which is read by `pread(2)`: reading a hole of that through a mapping
-    /// would take a huge page.
-    map: Option<MmapRaw>,
-    /// How large the pages of the file are.
-    unit_bytes: u64,
-}
-
 impl GuestMemory {
     /// Maps these regions.
     ///
     /// # Errors
-    /// [`MemoryError::BackingTooSmall`] when a file ends before its region does,
-    /// [`MemoryError::HugePages`] on hugetlbfs unless it is only read, [`MemoryError::Backing`] when mapping
-    /// fails.
+    /// [`MemoryError::BackingTooSmall`] when a file ends before its region does, [`MemoryError::Backing`] when
+    /// mapping fails. For a region on hugetlbfs that is to be written, [`MemoryError::HugePages`] when its pages
+    /// are not of 2 MiB or it is not a whole number of them, and [`MemoryError::NoHugePages`] when the pool has no
+    /// room for it.
     pub fn map(mut regions: Vec<RegionBacking>, access: Access) -> Result<Self, MemoryError> {
         let layout = MemoryLayout::new(regions.iter().map(|r| r.layout.clone()).collect());
         regions.sort_by(|a, b| a.layout.name.cmp(&b.layout.name));
@@ -127,7 +114,7 @@ impl GuestMemory {
     /// When the page is beyond the guest.
     pub fn read_page(&self, page: PageIndex, into: &mut PageBytes) {
         let (region, offset) = self.locate(page);
-        let Some(map) = &region.map else {
+        let Alias::Mapped(map) = &region.alias else {
             let read = region.file.read_exact_at(into, region.file_position(page) as u64);
             return read.expect("guest RAM on hugetlbfs can be read, since its size was checked");
         };
@@ -148,7 +135,7 @@ impl GuestMemory {
     pub fn will_read(&self, pages: PageRange) {
         for (index, piece) in self.layout.split(pages) {
             let region = &self.regions[index];
-            let Some(map) = &region.map else { continue };
+            let Alias::Mapped(map) = &region.alias else { continue };
             let offset = (piece.start.0 - region.pages.start.0) as usize * PAGE_SIZE_BYTES;
             // A kernel before 5.14 does not know it; then each read has its fault.
             let _ = map.advise_range(
@@ -184,13 +171,7 @@ impl GuestMemory {
             self.must_be_writable(region)?;
             let (now, behind) = rest.split_at(piece.len() as usize);
             rest = behind;
-            let position = region.file_position(piece.start) as u64;
-            region.file.write_all_at(now.as_flattened(), position).map_err(
-                |source| match source.kind() {
-                    io::ErrorKind::StorageFull => MemoryError::NoSpace { page: piece.start },
-                    _ => region.error("write to its file", source),
-                },
-            )?;
+            region.write(piece.start, now.as_flattened())?;
         }
         Ok(())
     }
@@ -213,8 +194,9 @@ impl GuestMemory {
     pub fn first_populated(&self, range: PageRange) -> Result<Option<PageIndex>, MemoryError> {
         for (index, piece) in self.layout.split(range) {
             let region = &self.regions[index];
-            if let Some(data) = region.next_data(region.file_position(piece.start))?
-                && region.page_at(data) < piece.end
+            let (at, end) = (region.file_position(piece.start), region.file_position(piece.end));
+            if let Some(data) = region.next_data(at, end)?
+                && data < end
             {
                 return Ok(Some(region.page_at(data)));
             }
@@ -255,7 +237,7 @@ impl GuestMemory {
     fn is_populated(&self, page: PageIndex) -> Result<bool, MemoryError> {
         let (region, _) = self.locate(page);
         let at = region.file_position(page);
-        Ok(region.next_data(at)? == Some(at))
+        Ok(region.next_data(at, at + PAGE_SIZE_BYTES as i64)? == Some(at))
     }
 
     /// Calls `visit` with the maximal runs of pages in `range` that are not holes, in ascending order
@@ -280,7 +262,8 @@ impl GuestMemory {
                     break;
                 }
                 // From here on there may be nothing for many GiB.
-                stretch = match region.next_data(region.file_position(PageIndex(end)))? {
+                let rest = (region.file_position(PageIndex(end)), region.file_position(piece.end));
+                stretch = match region.next_data(rest.0, rest.1)? {
                     Some(data) => region.page_at(data),
                     None => break,
                 };
@@ -291,15 +274,57 @@ impl GuestMemory {
     }
 
     /// Makes `range` a hole again: its content is gone, reads as zero and takes no memory, and the
-    /// guest's mapping of it is taken away too.
+    /// guest's mapping of it is taken away too. On hugetlbfs its room in the pool stays reserved.
+    ///
+    /// # Errors
+    /// [`MemoryError::Backing`], also for a part of a huge page, [`MemoryError::NoHugePages`] when the pool has given
+    /// that room to others meanwhile, [`MemoryError::ReadOnly`].
     pub fn punch_hole(&self, range: PageRange) -> Result<(), MemoryError> {
         for (index, piece) in self.layout.split(range) {
             let region = &self.regions[index];
             self.must_be_writable(region)?;
             let mode = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
             let start = region.file_position(piece.start);
-            fallocate(&region.file, mode, start, region.file_position(piece.end) - start)
-                .map_err(|errno| region.error("punch a hole into its file", errno.into()))?;
+            let length_bytes = region.file_position(piece.end) - start;
+            let fail = |errno: Errno| region.error("punch a hole into its file", errno.into());
+            let Alias::Huge(huge) = &region.alias else {
+                fallocate(&region.file, mode, start, length_bytes).map_err(fail)?;
+                continue;
+            };
+            // The kernel would make the whole huge pages of it holes, and only clear the rest.
+            let is_whole = |bytes: i64| (bytes as u64).is_multiple_of(region.unit_bytes);
+            if !is_whole(start) || !is_whole(length_bytes) {
+                return Err(fail(Errno::EINVAL));
+            }
+            fallocate(&region.file, mode, start, length_bytes).map_err(fail)?;
+            if let Some(huge) = huge {
+                huge.punched(&region.file, start as u64, length_bytes as u64)
+                    .map_err(|source| no_huge_pages(&region.name, source))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes `range` read as zero: by holes where each page can be one, on hugetlbfs by writing zeros over what is
+    /// not zero, since the guest's other pages may lie in the same huge page. The caller holds the claims as for
+    /// [`Self::write_pages`].
+    ///
+    /// # Errors
+    /// As of [`Self::punch_hole`] and [`Self::write_pages`].
+    pub fn clear(&self, range: PageRange) -> Result<(), MemoryError> {
+        for (index, piece) in self.layout.split(range) {
+            match &self.regions[index].alias {
+                Alias::Mapped(_) => self.punch_hole(piece)?,
+                Alias::Huge(_) => {
+                    let (mut copy, zeros) = ([0; PAGE_SIZE_BYTES], [0; PAGE_SIZE_BYTES]);
+                    for page in piece.pages() {
+                        self.read_page(page, &mut copy);
+                        if copy != zeros {
+                            self.write_page(page, &zeros)?;
+                        }
+                    }
+                }
+            }
         }
         Ok(())
     }
@@ -307,8 +332,13 @@ impl GuestMemory {
     /// Where the regions are in this process, in layout order; `None` when one of them is not mapped, since it
     /// lies on hugetlbfs.
     pub(super) fn addresses(&self) -> Option<Vec<u64>> {
-        let address = |region: &Region| Some(region.map.as_ref()?.as_ptr() as u64);
+        let address = |region: &Region| Some(region.mapped()?.as_ptr() as u64);
         self.regions.iter().map(address).collect()
+    }
+
+    /// Which pages can only be mapped together.
+    pub fn units(&self) -> Units {
+        Units::new(&self.layout, self.unit_pages())
     }
 
     /// Pages of 4 KiB that a page of each region's file has: more than one on hugetlbfs.
@@ -318,7 +348,7 @@ impl GuestMemory {
 
     /// Asks the kernel to map the alias in small pages only (before Linux 6.12 it may do otherwise).
     pub(super) fn avoid_huge_pages(&self) {
-        for map in self.regions.iter().filter_map(|region| region.map.as_ref()) {
+        for map in self.regions.iter().filter_map(Region::mapped) {
             // A kernel that refuses this advice has no huge pages.
             let _ = map.advise(Advice::NoHugePage);
         }
@@ -355,202 +385,5 @@ impl GuestMemory {
     }
 }
 
-impl Region {
-    fn map(backing: RegionBacking, pages: PageRange, access: Access) -> Result<Self, MemoryError> {
-        let RegionBacking { layout: RegionLayout { name, size_bytes }, file, file_offset_bytes } =
-            backing;
-        let fail = |action, source| MemoryError::Backing { region: name.clone(), action, source };
-        let have_bytes = file.metadata().map_err(|e| fail("inspect its file", e))?.len();
-        let need_bytes = file_offset_bytes.saturating_add(size_bytes);
-        if have_bytes < need_bytes {
-            return Err(MemoryError::BackingTooSmall { region: name, need_bytes, have_bytes });
-        }
-        let system = fstatfs(&file).map_err(|e| fail("inspect its file system", e.into()))?;
-        if system.filesystem_type() == HUGETLBFS_MAGIC {
-            if access == Access::ReadWrite {
-                return Err(MemoryError::HugePages { region: name });
-            }
-            let unit_bytes = system.block_size() as u64;
-            return Ok(Region { name, pages, file, file_offset_bytes, map: None, unit_bytes });
-        }
-        let mut options = MmapOptions::new();
-        options.offset(file_offset_bytes).len(size_bytes as usize);
-        let map = match access {
-            // A private mapping that is never written shows the pages of the file, as a shared one does.
-            // But where the file is open for reading only, a userfaultfd can watch no shared one.
-            // SAFETY: the mapping is used through its raw pointer alone.
-            Access::ReadOnly => unsafe { options.map_copy_read_only(&file) }.map(MmapRaw::from),
-            Access::ReadWrite => options.map_raw(&file),
-        };
-        let map = map.map_err(|e| fail("map its file", e))?;
-        // A crash of farfault must not write the guest's memory to disk.
-        map.advise(Advice::DontDump).map_err(|e| fail("keep it out of core dumps", e))?;
-        let unit_bytes = PAGE_SIZE_BYTES as u64;
-        Ok(Region { name, pages, file, file_offset_bytes, map: Some(map), unit_bytes })
-    }
-
-    fn file_position(&self, page: PageIndex) -> i64 {
-        let in_region = (page.0 - self.pages.start.0) * PAGE_SIZE_BYTES as u64;
-        (self.file_offset_bytes + in_region) as i64
-    }
-
-    fn page_at(&self, position: i64) -> PageIndex {
-        let in_region = position as u64 - self.file_offset_bytes;
-        PageIndex(self.pages.start.0 + in_region / PAGE_SIZE_BYTES as u64)
-    }
-
-    /// Where in the file there is content, from position `at` on. hugetlbfs does not tell: everywhere.
-    fn next_data(&self, at: i64) -> Result<Option<i64>, MemoryError> {
-        if self.map.is_none() {
-            return Ok(Some(at));
-        }
-        match lseek(&self.file, at, Whence::SeekData) {
-            Ok(data) => Ok(Some(data)),
-            Err(Errno::ENXIO) => Ok(None),
-            Err(errno) => Err(self.error(LOOKING_FOR_HOLES, errno.into())),
-        }
-    }
-
-    /// Calls `visit` with the runs of pages in `stretch` that are not holes.
-    ///
-    /// The kernel looks for the next hole page by page, up to the end of the file when there is none: in
-    /// each of many stretches of a guest that is full that takes a time which grows with the square of its
-    /// size. So a stretch that is full is found to be so by the number of its pages in the page cache, and
-    /// the next hole is looked for only where one is near.
-    fn populated_in(
-        &self,
-        stretch: PageRange,
-        mut visit: impl FnMut(PageRange),
-    ) -> Result<(), MemoryError> {
-        if self.map.is_none() {
-            visit(stretch);
-            return Ok(());
-        }
-        let (mut at, end) = (self.file_position(stretch.start), self.file_position(stretch.end));
-        let cached = sys::cached_pages(self.file.as_fd(), at as u64, (end - at) as u64);
-        if cached == Ok(stretch.len()) {
-            visit(stretch);
-            return Ok(());
-        }
-        while let Some(data) = self.next_data(at)?.filter(|data| *data < end) {
-            let hole = match cached {
-                Ok(_) => lseek(&self.file, data, Whence::SeekHole)
-                    .map_err(|errno| self.error(LOOKING_FOR_HOLES, errno.into()))?
-                    .min(end),
-                // An older kernel does not tell: page by page then.
-                Err(_) => data - data % PAGE_SIZE_BYTES as i64 + PAGE_SIZE_BYTES as i64,
-            };
-            visit(PageRange {
-                start: self.page_at(data),
-                end: self.page_at(hole - 1 + PAGE_SIZE_BYTES as i64),
-            });
-            at = hole;
-        }
-        Ok(())
-    }
-
-    fn error(&self, action: &'static str, source: io::Error) -> MemoryError {
-        MemoryError::Backing { region: self.name.clone(), action, source }
-    }
-}
-
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn two_regions() -> MemoryLayout {
-        let region = |name: &str, pages: u64| RegionLayout {
-            name: name.to_owned(),
-            size_bytes: pages * PAGE_SIZE_BYTES as u64,
-        };
-        MemoryLayout::new(vec![region("ram1", 8), region("ram0", 16)])
-    }
-
-    fn filled(byte: u8) -> PageBytes {
-        [byte; PAGE_SIZE_BYTES]
-    }
-
-    #[test]
-    fn what_is_written_is_read_back_in_every_region() {
-        let memory = GuestMemory::create(&two_regions()).unwrap();
-        for page in (0..memory.pages()).map(PageIndex) {
-            memory.write_page(page, &filled(page.0 as u8 + 1)).unwrap();
-        }
-        let mut copy = filled(0);
-        for page in (0..memory.pages()).map(PageIndex) {
-            memory.read_page(page, &mut copy);
-            assert_eq!(copy, filled(page.0 as u8 + 1), "{page:?}");
-        }
-    }
-
-    #[test]
-    fn holes_are_found_across_regions_and_made_again() {
-        let memory = GuestMemory::create(&two_regions()).unwrap();
-        assert!(memory.populated(PageRange::new(0, 24)).unwrap().is_empty());
-        for page in [3, 4, 14, 15, 16, 17, 23] {
-            memory.write_page(PageIndex(page), &filled(7)).unwrap();
-        }
-        memory.punch_hole(PageRange::new(15, 17)).unwrap();
-        let found: Vec<_> =
-            memory.populated(PageRange::new(0, 24)).unwrap().iter().map(|p| p.0).collect();
-        assert_eq!(found, [3, 4, 14, 17, 23]);
-        assert_eq!(memory.populated(PageRange::new(4, 15)).unwrap().len(), 2);
-        let mut copy = filled(1);
-        memory.read_page(PageIndex(16), &mut copy);
-        assert_eq!(copy, filled(0));
-    }
-
-    #[test]
-    fn a_region_may_start_inside_its_file() {
-        let memory = GuestMemory::create(&two_regions()).unwrap();
-        memory.write_page(PageIndex(5), &filled(9)).unwrap();
-        let mut backing = memory.region_files().unwrap().swap_remove(0);
-        backing.file_offset_bytes = 4 * PAGE_SIZE_BYTES as u64;
-        backing.layout.size_bytes = 4 * PAGE_SIZE_BYTES as u64;
-        let part = GuestMemory::map(vec![backing], Access::ReadOnly).unwrap();
-        let populated = part.populated(PageRange::new(0, 4)).unwrap();
-        assert_eq!(populated.iter().collect::<Vec<_>>(), [PageIndex(1)]);
-        let mut copy = filled(0);
-        part.read_page(PageIndex(1), &mut copy);
-        assert_eq!(copy, filled(9));
-        let refused = part.write_page(PageIndex(1), &copy);
-        assert!(matches!(refused, Err(MemoryError::ReadOnly { .. })), "{refused:?}");
-    }
-
-    #[test]
-    fn a_file_that_ends_too_early_is_refused() {
-        let memory = GuestMemory::create(&two_regions()).unwrap();
-        let mut backing = memory.region_files().unwrap().swap_remove(1);
-        backing.layout.size_bytes *= 2;
-        let refused = GuestMemory::map(vec![backing], Access::ReadOnly);
-        assert!(matches!(refused, Err(MemoryError::BackingTooSmall { .. })), "{refused:?}");
-    }
-
-    #[test]
-    fn a_full_file_system_is_an_error_and_not_a_signal() {
-        use nix::mount::{MntFlags, MsFlags, mount, umount2};
-
-        if !nix::unistd::geteuid().is_root() {
-            return;
-        }
-        let place = tempfile::tempdir().unwrap();
-        mount(Some("tmpfs"), place.path(), Some("tmpfs"), MsFlags::empty(), Some("size=16k"))
-            .unwrap();
-        let mut options = File::options();
-        options.read(true).write(true).create_new(true);
-        let file = options.open(place.path().join("ram")).unwrap();
-        file.set_len(64 * PAGE_SIZE_BYTES as u64).unwrap();
-        let layout =
-            RegionLayout { name: "ram".to_owned(), size_bytes: 64 * PAGE_SIZE_BYTES as u64 };
-        let backing = RegionBacking { layout, file, file_offset_bytes: 0 };
-        let memory = GuestMemory::map(vec![backing], Access::ReadWrite).unwrap();
-        let written: Result<Vec<_>, _> =
-            (0..64).map(|page| memory.write_page(PageIndex(page), &filled(1))).collect();
-        assert!(matches!(written, Err(MemoryError::NoSpace { .. })), "{written:?}");
-        let populated = memory.populated(PageRange::new(0, 64)).unwrap().len();
-        assert!((1..=4).contains(&populated), "{populated} pages in 16 KiB");
-        memory.write_page(PageIndex(0), &filled(2)).expect("a page that is there needs no room");
-        drop(memory);
-        umount2(place.path(), MntFlags::MNT_DETACH).unwrap();
-    }
-}
+mod tests;

@@ -8,6 +8,9 @@ mod fault;
 pub mod fuzz;
 mod guest_mapping;
 mod guest_memory;
+mod huge_file;
+#[cfg(test)]
+mod huge_pool;
 mod layout;
 mod probe;
 mod sys;
@@ -15,6 +18,7 @@ mod table;
 #[cfg(test)]
 mod testing;
 mod tracker;
+mod units;
 mod userfault;
 
 pub use error::MemoryError;
@@ -28,4 +32,5 @@ pub use tracker::{
     DirtyTracker, HashScan, ReadWitness, TRACK_FEATURES, TrackerKind, UnknownTracker, WriteProtect,
     open_tracker,
 };
+pub use units::Units;
 pub use userfault::{FAULT_FEATURES, Fault, FaultKind, Userfault};

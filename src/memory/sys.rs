@@ -13,6 +13,8 @@ use userfaultfd::FeatureFlags;
 pub(crate) const USERFAULTFD_DEVICE: &str = "/dev/userfaultfd";
 /// `_IO(0xAA, 0)` on [`USERFAULTFD_DEVICE`]: a new userfaultfd; the argument is its flags.
 pub(crate) const USERFAULTFD_IOC_NEW: u64 = 0xaa00;
+/// `UFFD_FEATURE_MINOR_HUGETLBFS` (5.13).
+pub(crate) const MINOR_HUGETLBFS: FeatureFlags = FeatureFlags::from_bits_retain(1 << 9);
 /// `UFFD_FEATURE_MINOR_SHMEM` (5.14).
 pub(crate) const MINOR_SHMEM: FeatureFlags = FeatureFlags::from_bits_retain(1 << 10);
 /// `UFFD_FEATURE_WP_HUGETLBFS_SHMEM` (5.19).

@@ -7,6 +7,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::GuestMemory;
+use super::huge_pool::Forked;
 use crate::page::{PAGE_SIZE_BYTES, PageIndex};
 
 /// What the process can do. All work on its own mapping.
@@ -35,11 +36,13 @@ pub(crate) struct TestGuest {
     socket: UnixStream,
     addresses: Vec<u64>,
     memory_layout: super::MemoryLayout,
+    _forked: Forked,
 }
 
 impl TestGuest {
     /// A process with its own mapping of all RAM, nothing of it touched.
     pub(crate) fn start(memory: &GuestMemory) -> Self {
+        let forked = Forked::begin();
         let files = memory.region_files().unwrap();
         let maps: Vec<_> = files
             .iter()
@@ -61,7 +64,8 @@ impl TestGuest {
         // From here on only the child has the guest's mapping.
         drop(maps);
         (&ours).read_exact(&mut [0]).unwrap();
-        TestGuest { pid, socket: ours, addresses, memory_layout: memory.layout().clone() }
+        let memory_layout = memory.layout().clone();
+        TestGuest { pid, socket: ours, addresses, memory_layout, _forked: forked }
     }
 
     pub(crate) fn pid(&self) -> u32 {

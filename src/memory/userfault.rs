@@ -11,12 +11,16 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use userfaultfd::{Event, EventBuffer, FeatureFlags, ReadWrite, RegisterMode, Uffd};
 
-use super::{MemoryError, MemoryLayout, sys};
+use super::{MemoryError, Units, sys};
 use crate::page::{PAGE_SIZE_BYTES, PageIndex, PageRange};
 
 /// What `UFFDIO_API` must agree on for a userfaultfd that [`Userfault::register`] takes.
 pub const FAULT_FEATURES: FeatureFlags = FeatureFlags::from_bits_retain(
-    FeatureFlags::MISSING_SHMEM.bits() | FeatureFlags::THREAD_ID.bits() | sys::MINOR_SHMEM.bits(),
+    FeatureFlags::MISSING_SHMEM.bits()
+        | FeatureFlags::MISSING_HUGETLBFS.bits()
+        | FeatureFlags::THREAD_ID.bits()
+        | sys::MINOR_SHMEM.bits()
+        | sys::MINOR_HUGETLBFS.bits(),
 );
 
 /// Faults read at once, and the most that [`Userfault::wait`] gives.
@@ -28,7 +32,7 @@ const STALL_LIMIT: Duration = Duration::from_secs(5);
 /// A thread of the guest stands at a page that is not mapped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Fault {
-    /// The page.
+    /// The page; on hugetlbfs the first of its huge page.
     pub page: PageIndex,
     /// Whether its file had content there.
     pub kind: FaultKind,
@@ -57,7 +61,7 @@ pub enum FaultKind {
 pub struct Userfault {
     uffd: Uffd,
     regions: Vec<Region>,
-    layout: MemoryLayout,
+    units: Units,
     events: Mutex<EventBuffer>,
 }
 
@@ -67,18 +71,15 @@ struct Region {
 }
 
 impl Userfault {
-    /// Registers all regions. `uffd` is past `UFFDIO_API` with [`FAULT_FEATURES`]; `addresses` are
-    /// the guest-side addresses of the regions, in layout order. Pages that the process has mapped
+    /// Registers all regions. `uffd` is past `UFFDIO_API` with [`FAULT_FEATURES`]; `units` are those of the
+    /// guest's memory; `addresses` are the guest-side addresses of the regions, in layout order. Pages that the process has mapped
     /// already stay mapped: punch all RAM into holes after this, before any content arrives.
     ///
     /// # Errors
     /// [`MemoryError::NotServable`] when a region is not shared memory;
     /// [`MemoryError::RegisterBusy`] when another userfaultfd watches it.
-    pub fn register(
-        uffd: Uffd,
-        layout: &MemoryLayout,
-        addresses: &[u64],
-    ) -> Result<Self, MemoryError> {
+    pub fn register(uffd: Uffd, units: &Units, addresses: &[u64]) -> Result<Self, MemoryError> {
+        let layout = units.layout();
         assert_eq!(layout.regions().len(), addresses.len(), "an address for each region");
         set_nonblocking(&uffd)?;
         let mut regions = Vec::new();
@@ -88,7 +89,7 @@ impl Userfault {
             regions.push(Region { pages: layout.range_of(index), address: *address });
         }
         let events = Mutex::new(EventBuffer::new(FAULTS_AT_ONCE));
-        Ok(Userfault { uffd, regions, layout: layout.clone(), events })
+        Ok(Userfault { uffd, regions, units: units.clone(), events })
     }
 
     /// Waits up to `timeout` for faults and puts them into `into` (cleared first), at most 64.
@@ -125,15 +126,20 @@ impl Userfault {
         Ok(())
     }
 
-    /// Maps the pages of `range` for the guest as they lie in the file, and wakes who waits for them;
-    /// gives how many were not mapped before.
+    /// Which pages can only be mapped together.
+    pub fn units(&self) -> &Units {
+        &self.units
+    }
+
+    /// Maps the pages of `range`, whole units, for the guest as they lie in the file, and wakes who waits for
+    /// them; gives how many were not mapped before.
     ///
     /// # Errors
-    /// [`MemoryError::Hole`] with the first page of `range` that is a hole: the pages before it have
+    /// [`MemoryError::Hole`] with the first unit of `range` that is a hole: the pages before it have
     /// been mapped, nothing behind it. [`MemoryError::ProcessGone`], [`MemoryError::MapStalled`].
     pub fn map(&self, range: PageRange) -> Result<u64, MemoryError> {
         let mut mapped = 0;
-        for (index, piece) in self.layout.split(range) {
+        for (index, piece) in self.units.layout().split(range) {
             let region = &self.regions[index];
             let mut patience = Patience::new();
             let mut at = piece.start;
@@ -149,9 +155,9 @@ impl Userfault {
                     Err(error) => match errno(&error) {
                         Errno::EAGAIN => patience.again(at)?,
                         Errno::EEXIST => {
-                            let one = PageRange::new(at.0, at.0 + 1);
-                            self.wake(one)?;
-                            at = one.end;
+                            let unit = self.units.of(at);
+                            self.wake(unit)?;
+                            at = unit.end;
                         }
                         Errno::EFAULT => return Err(MemoryError::Hole(at)),
                         other => return Err(failed("map pages", other, at)),
@@ -162,21 +168,21 @@ impl Userfault {
         Ok(mapped)
     }
 
-    /// Maps `page` as zeros where its file has a hole; where the file has content by now, maps that.
+    /// Maps the unit of `page` as zeros where its file has a hole; where the file has content by now, maps that.
     ///
     /// # Errors
     /// [`MemoryError::NoSpace`] when there is no memory for it: the guest's thread goes on waiting.
     pub fn map_zero(&self, page: PageIndex) -> Result<(), MemoryError> {
-        let one = PageRange::new(page.0, page.0 + 1);
+        let unit = self.units.of(page);
         let mut patience = Patience::new();
-        let (start, bytes) = self.span_of_one(page);
+        let (start, bytes) = self.span(unit);
         loop {
-            match zero_page(&self.uffd, start, bytes) {
+            match zero_unit(&self.uffd, start, bytes) {
                 Ok(()) => return Ok(()),
                 Err(Errno::EAGAIN) => patience.again(page)?,
                 // Content in the page cache, or mapped already. It may become a hole again before we
                 // map it, if the guest's balloon takes it away.
-                Err(Errno::EEXIST) => match self.map(one) {
+                Err(Errno::EEXIST) => match self.map(unit) {
                     Err(MemoryError::Hole(_)) => patience.again(page)?,
                     other => return other.map(|_| ()),
                 },
@@ -187,7 +193,7 @@ impl Userfault {
 
     /// Lets whoever waits for a page of `range` try again, mapped or not.
     pub fn wake(&self, range: PageRange) -> Result<(), MemoryError> {
-        for (index, piece) in self.layout.split(range) {
+        for (index, piece) in self.units.layout().split(range) {
             let (start, bytes) = self.regions[index].span(piece);
             self.uffd
                 .wake(start, bytes)
@@ -217,7 +223,7 @@ impl Userfault {
 
     /// All pages that it serves.
     pub fn pages(&self) -> PageRange {
-        PageRange::new(0, self.layout.pages())
+        PageRange::new(0, self.units.layout().pages())
     }
 
     fn page_at(&self, address: u64) -> Option<PageIndex> {
@@ -227,10 +233,9 @@ impl Userfault {
         })
     }
 
-    fn span_of_one(&self, page: PageIndex) -> (*mut c_void, usize) {
-        let region = self.regions.iter().find(|region| region.pages.contains(page));
-        let region = region.unwrap_or_else(|| panic!("{page:?} beyond the guest"));
-        region.span(PageRange::new(page.0, page.0 + 1))
+    fn span(&self, unit: PageRange) -> (*mut c_void, usize) {
+        let region = self.regions.iter().find(|region| region.pages.contains(unit.start));
+        region.unwrap_or_else(|| panic!("{unit:?} beyond the guest")).span(unit)
     }
 }
 
@@ -270,10 +275,20 @@ impl Patience {
 }
 
 #[allow(unsafe_code)]
-fn zero_page(uffd: &Uffd, start: *mut c_void, bytes: usize) -> Result<(), Errno> {
-    // SAFETY: the range is in the guest's process and was registered by us; the kernel only fills
-    // what is a hole there, and refuses everything else.
-    unsafe { uffd.zeropage(start, bytes, true) }.map(|_| ()).map_err(|error| errno(&error))
+fn zero_unit(uffd: &Uffd, start: *mut c_void, bytes: usize) -> Result<(), Errno> {
+    let filled = if bytes == PAGE_SIZE_BYTES {
+        // SAFETY: the range is in the guest's process and was registered by us; the kernel only fills
+        // what is a hole there, and refuses everything else.
+        unsafe { uffd.zeropage(start, bytes, true) }
+    } else {
+        // There is no page of zeros to map on hugetlbfs. Where what it copies is not mapped, the kernel takes a second
+        // huge page of the pool for the time of the copy, which may have none.
+        let zeros = vec![0u8; bytes];
+        zeros.iter().step_by(PAGE_SIZE_BYTES).for_each(|byte| _ = std::hint::black_box(*byte));
+        // SAFETY: as above; the kernel reads as many zeros as there are.
+        unsafe { uffd.copy(zeros.as_ptr().cast(), start, bytes, true) }
+    };
+    filled.map(drop).map_err(|error| errno(&error))
 }
 
 /// Registers a region of guest RAM; `purpose` is "serve" or "track".
@@ -331,7 +346,7 @@ mod tests {
     use std::time::Instant;
 
     use super::*;
-    use crate::memory::{GuestMapping, GuestMemory, HostCapabilities, RegionLayout};
+    use crate::memory::{GuestMapping, GuestMemory, HostCapabilities, MemoryLayout, RegionLayout};
 
     const PAGES: u64 = 512;
     const ROUNDS: u64 = 400;

@@ -14,7 +14,7 @@ use crate::engine::Failure;
 use crate::engine::pusher::BundleBudget;
 use crate::page::PageIndex;
 use crate::transport::{Lane, Link, LinkError};
-use crate::wire::message::{FaultRequest, MAX_REQUEST_PAGES, decode};
+use crate::wire::message::{FaultRequest, MAX_REQUEST_PAGES, Wanted, decode};
 
 /// A repeated request comes milliseconds after the first one: far fewer pages are asked for meanwhile.
 const ANSWERED_KEPT: usize = 1 << 16;
@@ -57,7 +57,12 @@ impl Answers {
                     "the destination asks for {count} pages at once"
                 )));
             }
-            for wanted in request.pages {
+            // All of them before a thread's fault is looked at: what may be wanted next is none of these.
+            let is_mate = |wanted: &&Wanted| wanted.thread == 0 && !request.whole;
+            let mates = request.pages.iter().filter(is_mate).map(|wanted| wanted.page);
+            let mates = self.frozen.give(mates);
+            mates.iter().for_each(|page| _ = self.is_first(*page));
+            for wanted in request.pages.iter().filter(|wanted| !is_mate(wanted)).copied() {
                 // One that came spoilt is asked for again.
                 if !self.is_first(wanted.page) && !request.whole {
                     continue;
@@ -76,6 +81,13 @@ impl Answers {
                     self.with_budget(|budget| budget.spend(cost));
                     // Its consumer ends with the link only.
                     let _ = self.bundles.send(bundle);
+                }
+            }
+            // They are good for something when all of them are there: what is lost with one holds nothing else up.
+            for pages in mates.chunks(BUNDLE_MESSAGE_PAGES) {
+                let reply = self.frozen.bundle(pages, &mut reader);
+                if let Err(error) = self.link.send(Lane::FaultReply, reply).await {
+                    return Ok(error);
                 }
             }
         }

@@ -50,7 +50,7 @@ impl From<ApplyError> for Failure {
 }
 
 /// Pages whose content is taken away by one call: so many are claimed at a time.
-const PUNCHED_TOGETHER_PAGES: u64 = 512;
+const CLEARED_TOGETHER_PAGES: u64 = 512;
 
 /// Applies messages of pages; shared by the threads that do so.
 pub(super) struct Arrivals {
@@ -281,8 +281,8 @@ impl Arrivals {
             let rest = PageRange { start: at, end: run.end };
             let content = self.memory.first_populated(rest)?.unwrap_or(run.end);
             self.settle_holes(PageRange { start: at, end: content }, version, last)?;
-            at = PageIndex((content.0 + PUNCHED_TOGETHER_PAGES).min(run.end.0));
-            self.punch(PageRange { start: content, end: at }, version, last)?;
+            at = PageIndex((content.0 + CLEARED_TOGETHER_PAGES).min(run.end.0));
+            self.clear(PageRange { start: content, end: at }, version, last)?;
         }
         Ok(())
     }
@@ -310,7 +310,7 @@ impl Arrivals {
     }
 
     /// Takes the content of the pages of `piece` away, of as many as can be claimed.
-    fn punch(&self, piece: PageRange, version: Version, last: bool) -> Result<(), MemoryError> {
+    fn clear(&self, piece: PageRange, version: Version, last: bool) -> Result<(), MemoryError> {
         let mut at = piece.start;
         while at < piece.end {
             let claim = |page: &PageIndex| {
@@ -325,7 +325,7 @@ impl Arrivals {
                 at.0 += 1;
                 continue;
             }
-            if let Err(error) = self.memory.punch_hole(claimed) {
+            if let Err(error) = self.memory.clear(claimed) {
                 claimed.pages().for_each(|page| self.table.spoil(page));
                 return Err(error);
             }

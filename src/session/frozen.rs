@@ -153,6 +153,14 @@ impl FrozenPages {
         due
     }
 
+    /// Those of `pages`, for which no thread is named, that were not sent yet: they are to be sent now.
+    pub(super) fn give(&self, pages: impl Iterator<Item = PageIndex>) -> Vec<PageIndex> {
+        let mut pusher = self.pusher.lock().expect("no holder panics");
+        let given = pages.filter(|page| pusher.give(*page)).collect();
+        self.counters.remaining_pages.store(pusher.left(), Ordering::Relaxed);
+        given
+    }
+
     /// A page that a thread waits for, in a message of its own: nothing that is lost on the way of
     /// another page holds it up.
     pub(super) fn reply(&self, page: PageIndex, whole: bool, reader: &mut PageReader) -> Bytes {
@@ -161,7 +169,7 @@ impl FrozenPages {
         Bytes::from(out)
     }
 
-    /// A message of a bundle, of at most [`BUNDLE_MESSAGE_PAGES`] pages.
+    /// A message of a bundle, or of pages that are only wanted together, of at most [`BUNDLE_MESSAGE_PAGES`].
     pub(super) fn bundle(&self, pages: &[PageIndex], reader: &mut PageReader) -> Bytes {
         let mut pages = pages.to_vec();
         pages.sort_unstable();

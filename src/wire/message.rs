@@ -216,7 +216,8 @@ pub struct FaultRequest {
 pub struct Wanted {
     /// The page.
     pub page: PageIndex,
-    /// Any number that tells threads (vCPUs) apart; 0 for nobody in particular.
+    /// Any number that tells threads (vCPUs) apart. 0 for nobody in particular: the page is wanted together with
+    /// another one, or was asked for before the link was lost. It is sent unless it is on its way already.
     pub thread: u32,
 }
 

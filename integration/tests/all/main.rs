@@ -3,6 +3,7 @@
 
 mod accidents;
 mod demo;
+mod huge_pages;
 mod lab;
 mod migrate;
 mod native;

@@ -186,6 +186,12 @@ impl Pusher {
         true
     }
 
+    /// A page is wanted, but by no thread that the policy could learn from: true when it is to be sent now.
+    /// One that was sent is on its way.
+    pub fn give(&mut self, page: PageIndex) -> bool {
+        self.unsent.remove(page)
+    }
+
     /// Whatever the policy says, the hottest of the pages that `may` go first, at most `count`.
     pub fn hottest_first(&mut self, count: usize, may: &dyn Fn(PageIndex) -> bool) {
         let mut hot: Vec<PageIndex> = Vec::new();

@@ -28,6 +28,23 @@ fn a_page_that_was_never_needed_is_not_sent() {
 }
 
 #[test]
+fn a_page_that_is_wanted_in_nobodys_name_goes_once_and_teaches_nothing() {
+    for kind in PusherKind::ALL {
+        let mut pusher = Pusher::new(PageSet::full(2000), Heat::new(2000), kind);
+        // As of a huge page at 512, of which the one at 512 is asked for last.
+        for page in (513..1024).map(PageIndex) {
+            assert!(pusher.give(page) && !pusher.give(page), "{page:?}");
+        }
+        assert!(!pusher.give(PageIndex(1 << 40)));
+        assert_eq!((pusher.left(), pusher.bundles()), (2000 - 511, BundleStats::default()));
+        let mut bundle = Vec::new();
+        let wanted = Wanted { page: PageIndex(512), thread: 1 };
+        assert!(pusher.request(wanted, 8, &|_| 1, &mut bundle));
+        assert!(bundle.iter().all(|page| !(512..1024).contains(&page.0)), "{bundle:?}");
+    }
+}
+
+#[test]
 fn a_page_is_sent_again_when_it_is_asked_for_again() {
     for kind in PusherKind::ALL {
         let mut pusher = Pusher::new(PageSet::full(100), Heat::new(100), kind);

@@ -5,6 +5,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use nix::sys::statfs::{HUGETLBFS_MAGIC, fstatfs};
 use nix::sys::statvfs::fstatvfs;
 use qapi::qmp::{AnnounceParameters, announce_self};
 
@@ -135,7 +136,7 @@ impl DestinationGuest for QemuDestination {
 
     fn userfault(&mut self) -> Result<Userfault, GuestError> {
         let uffd = uffd::create(&mut self.qmp, &self.process, &self.vcpu_threads, FAULT_FEATURES)?;
-        let userfault = Userfault::register(uffd, self.memory.layout(), &self.addresses)?;
+        let userfault = Userfault::register(uffd, &self.memory.units(), &self.addresses)?;
         // Only now: what QEMU touches from here on faults, so that nothing appears again unseen.
         let all = PageRange::new(0, self.memory.pages());
         self.memory.punch_hole(all)?;
@@ -270,6 +271,11 @@ fn check_room(backings: &[RegionBacking]) -> Result<(), GuestError> {
         let unknown = |e: std::io::Error| {
             failure(format!("cannot tell the room for guest RAM {}: {e}", backing.layout.name))
         };
+        // The pool of huge pages is asked by mapping: it has reserved them for QEMU, or it has not.
+        let system = fstatfs(&backing.file).map_err(|e| unknown(e.into()))?;
+        if system.filesystem_type() == HUGETLBFS_MAGIC {
+            continue;
+        }
         let room = fstatvfs(&backing.file).map_err(|e| unknown(e.into()))?;
         // A file system without a limit of its own, such as that of memfds.
         if room.blocks() == 0 {

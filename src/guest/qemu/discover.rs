@@ -66,7 +66,7 @@ pub(super) fn ram(qmp: &mut Qmp, process: &Adopted, access: Access) -> Result<Ra
         let mapping = mapping_at(&mappings, &id, address, backend.size)?;
         let file = process.open_backing(mapping, access)?;
         let file_offset_bytes = mapping.file_offset_bytes + (address - mapping.address);
-        check_file_system(&file, &id, backend.size, access)?;
+        check_file_system(&file, &id, backend.size)?;
         let layout = RegionLayout { name: id, size_bytes: backend.size };
         found.push((address, RegionBacking { layout, file, file_offset_bytes }));
     }
@@ -142,8 +142,11 @@ pub(super) fn mapping_at<'a>(
     })
 }
 
-/// Only shmem takes both kinds of faults in pages of 4 KiB. What is only read may be in huge pages.
-fn check_file_system(file: &File, id: &str, size: u64, access: Access) -> Result<(), GuestError> {
+/// Only memory takes both kinds of faults. Into which huge pages a guest can be received, [`GuestMemory::map`]
+/// tells.
+///
+/// [`GuestMemory::map`]: crate::memory::GuestMemory::map
+fn check_file_system(file: &File, id: &str, size: u64) -> Result<(), GuestError> {
     let kind = statfs::fstatfs(file)
         .map_err(|e| failure(format!("cannot tell where guest RAM {id} lives: {e}")))?
         .filesystem_type();
@@ -151,17 +154,9 @@ fn check_file_system(file: &File, id: &str, size: u64, access: Access) -> Result
         "use -object memory-backend-file,id={id},size={},mem-path=/dev/shm/NAME,share=on",
         size_option(size)
     );
-    match (kind, access) {
-        (statfs::TMPFS_MAGIC, _) | (statfs::HUGETLBFS_MAGIC, Access::ReadOnly) => Ok(()),
-        (statfs::HUGETLBFS_MAGIC, Access::ReadWrite) => Err(refusal(
-            format!(
-                "guest RAM {id} is on hugetlbfs, where a missing page would cost a fault 2 MiB of the link"
-            ),
-            format!(
-                "{shmem},align=2M, and receive --huge-pages, which gathers it when all has come"
-            ),
-        )),
-        (FsType(magic), _) => Err(refusal(
+    match kind {
+        statfs::TMPFS_MAGIC | statfs::HUGETLBFS_MAGIC => Ok(()),
+        FsType(magic) => Err(refusal(
             format!(
                 "guest RAM {id} is in a file that is not in memory (file system {magic:#x}), where its pages \
                  cannot be tracked one by one"

@@ -104,7 +104,7 @@ impl DestinationGuest for LeftQemu {
             failure(format!("QEMU (process {}) has no userfaultfd of farfault", self.process.pid()))
         })?;
         let addresses: Vec<u64> = self.place.ram.iter().map(|(_, address)| *address).collect();
-        Ok(Userfault::register(kept, &self.shape.memory, &addresses)?)
+        Ok(Userfault::register(kept, &self.memory.units(), &addresses)?)
     }
 
     fn load_device_state(&mut self, _state: &[u8]) -> Result<(), GuestError> {

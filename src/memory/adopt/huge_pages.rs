@@ -29,7 +29,7 @@ pub struct HugePages {
 
 impl Adopted {
     /// Gathers the pages of these regions (address and length in the process) into huge pages, where that
-    /// can be. Parts that are holes, or lie badly, stay as they are. The process runs meanwhile; a thread
+    /// can be. Parts that are holes, or lie badly, stay as they are, and so does RAM on hugetlbfs. The process runs meanwhile; a thread
     /// that touches what is being moved waits for it, some milliseconds.
     pub fn gather_huge_pages(&self, regions: &[(u64, u64)]) -> Result<HugePages, MemoryError> {
         let before_bytes = self.mapped_by_huge_pages(regions)?;
@@ -62,6 +62,10 @@ impl Adopted {
     }
 }
 
+/// Of shared memory, of other files, and of RAM on hugetlbfs, whether somebody else has mapped it too or not.
+const MAPPED_BY_HUGE_PAGES: [&str; 4] =
+    ["ShmemPmdMapped:", "FilePmdMapped:", "Shared_Hugetlb:", "Private_Hugetlb:"];
+
 /// What the text of `/proc/PID/smaps` says of mappings that begin within `regions`.
 fn huge_bytes(smaps: &str, regions: &[(u64, u64)]) -> u64 {
     let mut within = false;
@@ -74,7 +78,7 @@ fn huge_bytes(smaps: &str, regions: &[(u64, u64)]) -> u64 {
         {
             let holds = |(address, size): &(u64, u64)| (*address..address + size).contains(&start);
             within = regions.iter().any(holds);
-        } else if within && matches!(first, "ShmemPmdMapped:" | "FilePmdMapped:") {
+        } else if within && MAPPED_BY_HUGE_PAGES.contains(&first) {
             let kib: u64 = words.next().and_then(|number| number.parse().ok()).unwrap_or(0);
             bytes += kib << 10;
         }
@@ -141,9 +145,11 @@ mod tests {
                      ShmemPmdMapped:     4096 kB\n\
                      7f0000400000-7f0000800000 rw-s 00400000 00:01 9   /dev/shm/ram\n\
                      ShmemPmdMapped:     2048 kB\n\
+                     Shared_Hugetlb:        0 kB\n\
+                     Private_Hugetlb:    4096 kB\n\
                      7f1000000000-7f1000200000 rw-s 00000000 00:01 8   /dev/shm/other\n\
                      ShmemPmdMapped:     2048 kB\n";
-        assert_eq!(huge_bytes(smaps, &[(0x7f00_0000_0000, 0x80_0000)]), 6 << 20);
+        assert_eq!(huge_bytes(smaps, &[(0x7f00_0000_0000, 0x80_0000)]), 10 << 20);
         assert_eq!(huge_bytes(smaps, &[]), 0);
     }
 }

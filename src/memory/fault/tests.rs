@@ -11,11 +11,11 @@ use crate::page::{PAGE_SIZE_BYTES, PageBytes, PageSet, Version};
 
 const PAGES: u64 = 512;
 
-struct Destination {
-    memory: Arc<GuestMemory>,
-    guest: TestGuest,
-    table: Arc<PageTable>,
-    userfault: Arc<Userfault>,
+pub(super) struct Destination {
+    pub(super) memory: Arc<GuestMemory>,
+    pub(super) guest: TestGuest,
+    pub(super) table: Arc<PageTable>,
+    pub(super) userfault: Arc<Userfault>,
 }
 
 impl Destination {
@@ -25,16 +25,21 @@ impl Destination {
             size_bytes: pages * PAGE_SIZE_BYTES as u64,
         };
         let layout = MemoryLayout::new(vec![region("a", 200), region("b", PAGES - 200)]);
-        let memory = Arc::new(GuestMemory::create(&layout).unwrap());
+        Self::of(GuestMemory::create(&layout).unwrap())
+    }
+
+    pub(super) fn of(memory: GuestMemory) -> Self {
+        let memory = Arc::new(memory);
         let guest = TestGuest::start(&memory);
         let adopted = Adopted::attach(guest.pid()).unwrap();
         let uffd = adopted.userfaultfd(None, &[], FAULT_FEATURES).unwrap();
-        let userfault = Arc::new(Userfault::register(uffd, &layout, guest.addresses()).unwrap());
-        let table = Arc::new(PageTable::anonymous(PAGES).unwrap());
+        let registered = Userfault::register(uffd, &memory.units(), guest.addresses());
+        let userfault = Arc::new(registered.unwrap());
+        let table = Arc::new(PageTable::anonymous(memory.pages()).unwrap());
         Destination { memory, guest, table, userfault }
     }
 
-    fn apply(&self, page: PageIndex, version: u16, last: bool) -> bool {
+    pub(super) fn apply(&self, page: PageIndex, version: u16, last: bool) -> bool {
         let claim = self.table.claim(page, Version(version));
         assert!(matches!(claim, Claim::Claimed { .. }), "{page:?}: {claim:?}");
         let zero = is_zero(page);
@@ -44,7 +49,7 @@ impl Destination {
         self.table.finish(page, Version(version), zero, last)
     }
 
-    fn serve(&self, ask: impl Fn(PageIndex, u32) + Send + 'static) -> FaultServer {
+    pub(super) fn serve(&self, ask: impl Fn(PageIndex, u32) + Send + 'static) -> FaultServer {
         let (userfault, table) = (Arc::clone(&self.userfault), Arc::clone(&self.table));
         FaultServer::start(userfault, table, FaultOptions::default(), ask).unwrap()
     }
@@ -66,21 +71,31 @@ fn content(page: PageIndex, version: u16) -> PageBytes {
     bytes
 }
 
-fn expected(page: PageIndex, version: u16) -> u64 {
+pub(super) fn expected(page: PageIndex, version: u16) -> u64 {
     let bytes = content(page, version);
     mixture(bytes.chunks_exact(8).map(|word| u64::from_ne_bytes(word.try_into().unwrap())))
 }
 
 /// A page order that visits every page once and jumps about.
 fn shuffled() -> impl Iterator<Item = PageIndex> {
-    (0..PAGES).map(|n| PageIndex(n * 167 % PAGES))
+    shuffled_of(PAGES)
+}
+
+fn shuffled_of(pages: u64) -> impl Iterator<Item = PageIndex> {
+    (0..pages).map(move |n| PageIndex(n * 167 % pages))
 }
 
 #[test]
 fn the_guest_never_sees_a_stale_byte() {
-    let mut destination = Destination::prepare();
+    move_while_it_works(Destination::prepare());
+}
+
+/// The guest reads and writes all pages while they arrive, pushed and as asked for.
+pub(super) fn move_while_it_works(mut destination: Destination) {
+    let pages = destination.memory.pages();
+    let shuffled = || shuffled_of(pages);
     // A third was never sent, a third was sent and dirtied since, a third is clean.
-    let mut need = PageSet::empty(PAGES);
+    let mut need = PageSet::empty(pages);
     for page in shuffled() {
         match page.0 % 3 {
             0 => drop(need.insert(page)),
@@ -136,7 +151,7 @@ fn the_guest_never_sees_a_stale_byte() {
         mapper.finish().unwrap();
         by_request.join().unwrap() + by_push.join().unwrap()
     });
-    assert_eq!(applied as u64, PAGES.div_ceil(3) + (PAGES + 1) / 3, "every needed page once");
+    assert_eq!(applied as u64, pages.div_ceil(3) + (pages + 1) / 3, "every needed page once");
     assert!(table.incomplete().is_empty());
     assert!(table.waiting_pages().is_empty());
     let stats = server.stats();

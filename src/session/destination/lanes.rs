@@ -150,7 +150,8 @@ async fn ask(
             }
             _ = link.ended() => return,
         }
-        counters.remote_faults.fetch_add(gathered.len() as u64, Ordering::Relaxed);
+        let faults = gathered.iter().filter(|(wanted, _)| wanted.thread != 0).count();
+        counters.remote_faults.fetch_add(faults as u64, Ordering::Relaxed);
         for whole in [false, true] {
             let pages: Vec<Wanted> =
                 gathered.iter().filter(|asked| asked.1 == whole).map(|asked| asked.0).collect();
