@@ -103,9 +103,8 @@ impl Answers {
     }
 
     fn room(&self) -> u64 {
-        let (link, now) = (self.link.stats(), self.begin.elapsed());
-        let round_trip = Duration::from_micros(link.min_rtt_us);
-        self.with_budget(|budget| budget.room(now, link.delivery_rate_bytes_per_s, round_trip))
+        let ((rate_bytes_per_s, round_trip), now) = (self.link.main_path(), self.begin.elapsed());
+        self.with_budget(|budget| budget.room(now, rate_bytes_per_s, round_trip))
     }
 
     fn with_budget<T>(&self, f: impl FnOnce(&mut BundleBudget) -> T) -> T {

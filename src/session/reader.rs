@@ -182,7 +182,9 @@ impl PageReader {
         let mut counts = encoder.encode(version, &plain, message);
         let encode_time = begin.elapsed();
         self.ladder.observe(choice, &counts, encode_time);
-        if first {
+        // Pages of zeros take next to nothing, and would hide what others do.
+        let zero = plain.iter().filter(|page| is_zero(page.bytes)).count();
+        if first && zero <= plain.len() / 4 {
             let link_bytes_per_s = self.pace.link_bytes_per_s();
             let bytes = counts.total_bytes();
             self.remembering.sent(plain.len(), encode_time, bytes, link_bytes_per_s);
@@ -218,7 +220,9 @@ impl PageReader {
             }
             saw(*page, bytes);
         }
-        self.remembering.remembered(remembered, begin.elapsed());
+        if remembered >= pages.len() / 4 * 3 {
+            self.remembering.remembered(remembered, begin.elapsed());
+        }
     }
 
     /// Pages of the last batch that were not sent, since the destination is about to have them as another page:

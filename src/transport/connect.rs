@@ -91,7 +91,7 @@ async fn dial(
         let dialler = Dialler::new(address, ticket, options, cap.clone());
         attempts.spawn(async move {
             tokio::time::sleep(STAGGER * position as u32).await;
-            let attempt = tokio::time::timeout_at(deadline, dialler.dial());
+            let attempt = tokio::time::timeout_at(deadline, dialler.dial(Peer::Known));
             let result = attempt
                 .await
                 .unwrap_or_else(|_| Err(ConnectError::Unreachable("no answer in time".to_owned())));
@@ -140,7 +140,7 @@ impl Dialler {
     }
 
     /// Connects, from a socket of its own.
-    pub(super) async fn dial(&self) -> Result<Dialled, ConnectError> {
+    pub(super) async fn dial(&self, peer: Peer) -> Result<Dialled, ConnectError> {
         let Dialler { address, options, .. } = self;
         let local: SocketAddr = if address.is_ipv4() {
             (Ipv4Addr::UNSPECIFIED, 0).into()
@@ -152,7 +152,7 @@ impl Dialler {
         let gauges = Arc::<Gauges>::default();
         let (crypto, mismatch) = identity::sender(self.certificate_sha256);
         let mut config = ClientConfig::new(Arc::new(crypto));
-        let transport = quic::transport_config(options, Peer::Known, *address, gauges.clone());
+        let transport = quic::transport_config(options, peer, *address, gauges.clone());
         config.transport_config(Arc::new(transport));
         let connecting = endpoint
             .connect_with(config, *address, identity::SERVER_NAME)

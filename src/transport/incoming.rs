@@ -2,6 +2,7 @@
 //! limits of its lane, and handed to the queue of its lane.
 
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use quinn::{Connection, ConnectionError, Endpoint, ReadError, ReadExactError, RecvStream};
@@ -19,6 +20,9 @@ const CONTROL_QUEUE: usize = 4;
 const FIRST_ALLOCATION_BYTES: usize = 64 << 10;
 /// Pieces of a message, each of a packet, that are taken from QUIC at a time.
 const CHUNKS: usize = 32;
+
+/// When a connection for bulk has ended, and the main one may be about to say why.
+const MAIN_MAY_TELL: Duration = Duration::from_millis(300);
 
 /// What the tasks of a link share. They end when the connection does.
 #[derive(Debug)]
@@ -64,8 +68,10 @@ impl Core {
                 connection.close(code(number), reason);
             }
         };
+        // Held until all are closed: see `Link::add`.
+        let bulk = self.bulk();
         close(&self.connection);
-        self.bulk().iter().for_each(|bulk| close(&bulk.connection));
+        bulk.iter().for_each(|bulk| close(&bulk.connection));
     }
 
     /// Ends the link because of what the peer did.
@@ -75,10 +81,24 @@ impl Core {
         self.close(close_code::VIOLATION, what.as_bytes());
     }
 
-    /// Ends the link because one of its connections has: what was pushed there may be lost.
-    pub(super) fn lost_bulk(&self, reason: ConnectionError) {
+    /// Ends the link because one of its connections has: what was pushed there may be lost. What the peer says of
+    /// the migration holds, by whichever it comes first, so the main one is given a moment to bring that; anything
+    /// else is of this connection alone, and another link may follow.
+    pub(super) async fn lost(&self, reason: ConnectionError) {
+        let error = LinkError::from_quic(reason, self.idle_timeout_ms);
+        let tells = matches!(
+            error,
+            LinkError::PeerClosed { .. } | LinkError::Refused { code: close_code::VIOLATION, .. }
+        );
+        if !tells {
+            let _ = tokio::time::timeout(MAIN_MAY_TELL, self.connection.closed()).await;
+        }
         if self.connection.close_reason().is_none() {
-            let _ = self.cause.set(LinkError::from_quic(reason, self.idle_timeout_ms));
+            let _ = self.cause.set(if tells || error.is_mendable() {
+                error
+            } else {
+                LinkError::Transport(format!("a connection for bulk has ended: {error}"))
+            });
         }
         self.close(close_code::LET_GO, b"one of the link's connections was lost");
     }

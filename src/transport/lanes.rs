@@ -106,7 +106,7 @@ impl Lane {
 
 /// What a push message costs of the window: its bytes, but never less than this, so that a window
 /// bounds the number of messages too.
-const MIN_PUSH_COST_BYTES: u64 = 16 << 10;
+pub(super) const MIN_PUSH_COST_BYTES: u64 = 16 << 10;
 /// Push streams at a time, whatever the window.
 pub(super) const MAX_PUSH_STREAMS: usize = 4096;
 /// Streams of the other lanes at a time.

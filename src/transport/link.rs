@@ -4,11 +4,13 @@ use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use bytes::Bytes;
-use quinn::{Connection, ConnectionStats, Endpoint, RecvStream, SendStream, VarInt, WriteError};
+use quinn::{
+    Connection, ConnectionStats, Endpoint, RecvStream, SendStream, StoppedError, VarInt, WriteError,
+};
 use tokio::sync::{Mutex, mpsc, oneshot};
 
 use super::TransportOptions;
-use super::bulk::{BulkConnection, MAX_CONNECTIONS};
+use super::bulk::{BulkConnection, MAX_CONNECTIONS, Side};
 use super::congestion::Gauges;
 use super::error::{LinkError, close_code, code};
 use super::incoming::{self, Assembly, Carries, Core, LaneQueues};
@@ -20,6 +22,8 @@ use super::ticket::Secret;
 
 /// Control messages that wait to be written.
 const CONTROL_QUEUE: usize = 16;
+/// What is under way when a link is closed gets so long to arrive.
+const DRAIN_GRACE: Duration = Duration::from_millis(300);
 /// The notice of a closed link gets so long to leave.
 const CLOSE_GRACE: Duration = Duration::from_millis(500);
 
@@ -83,7 +87,8 @@ pub struct LinkStats {
     pub rtt_us: u64,
     /// Round-trip time without queues, as far as seen.
     pub min_rtt_us: u64,
-    /// Rate at which the network delivered when this end used it fully; 0 until measured.
+    /// Rate at which the network delivered when this end used it fully; 0 until measured. The sum of those connections
+    /// that are used fully, or the highest of any.
     pub delivery_rate_bytes_per_s: u64,
     /// Congestion window.
     pub window_bytes: u64,
@@ -156,33 +161,40 @@ impl Link {
         proof::bulk_key(&self.0.core.connection)
     }
 
-    /// Adds a connection, whose other end has proved to be this link's.
+    /// Adds a connection, whose other end has proved to be this link's. It carries bulk from the link's sender to
+    /// its receiver.
     ///
     /// # Errors
     /// There are as many as may be, or the link has ended. The connection is closed then.
-    pub(super) fn add(&self, bulk: BulkConnection) -> Result<(), &'static str> {
+    pub(super) fn add(&self, bulk: BulkConnection, side: Side) -> Result<(), &'static str> {
         let Inner { core, gauges, budget, assembly, .. } = &*self.0;
         let (connection, its_gauges) = (bulk.connection.clone(), bulk.gauges.clone());
         let mut others = core.bulk();
-        let full = others.len() + 1 >= usize::from(MAX_CONNECTIONS);
-        let assembly = assembly.upgrade().filter(|_| core.ended().is_none());
-        let (false, Some(assembly)) = (full, assembly) else {
+        let Some(assembly) = assembly.upgrade().filter(|_| core.ended().is_none()) else {
+            connection.close(code(close_code::LET_GO), LET_GO_REASON);
+            return Err("the link has ended");
+        };
+        if others.len() + 1 >= usize::from(MAX_CONNECTIONS) {
             connection.close(code(close_code::BUSY), NO_MORE.as_bytes());
             return Err(NO_MORE);
-        };
-        its_gauges.set_nobody_waits(gauges.nobody_waits());
-        assembly.serve(connection.clone(), Carries::Push);
-        follow(budget, &connection, &its_gauges);
-        // Of the same number in both, so that nothing is pushed to one that is not there.
+        }
         others.push(bulk);
-        budget.add_way(its_gauges);
+        match side {
+            Side::Receiver => assembly.serve(connection.clone(), Carries::Push),
+            Side::Sender => {
+                its_gauges.set_nobody_waits(gauges.nobody_waits());
+                follow(budget, &connection, &its_gauges);
+                // Of the same number in both, so that nothing is pushed to one that is not there.
+                budget.add_way(its_gauges);
+            }
+        }
         drop(others);
         let (core, main) = (core.clone(), core.connection.clone());
         tokio::spawn(async move {
             tokio::select! {
-                reason = connection.closed() => core.lost_bulk(reason),
-                // One that was added while the link was being closed.
-                _ = main.closed() => connection.close(code(close_code::LET_GO), LET_GO_REASON),
+                reason = connection.closed() => core.lost(reason).await,
+                // Whoever closes the link at this end closes this one too, and says the same by all.
+                _ = main.closed() => core.close(close_code::LET_GO, LET_GO_REASON),
             }
         });
         Ok(())
@@ -254,8 +266,12 @@ impl Link {
         };
         let connection = self.0.core.way(admitted.way);
         let stream = self.write(&connection, Lane::Push, admitted.priority, message).await?;
+        let core = self.0.core.clone();
         tokio::spawn(async move {
-            let _ = stream.stopped().await;
+            if let Err(StoppedError::ConnectionLost(reason)) = stream.stopped().await {
+                // Before the account says that all has arrived.
+                core.lost(reason).await;
+            }
             drop(admitted);
         });
         Ok(())
@@ -306,13 +322,32 @@ impl Link {
             ..LinkStats::default()
         };
         stats.count(&main, &self.0.gauges);
-        for bulk in self.0.core.bulk().iter() {
-            stats.count(&bulk.connection.stats(), &bulk.gauges);
+        let others: Vec<_> = {
+            let bulk = self.0.core.bulk();
+            bulk.iter().map(|bulk| (bulk.connection.clone(), bulk.gauges.clone())).collect()
+        };
+        for (connection, gauges) in &others {
+            stats.count(&connection.stats(), gauges);
         }
+        // A connection that was not used fully tells the most that it ever carried, and all of them have the same
+        // network: their sum may be many times what that takes.
+        let all = || others.iter().map(|(_, gauges)| gauges).chain([&self.0.gauges]);
+        let rate = |gauges: &Arc<Gauges>| gauges.delivery_rate_bytes_per_s();
+        let together: u64 = all().filter(|gauges| gauges.is_full()).map(rate).sum();
+        stats.delivery_rate_bytes_per_s = together.max(all().map(rate).max().unwrap_or(0));
         if let Some(limit) = self.0.bandwidth_limit_bytes_per_s {
             stats.delivery_rate_bytes_per_s = stats.delivery_rate_bytes_per_s.min(limit);
         }
         stats
+    }
+
+    /// The rate, in bytes a second, and the shortest round trip of the main connection, by which all goes that a
+    /// thread of the guest waits for. Takes no lock.
+    pub fn main_path(&self) -> (u64, Duration) {
+        let gauges = &self.0.gauges;
+        let rate = gauges.delivery_rate_bytes_per_s();
+        let limit = self.0.bandwidth_limit_bytes_per_s.unwrap_or(u64::MAX);
+        (rate.min(limit), Duration::from_micros(gauges.min_rtt_us()))
     }
 
     /// Waits for the end of the link and tells why.
@@ -320,9 +355,13 @@ impl Link {
         self.0.core.end().await
     }
 
-    /// Closes the link at once; the peer's calls fail with this code and reason
-    /// ([`LinkError::PeerClosed`]). Gives the notice up to half a second to leave.
+    /// Closes the link; the peer's calls fail with this code and reason ([`LinkError::PeerClosed`]). Nothing is pushed
+    /// any more, and what is under way gets a moment to arrive. Gives the notice up to half a second to leave.
     pub async fn close(&self, code_for_peer: u32, reason: &str) {
+        // quinn sends no notice while the congestion window is full of data, and takes no acknowledgement that would
+        // empty it once the connection is closed. The peer would hear nothing, at last a reset.
+        self.0.budget.stop();
+        let _ = tokio::time::timeout(DRAIN_GRACE, self.push_drained()).await;
         let number = code_for_peer.saturating_add(close_code::FIRST_SESSION);
         self.0.core.close(number, reason.as_bytes());
         let others: Vec<_> = self.0.core.bulk().iter().map(|bulk| bulk.endpoint.clone()).collect();
@@ -353,18 +392,29 @@ impl Link {
         message: Bytes,
     ) -> Result<SendStream, LinkError> {
         let stream = connection.open_uni().await;
-        let stream = stream.map_err(|_| self.ended_or(LinkError::Closed))?;
+        let stream = match stream {
+            Ok(stream) => stream,
+            Err(reason) => {
+                self.0.core.lost(reason).await;
+                return Err(self.ended_or(LinkError::Closed));
+            }
+        };
         let mut stream = UnfinishedStream(Some(stream));
         let open = stream.0.as_mut().expect("taken only at the end");
         let _ = open.set_priority(priority);
         let mut chunks = [Bytes::from_static(lane.tag()), message];
-        open.write_all_chunks(&mut chunks).await.map_err(|error| self.write_error(lane, error))?;
+        if let Err(error) = open.write_all_chunks(&mut chunks).await {
+            return Err(self.write_error(lane, error).await);
+        }
         let mut finished = stream.0.take().expect("taken only here");
         let _ = finished.finish();
         Ok(finished)
     }
 
-    fn write_error(&self, lane: Lane, error: WriteError) -> LinkError {
+    async fn write_error(&self, lane: Lane, error: WriteError) -> LinkError {
+        if let WriteError::ConnectionLost(reason) = &error {
+            self.0.core.lost(reason.clone()).await;
+        }
         self.ended_or(match error {
             WriteError::Stopped(_) => LinkError::Violation(format!(
                 "the other side gave up a message on the {} lane",
@@ -402,7 +452,6 @@ impl Drop for Inner {
 impl LinkStats {
     /// One more connection.
     fn count(&mut self, quic: &ConnectionStats, gauges: &Gauges) {
-        self.delivery_rate_bytes_per_s += gauges.delivery_rate_bytes_per_s();
         self.window_bytes += quic.path.cwnd;
         self.in_flight_bytes += gauges.in_flight_bytes();
         self.sent_bytes += quic.udp_tx.bytes;

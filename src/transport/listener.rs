@@ -9,7 +9,7 @@ use quinn::crypto::rustls::QuicServerConfig;
 use quinn::{Connection, Endpoint, Incoming, RecvStream, SendStream, ServerConfig, VarInt};
 use tokio::sync::mpsc;
 
-use super::bulk::{BULK_WINDOW_BYTES, BulkConnection};
+use super::bulk::{BULK_STREAMS, BULK_WINDOW_BYTES, BulkConnection, Side};
 use super::congestion::Gauges;
 use super::error::{ListenError, close_code, code};
 use super::identity::Identity;
@@ -298,11 +298,14 @@ impl Desk {
         let hello = Hello::decode(&bytes)
             .ok_or(Some((close_code::VIOLATION, "the first message is not understood")))?;
         let known = self.verify(&hello, &connection).map_err(Some)?;
-        connection.set_receive_window(match known {
-            Known::Sender(_) | Known::SenderAgain(_) => quic::receive_window(&self.options),
-            Known::Bulk(_) => VarInt::from_u32(BULK_WINDOW_BYTES),
-        });
-        connection.set_max_concurrent_uni_streams(VarInt::from_u32(MAX_STREAMS));
+        let (window, streams) = match known {
+            Known::Sender(_) | Known::SenderAgain(_) => {
+                (quic::receive_window(&self.options), MAX_STREAMS)
+            }
+            Known::Bulk(_) => (VarInt::from_u32(BULK_WINDOW_BYTES), BULK_STREAMS),
+        };
+        connection.set_receive_window(window);
+        connection.set_max_concurrent_uni_streams(VarInt::from_u32(streams));
         let welcome = Welcome { push_window_bytes: quic::push_window_bytes(&self.options) };
         send.write_all(&welcome.encode()).await.map_err(|_| None)?;
         let (session, queue) = match known {
@@ -311,7 +314,7 @@ impl Desk {
             Known::Bulk(link) => {
                 let endpoint = self.endpoint.clone();
                 let bulk = BulkConnection { connection, endpoint, gauges, _control: (send, recv) };
-                return link.add(bulk).map_err(|why| Some((close_code::BUSY, why)));
+                return link.add(bulk, Side::Receiver).map_err(|why| Some((close_code::BUSY, why)));
             }
         };
         let established = Established {
@@ -356,7 +359,7 @@ impl Desk {
             },
             Claim::Bulk => match &trust.newest {
                 Some((link, key)) if hello.proves(key, connection) => {
-                    link.upgrade().map(Known::Bulk).ok_or(WRONG)
+                    link.upgrade().filter(Link::is_up).map(Known::Bulk).ok_or(WRONG)
                 }
                 _ => Err(WRONG),
             },

@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::Notify;
 
+use super::bulk::BULK_WINDOW_BYTES;
 use super::congestion::Gauges;
 use super::lanes::push_cost_bytes;
 
@@ -24,19 +25,22 @@ struct Ledger {
     pushed_cost: u64,
     consumed_cost: u64,
     messages: u32,
+    stopped: bool,
 }
 
 #[derive(Debug)]
 struct Way {
     gauges: Arc<Gauges>,
     in_flight_bytes: u64,
+    /// Beyond which the peer's flow control would hold up a message that another connection has room for.
+    most_bytes: u64,
 }
 
 impl Way {
     /// How much of it is free with a message of `bytes` more, if that fits.
     fn room_with(&self, bytes: u64) -> Option<u64> {
         let window = self.gauges.window_bytes();
-        let limit = window + window / 4 + SENDER_QUEUE_BYTES;
+        let limit = (window + window / 4 + SENDER_QUEUE_BYTES).min(self.most_bytes);
         match self.in_flight_bytes {
             0 => Some(limit.saturating_sub(bytes)),
             under_way => limit.checked_sub(under_way + bytes),
@@ -56,7 +60,7 @@ pub(super) struct PushBudget {
 
 impl PushBudget {
     pub(super) fn new(gauges: Arc<Gauges>, peer_window_bytes: u64) -> Arc<Self> {
-        let ways = vec![Way { gauges, in_flight_bytes: 0 }];
+        let ways = vec![Way { gauges, in_flight_bytes: 0, most_bytes: u64::MAX }];
         Arc::new(PushBudget {
             peer_window_bytes,
             ledger: Mutex::new(Ledger { ways, ..Ledger::default() }),
@@ -67,7 +71,8 @@ impl PushBudget {
 
     /// One connection more.
     pub(super) fn add_way(&self, gauges: Arc<Gauges>) {
-        self.ledger().ways.push(Way { gauges, in_flight_bytes: 0 });
+        let most_bytes = u64::from(BULK_WINDOW_BYTES);
+        self.ledger().ways.push(Way { gauges, in_flight_bytes: 0, most_bytes });
         self.changed.notify_waiters();
     }
 
@@ -87,6 +92,11 @@ impl PushBudget {
         self.ledger.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Admits nothing more.
+    pub(super) fn stop(&self) {
+        self.ledger().stopped = true;
+    }
+
     /// Waits until a message of `bytes` may go.
     pub(super) async fn admit(self: &Arc<Self>, bytes: usize) -> Admitted {
         let _turn = self.turn.lock().await;
@@ -104,7 +114,7 @@ impl PushBudget {
         let mut ledger = self.ledger();
         let cost = push_cost_bytes(bytes);
         let unconsumed = ledger.pushed_cost - ledger.consumed_cost;
-        if unconsumed > 0 && unconsumed + cost > self.peer_window_bytes {
+        if ledger.stopped || unconsumed > 0 && unconsumed + cost > self.peer_window_bytes {
             return None;
         }
         let ways = ledger.ways.iter().enumerate();

@@ -39,12 +39,12 @@ pub(super) fn receive_window(options: &TransportOptions) -> VarInt {
     VarInt::from_u64(bytes).expect("two windows of less than 4 GiB")
 }
 
-/// Whether the peer is known when QUIC's handshake is complete.
+/// What may come from the peer when QUIC's handshake is complete.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Peer {
-    /// The receiver: its certificate was checked.
+    /// All lanes, from the receiver, whose certificate was checked.
     Known,
-    /// A sender that has yet to prove its ticket.
+    /// A proof, from a sender that is not known yet, or the answer to one on a connection for bulk.
     Stranger,
 }
 

@@ -397,6 +397,7 @@ impl DelayTarget {
     /// Follows the rate, and gives that of the round.
     fn measure_rate(&mut self, round: &Round, now: Instant, used: bool) -> f64 {
         let sample = round.acked_bytes as f64 / round.seconds(now);
+        self.config.gauges.set_full(used);
         // A round in which the application had little to say tells nothing about the link.
         self.rate_bytes_per_s = if used {
             self.rate_bytes_per_s * 0.75 + sample * 0.25

@@ -55,6 +55,7 @@ impl Controller for Fixed {
             self.rate_bytes_per_s = (self.delivered_bytes as f64 / elapsed.as_secs_f64()) as u64;
             self.delivered_bytes = 0;
             self.since = now;
+            self.gauges.set_full(true);
         }
     }
 

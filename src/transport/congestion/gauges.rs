@@ -13,6 +13,7 @@ pub(crate) struct Gauges {
     in_flight_bytes: AtomicU64,
     delivery_rate_bytes_per_s: AtomicU64,
     min_rtt_us: AtomicU64,
+    is_full: AtomicBool,
     ran_dry: AtomicBool,
     nobody_waits: AtomicBool,
     pub(crate) dry: Notify,
@@ -30,6 +31,16 @@ impl Gauges {
         self.in_flight_bytes.store(in_flight_bytes, Relaxed);
         self.delivery_rate_bytes_per_s.store(delivery_rate_bytes_per_s, Relaxed);
         self.min_rtt_us.store(min_rtt.map_or(0, |rtt| rtt.as_micros() as u64), Relaxed);
+    }
+
+    /// Whether the rate is what the network takes: the window was used in the last round. Otherwise it is the most
+    /// that was seen in any.
+    pub(crate) fn set_full(&self, is_full: bool) {
+        self.is_full.store(is_full, Relaxed);
+    }
+
+    pub(crate) fn is_full(&self) -> bool {
+        self.is_full.load(Relaxed)
     }
 
     /// Nobody waits for a page behind the bulk: its rate is all that counts.

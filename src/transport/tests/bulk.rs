@@ -4,6 +4,7 @@ use super::*;
 use crate::transport::bulk::{self, MAX_CONNECTIONS};
 use crate::transport::connect::{Dialler, prove};
 use crate::transport::proof::Claim;
+use crate::transport::quic::Peer;
 
 fn with(connections: u8) -> TransportOptions {
     let connections = Connections::Exactly(NonZero::new(connections).unwrap());
@@ -40,6 +41,7 @@ async fn bulk_goes_by_all_connections_and_arrives_once() {
                 sender.push(bytes.into()).await.unwrap();
             }
             sender.push_drained().await.unwrap();
+            sender.finish().await.unwrap();
         }
     });
     let mut seen = [false; MESSAGES];
@@ -51,7 +53,7 @@ async fn bulk_goes_by_all_connections_and_arrives_once() {
     pusher.await.unwrap();
     let carried = sender.bulk().into_iter().map(|connection| connection.stats().udp_tx.bytes);
     let carried: Vec<u64> = carried.collect();
-    assert!(carried.iter().all(|bytes| *bytes > 1_000_000), "{carried:?}");
+    assert!(carried.iter().all(|bytes| *bytes > 100_000), "{carried:?}");
     assert!(sender.stats().sent_bytes > 40_000_000, "all of them count");
     assert_eq!(sender.stats().push_in_flight_bytes, 0);
 }
@@ -76,7 +78,7 @@ async fn a_link_takes_as_many_connections_as_it_may_and_no_more() {
     have([&sender, &receiver], MAX_CONNECTIONS).await;
     let dialler = Dialler::new(ticket.addresses[0], &ticket, &options, None);
     // The receiver may be closing it when the sender thinks that it was let in.
-    if let Ok(bulk) = bulk::open(&sender, &dialler).await {
+    if let Ok(bulk) = bulk::open(&sender.bulk_key(), &dialler).await {
         bulk.connection.closed().await;
     }
     assert_eq!(receiver.stats().connections, u32::from(MAX_CONNECTIONS));
@@ -85,20 +87,31 @@ async fn a_link_takes_as_many_connections_as_it_may_and_no_more() {
 
 #[tokio::test]
 async fn a_link_ends_with_any_of_its_connections() {
-    let (sender, receiver, _listener) = wide_pair(3).await;
-    sender.bulk()[1].close(code(close_code::LET_GO), b"");
-    for link in [&sender, &receiver] {
-        let error = link.ended().await;
-        assert!(error.is_mendable(), "{error}");
-        assert!(link.push(message(1, 1)).await.is_err());
+    // 0 is what quinn says of a connection that was dropped.
+    for number in [0, close_code::BUSY, close_code::TOO_SLOW, close_code::LET_GO] {
+        for from_sender in [true, false] {
+            let (sender, receiver, _listener) = wide_pair(3).await;
+            let one = if from_sender { &sender } else { &receiver };
+            one.bulk()[1].close(code(number), b"");
+            for link in [&sender, &receiver] {
+                let error = link.ended().await;
+                assert!(error.is_mendable(), "{number}: {error}");
+                assert!(link.push(message(1, 1)).await.is_err());
+                assert!(link.push_drained().await.is_err());
+                assert!(link.bulk().iter().all(|bulk| bulk.close_reason().is_some()));
+            }
+        }
     }
-    assert!(sender.bulk().iter().all(|connection| connection.close_reason().is_some()));
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn closing_a_link_tells_the_reason_whichever_connection_ends_first() {
     for _ in 0..20 {
         let (sender, receiver, _listener) = wide_pair(4).await;
+        let pusher = sender.clone();
+        // Little, so that no socket's buffer drops the word.
+        tokio::spawn(async move { while pusher.push(message(1_000, 1)).await.is_ok() {} });
+        tokio::time::sleep(Duration::from_millis(5)).await;
         let closing = sender.close(3, "the guest has moved");
         let (error, ()) = tokio::join!(receiver.ended(), closing);
         let expected = LinkError::PeerClosed { code: 3, reason: "the guest has moved".to_owned() };
@@ -122,11 +135,11 @@ async fn only_bulk_may_come_on_a_connection_for_bulk() {
 async fn a_link_that_finds_its_network_fast_takes_more_connections() {
     let (listener, ticket) = listen(&with(1));
     let (sender, receiver) = meet(&listener, &ticket, &with(1)).await;
-    let widen = |wanted_at| {
+    let widen = |most, wanted_at| {
         let dialler = Dialler::new(ticket.addresses[0], &ticket, &options(), None);
-        tokio::spawn(bulk::widen(sender.downgrade(), dialler, 3, wanted_at))
+        tokio::spawn(bulk::widen(sender.downgrade(), dialler, most, wanted_at))
     };
-    let (widening, waiting) = (widen(100_000), widen(u64::MAX / 16));
+    let (widening, waiting) = (widen(3, 100_000), widen(4, u64::MAX / 16));
     let sink = tokio::spawn({
         let receiver = receiver.clone();
         async move { while receiver.recv(Lane::Push).await.is_ok() {} }
@@ -170,7 +183,7 @@ async fn who_does_not_hold_the_link_adds_nothing_to_it() {
     let (other, _, _other_listener) = pair(&options()).await;
     let dialler = Dialler::new(ticket.addresses[0], &ticket, &options(), None);
     for key in [ticket.secret.clone(), sender.session_key().0, other.bulk_key()] {
-        let connection = dialler.dial().await.unwrap().connection;
+        let connection = dialler.dial(Peer::Stranger).await.unwrap().connection;
         let proved = prove(&connection, ticket.migration, Claim::Bulk, &key, &options()).await;
         let error = proved.err().unwrap();
         assert!(matches!(error, ConnectError::WrongTicket), "{error}");
