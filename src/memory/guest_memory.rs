@@ -65,8 +65,7 @@ impl GuestMemory {
     /// # Errors
     /// [`MemoryError::BackingTooSmall`] when a file ends before its region does, [`MemoryError::Backing`] when
     /// mapping fails. For a region on hugetlbfs that is to be written, [`MemoryError::HugePages`] when its pages
-    /// are not of 2 MiB or it is not a whole number of them, and [`MemoryError::NoHugePages`] when the pool has no
-    /// room for it.
+    /// are not of 2 MiB or it is not a whole number of them.
     pub fn map(mut regions: Vec<RegionBacking>, access: Access) -> Result<Self, MemoryError> {
         let layout = MemoryLayout::new(regions.iter().map(|r| r.layout.clone()).collect());
         regions.sort_by(|a, b| a.layout.name.cmp(&b.layout.name));
@@ -91,6 +90,20 @@ impl GuestMemory {
         };
         let regions = layout.regions().iter().map(backing).collect::<Result<_, MemoryError>>()?;
         Self::map(regions, Access::ReadWrite)
+    }
+
+    /// Makes sure that the pool of huge pages has room for all of the regions on hugetlbfs that are to be written: for
+    /// a guest that is yet to come.
+    ///
+    /// # Errors
+    /// [`MemoryError::NoHugePages`] when it has not.
+    pub fn reserve_huge_pages(&self) -> Result<(), MemoryError> {
+        for region in &self.regions {
+            if let Alias::Huge(Some(huge)) = &region.alias {
+                huge.reserve(&region.file).map_err(|source| no_huge_pages(&region.name, source))?;
+            }
+        }
+        Ok(())
     }
 
     /// The regions and how their pages are numbered.

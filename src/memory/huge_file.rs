@@ -28,9 +28,10 @@ pub(super) struct HugeFile {
 }
 
 impl HugeFile {
-    /// Maps it, and so reserves room in the pool for all of it.
+    /// Maps it, and reserves nothing by that: after a takeover the pool may have no room for what the guest's balloon has
+    /// given back to it, and all the guest holds is mapped all the same.
     pub(super) fn map(file: &File, start_bytes: u64, size_bytes: u64) -> io::Result<Self> {
-        let alias = reserve(file, start_bytes, size_bytes)?;
+        let alias = options(start_bytes, size_bytes).no_reserve_swap().map_raw(file)?;
         // A crash of farfault must not write the guest's memory to disk.
         alias.advise(Advice::DontDump)?;
         let held = (0..size_bytes / HUGE_PAGE_BYTES).map(|_| AtomicBool::new(true)).collect();
@@ -73,19 +74,31 @@ impl HugeFile {
         }
     }
 
+    /// Reserves room in the pool for all of it that is not there yet.
+    pub(super) fn reserve(&self, file: &File) -> io::Result<()> {
+        reserve(file, self.start_bytes, self.alias.len() as u64)
+    }
+
     /// The part of `file` from position `at` on was made a hole: notes that, and reserves its room again.
     pub(super) fn punched(&self, file: &File, at: u64, length_bytes: u64) -> io::Result<()> {
         let first = (at - self.start_bytes) / HUGE_PAGE_BYTES;
         for n in first..first + length_bytes / HUGE_PAGE_BYTES {
             self.held[n as usize].store(false, Ordering::Release);
         }
-        reserve(file, at, length_bytes).map(drop)
+        reserve(file, at, length_bytes)
     }
 }
 
-/// To map a file on hugetlbfs reserves of the pool what is not there yet. That stays with the file.
-fn reserve(file: &File, start_bytes: u64, size_bytes: u64) -> io::Result<MmapRaw> {
-    MmapOptions::new().offset(start_bytes).len(size_bytes as usize).map_raw(file)
+/// To map a file on hugetlbfs reserves of the pool what is not there yet, unless it is told not to. That stays with
+/// the file.
+fn reserve(file: &File, start_bytes: u64, size_bytes: u64) -> io::Result<()> {
+    options(start_bytes, size_bytes).map_raw(file).map(drop)
+}
+
+fn options(start_bytes: u64, size_bytes: u64) -> MmapOptions {
+    let mut options = MmapOptions::new();
+    options.offset(start_bytes).len(size_bytes as usize);
+    options
 }
 
 #[cfg(test)]

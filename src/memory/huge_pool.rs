@@ -134,6 +134,7 @@ pub(super) fn backing(name: &str, pages: u64, huge: bool) -> RegionBacking {
 pub(super) fn memory(small: u64, huge: u64) -> Result<GuestMemory, MemoryError> {
     let regions = vec![backing("a", small, false), backing("b", huge, true)];
     let memory = GuestMemory::map(regions, Access::ReadWrite)?;
+    memory.reserve_huge_pages()?;
     memory.punch_hole(MemoryLayout::range_of(memory.layout(), 1))?;
     Ok(memory)
 }

@@ -88,6 +88,7 @@ impl QemuDestination {
         check_room(&ram.backings)?;
         let shape = shape::of(&mut qmp, ram.layout, &ram.private_blocks, &devices)?;
         let memory = Arc::new(GuestMemory::map(ram.backings, Access::ReadWrite)?);
+        memory.reserve_huge_pages()?;
         let addresses = ram.addresses;
         let vcpu_threads = found.vcpu_threads;
         let place = whereabouts(&mut qmp, path, &process, &memory, &addresses);
@@ -271,7 +272,7 @@ fn check_room(backings: &[RegionBacking]) -> Result<(), GuestError> {
         let unknown = |e: std::io::Error| {
             failure(format!("cannot tell the room for guest RAM {}: {e}", backing.layout.name))
         };
-        // The pool of huge pages is asked by mapping: it has reserved them for QEMU, or it has not.
+        // The pool of huge pages is asked later: it reserves them, or it does not.
         let system = fstatfs(&backing.file).map_err(|e| unknown(e.into()))?;
         if system.filesystem_type() == HUGETLBFS_MAGIC {
             continue;

@@ -67,7 +67,7 @@ impl Region {
                         });
                     }
                     let huge = HugeFile::map(&file, file_offset_bytes, size_bytes);
-                    Some(huge.map_err(|source| no_huge_pages(&name, source))?)
+                    Some(huge.map_err(|e| fail("map its file", e))?)
                 }
             };
             let alias = Alias::Huge(huge);

@@ -100,6 +100,24 @@ fn an_empty_pool_is_an_error_and_not_a_signal() {
     let written = memory.write_page(PageIndex(SMALL), &filled(2));
     assert!(matches!(written, Err(MemoryError::NoSpace { page: PageIndex(SMALL) })), "{written:?}");
     memory.write_page(PageIndex(SMALL + UNIT), &filled(3)).expect("that room was reserved");
+    // The guest runs on with what it has, and so it can be taken over.
+    let files = memory.region_files().unwrap();
+    let again = GuestMemory::map(files, Access::ReadWrite).unwrap();
+    assert_eq!(read(&again, SMALL + UNIT), filled(3));
+    again.write_page(PageIndex(SMALL + UNIT), &filled(4)).unwrap();
+    let refused = again.reserve_huge_pages();
+    assert!(matches!(refused, Err(MemoryError::NoHugePages { .. })), "{refused:?}");
+}
+
+#[test]
+fn who_takes_over_writes_into_what_was_reserved_before() {
+    let Some(_pool) = HugePool::of(2) else { return };
+    let memory = memory(SMALL, 2 * UNIT).unwrap();
+    let again = GuestMemory::map(memory.region_files().unwrap(), Access::ReadWrite).unwrap();
+    drop(memory);
+    let free = unreserved();
+    again.write_page(PageIndex(SMALL), &filled(1)).unwrap();
+    assert_eq!(unreserved(), free, "no page but a reserved one");
 }
 
 #[test]
