@@ -46,6 +46,17 @@ impl Default for FaultOptions {
     }
 }
 
+/// For whom a page is asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AskedFor {
+    /// A thread of the guest that waits for it; its id, when the kernel tells.
+    Thread(Option<u32>),
+    /// A thread that waits for another page of the same unit, which is asked for in its name.
+    Unit,
+    /// It was asked for since its unit is waited for, and has not come for long.
+    UnitAgain,
+}
+
 /// What the fault server has seen.
 #[derive(Clone, Debug)]
 pub struct FaultStats {
@@ -89,20 +100,21 @@ pub struct FaultServer {
 
 impl FaultServer {
     /// Starts to serve. `ask` is called, in the fault thread, with each page that a thread of the guest
-    /// waits for and that is not here, and that thread's id: once per page, until it has been mapped. The id is
-    /// 0 for all but one of the pages that are asked for together since they are of one unit, and when the kernel
-    /// does not tell it. It must not block.
+    /// waits for and that is not here: once per page, until it has been mapped. What is missing of a unit of several
+    /// pages for a second and more is asked for again, now and then, but only while `may_ask_again` says so, which
+    /// is asked before each unit. Neither must block.
     pub fn start(
         userfault: Arc<Userfault>,
         table: Arc<PageTable>,
         options: FaultOptions,
-        ask: impl Fn(PageIndex, u32) + Send + 'static,
+        ask: impl Fn(PageIndex, AskedFor) + Send + 'static,
+        may_ask_again: impl Fn() -> bool + Send + 'static,
     ) -> Result<Self, MemoryError> {
         let service = Arc::new(Service::new(userfault, table, options));
         let shared = Arc::clone(&service);
         let name = "fault-reader";
         let thread = std::thread::Builder::new().name(name.to_owned());
-        let thread = thread.spawn(move || shared.run(&ask));
+        let thread = thread.spawn(move || shared.run(&ask, &may_ask_again));
         let thread = Some(thread.map_err(|source| MemoryError::Thread { name, source })?);
         Ok(FaultServer { service, thread })
     }
@@ -231,8 +243,8 @@ struct Waiting {
     absent: bool,
     /// Its place among the touches.
     touch: Option<usize>,
-    /// Of a unit: when what is missing of it is asked for again, and in the name of which thread.
-    again: Option<(Instant, u32)>,
+    /// Of a unit: when what is missing of it is asked for again.
+    again: Option<Instant>,
 }
 
 impl Service {
@@ -252,7 +264,7 @@ impl Service {
         }
     }
 
-    fn run(&self, ask: &impl Fn(PageIndex, u32)) {
+    fn run(&self, ask: &impl Fn(PageIndex, AskedFor), may_ask_again: &impl Fn() -> bool) {
         let (mut faults, mut here, mut retry) = (Vec::new(), Vec::new(), Vec::new());
         while !self.stop.load(Ordering::Relaxed) {
             if let Err(error) = self.userfault.wait(TICK, &mut faults) {
@@ -278,7 +290,7 @@ impl Service {
                 }
             }
             if !self.units().are_single() {
-                self.ask_again(ask);
+                self.ask_again(ask, may_ask_again);
             }
             if !retry.is_empty() {
                 std::thread::sleep(TICK);
@@ -295,7 +307,7 @@ impl Service {
     }
 
     /// Asks for the page of a fault if it is not here; else tells whether it is of zeros.
-    fn request(&self, fault: Fault, ask: &impl Fn(PageIndex, u32)) -> Option<bool> {
+    fn request(&self, fault: Fault, ask: &impl Fn(PageIndex, AskedFor)) -> Option<bool> {
         let page = fault.page;
         let unit = self.units().of(page);
         if unit.len() > 1 {
@@ -312,7 +324,7 @@ impl Service {
             Want::Ask { first: true } => {
                 self.remote.fetch_add(1, Ordering::Relaxed);
                 let asked_at = Instant::now();
-                ask(page, fault.thread.unwrap_or(0));
+                ask(page, AskedFor::Thread(fault.thread));
                 let touch = self.keep(fault);
                 self.start_clock(page, Waiting { since: asked_at, absent, touch, again: None });
                 None

@@ -22,7 +22,7 @@ mod units;
 mod userfault;
 
 pub use error::MemoryError;
-pub use fault::{FaultOptions, FaultServer, FaultStats, Mapper, Touched};
+pub use fault::{AskedFor, FaultOptions, FaultServer, FaultStats, Mapper, Touched};
 pub use guest_mapping::GuestMapping;
 pub use guest_memory::{Access, GuestMemory, RegionBacking};
 pub use layout::{MemoryLayout, RegionLayout};

@@ -1,7 +1,6 @@
 //! The fault lane at the source: requests come in, each page goes back in a message of its own, and what
 //! is likely to be wanted next follows in the same flight, behind all replies and before all bulk.
 
-use std::collections::HashSet;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -12,12 +11,9 @@ use super::frozen::{BUNDLE_MESSAGE_PAGES, FrozenPages};
 use super::reader::PageReader;
 use crate::engine::Failure;
 use crate::engine::pusher::BundleBudget;
-use crate::page::PageIndex;
+use crate::page::{PageIndex, PageSet};
 use crate::transport::{Lane, Link, LinkError};
 use crate::wire::message::{FaultRequest, MAX_REQUEST_PAGES, Wanted, decode};
-
-/// A repeated request comes milliseconds after the first one: far fewer pages are asked for meanwhile.
-const ANSWERED_KEPT: usize = 1 << 16;
 
 /// What the fault lane's tasks share.
 pub(super) struct Answers {
@@ -25,8 +21,8 @@ pub(super) struct Answers {
     frozen: Arc<FrozenPages>,
     budget: Mutex<BundleBudget>,
     begin: Instant,
-    /// Pages that were answered on this link, the last ones: a request may come twice.
-    answered: Mutex<HashSet<PageIndex>>,
+    /// Pages that were answered on this link: a request may come twice, and one that is overdue any number of times.
+    answered: Mutex<PageSet>,
     /// Pages for the bundler. Bounded by the guest: each page is bundled once.
     bundles: mpsc::UnboundedSender<Vec<PageIndex>>,
 }
@@ -39,7 +35,7 @@ impl Answers {
     ) -> (Arc<Self>, mpsc::UnboundedReceiver<Vec<PageIndex>>) {
         let (bundles, queue) = mpsc::unbounded_channel();
         let (budget, begin) = (Mutex::new(BundleBudget::new(Duration::ZERO)), Instant::now());
-        let answered = Mutex::default();
+        let answered = Mutex::new(PageSet::empty(frozen.need().pages()));
         (Arc::new(Answers { link, frozen, budget, begin, answered, bundles }), queue)
     }
 
@@ -58,8 +54,11 @@ impl Answers {
                 )));
             }
             // All of them before a thread's fault is looked at: what may be wanted next is none of these.
-            let is_mate = |wanted: &&Wanted| wanted.thread == 0 && !request.whole;
-            let mates = request.pages.iter().filter(is_mate).map(|wanted| wanted.page);
+            let is_mate = |wanted: &&Wanted| !wanted.names_thread() && !request.whole;
+            let is_due = |wanted: &Wanted| {
+                wanted.thread != Wanted::OVERDUE || !self.was_answered(wanted.page)
+            };
+            let mates = request.pages.iter().filter(is_mate).copied().filter(is_due);
             let mates = self.frozen.give(mates);
             mates.iter().for_each(|page| _ = self.is_first(*page));
             for wanted in request.pages.iter().filter(|wanted| !is_mate(wanted)).copied() {
@@ -93,13 +92,14 @@ impl Answers {
         }
     }
 
+    /// Notes that a page is being answered: true when it was not before, and is one of the guest's.
     fn is_first(&self, page: PageIndex) -> bool {
         let mut answered = self.answered.lock().expect("no holder panics");
-        if answered.len() >= ANSWERED_KEPT {
-            // An answer too many is dropped at the other side.
-            answered.clear();
-        }
-        answered.insert(page)
+        page.0 < answered.pages() && answered.insert(page)
+    }
+
+    fn was_answered(&self, page: PageIndex) -> bool {
+        self.answered.lock().expect("no holder panics").contains(page)
     }
 
     fn room(&self) -> u64 {

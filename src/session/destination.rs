@@ -12,6 +12,7 @@ use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
+use self::asking::{AskReceiver, AskSender, Asked, ask_queue};
 use super::arrivals::Arrivals;
 use super::control::Verdict;
 use super::journal::{About, Journal, Side};
@@ -25,7 +26,7 @@ use crate::engine::{Failure, MigrationPhase};
 use crate::guest::{DestinationGuest, Shape};
 use crate::memory::adopt::HugePages;
 use crate::memory::{
-    FaultOptions, FaultServer, Mapper, MemoryError, PageTable, Touched, Userfault,
+    AskedFor, FaultOptions, FaultServer, Mapper, MemoryError, PageTable, Touched, Userfault,
 };
 use crate::page::{PageIndex, Version};
 use crate::report::{
@@ -41,6 +42,7 @@ use crate::wire::message::{
 use crate::wire::state::{PackedState, RehearsedState};
 
 mod actions;
+mod asking;
 mod ending;
 mod lanes;
 mod resumed;
@@ -131,9 +133,6 @@ enum Happened {
 /// A source that has proved who it is must say Hello within this time.
 const HELLO_WITHIN: Duration = Duration::from_secs(60);
 
-/// A fault lane's request as it leaves the fault reader, and whether the page must come whole.
-type Asked = (Wanted, bool);
-
 /// What is there once the guest's memory is registered.
 struct Prepared {
     arrivals: Arc<Arrivals>,
@@ -167,10 +166,9 @@ struct Session {
     counters: Arc<Counters>,
     prepared: Arc<Mutex<Option<Prepared>>>,
     ledger: Arc<Mutex<RoundLedger>>,
-    /// Pages to be asked for, and the asking task's end of it. Bounded by the guest: a page is asked for
-    /// once, and once more after an outage.
-    asked: mpsc::UnboundedSender<Asked>,
-    asking: Arc<tokio::sync::Mutex<mpsc::UnboundedReceiver<Asked>>>,
+    /// Pages to be asked for, and the asking task's end of it.
+    asked: AskSender,
+    asking: Arc<tokio::sync::Mutex<AskReceiver>>,
     mapper: Option<Mapper>,
     device_state: Arc<Mutex<Option<Vec<u8>>>>,
     /// That of a rehearsal, kept for the flight.
@@ -203,7 +201,7 @@ impl Session {
         let pages_total = guest.with(|guest| guest.memory().pages());
         // Events come from a handful of tasks that each wait for their answer: the queue is short.
         let (happened, happenings) = mpsc::unbounded_channel();
-        let (asked, asking) = mpsc::unbounded_channel();
+        let (asked, asking) = ask_queue();
         Session {
             asked,
             asking: Arc::new(tokio::sync::Mutex::new(asking)),

@@ -153,10 +153,11 @@ impl FrozenPages {
         due
     }
 
-    /// Those of `pages`, for which no thread is named, that were not sent yet: they are to be sent now.
-    pub(super) fn give(&self, pages: impl Iterator<Item = PageIndex>) -> Vec<PageIndex> {
+    /// Those of `wanted`, for which no thread is named, that are to be sent now.
+    pub(super) fn give(&self, wanted: impl Iterator<Item = Wanted>) -> Vec<PageIndex> {
         let mut pusher = self.pusher.lock().expect("no holder panics");
-        let given = pages.filter(|page| pusher.give(*page)).collect();
+        let given = wanted.filter(|wanted| pusher.give(*wanted)).map(|wanted| wanted.page);
+        let given = given.collect();
         self.counters.remaining_pages.store(pusher.left(), Ordering::Relaxed);
         given
     }

@@ -216,9 +216,24 @@ pub struct FaultRequest {
 pub struct Wanted {
     /// The page.
     pub page: PageIndex,
-    /// Any number that tells threads (vCPUs) apart. 0 for nobody in particular: the page is wanted together with
-    /// another one, or was asked for before the link was lost. It is sent unless it is on its way already.
+    /// Any number that tells threads (vCPUs) apart, or one of those below.
     pub thread: u32,
+}
+
+impl Wanted {
+    /// For nobody in particular: the page is wanted together with others. It is sent unless it is on its way already.
+    pub const TOGETHER: u32 = 0;
+    /// As [`Self::TOGETHER`], but the page has not come for long: it is sent, once on a link, even if it was pushed.
+    /// Never the id of a thread, of which the kernel has 2^22.
+    pub const OVERDUE: u32 = u32::MAX;
+
+    /// A thread waits, and it is not known which: an id that no thread of a guest has.
+    pub const SOME_THREAD: u32 = 1;
+
+    /// True when a thread of the guest is named: there is something to be learnt from it.
+    pub fn names_thread(self) -> bool {
+        self.thread != Self::TOGETHER && self.thread != Self::OVERDUE
+    }
 }
 
 /// What the destination needs to run the guest, besides pages.

@@ -187,9 +187,10 @@ impl Pusher {
     }
 
     /// A page is wanted, but by no thread that the policy could learn from: true when it is to be sent now.
-    /// One that was sent is on its way.
-    pub fn give(&mut self, page: PageIndex) -> bool {
-        self.unsent.remove(page)
+    /// One that was sent is on its way, and not sent again unless it is overdue.
+    pub fn give(&mut self, wanted: Wanted) -> bool {
+        let is_overdue = wanted.thread == Wanted::OVERDUE && self.need.contains(wanted.page);
+        self.unsent.remove(wanted.page) || is_overdue
     }
 
     /// Whatever the policy says, the hottest of the pages that `may` go first, at most `count`.

@@ -32,10 +32,13 @@ fn a_page_that_is_wanted_in_nobodys_name_goes_once_and_teaches_nothing() {
     for kind in PusherKind::ALL {
         let mut pusher = Pusher::new(PageSet::full(2000), Heat::new(2000), kind);
         // As of a huge page at 512, of which the one at 512 is asked for last.
-        for page in (513..1024).map(PageIndex) {
-            assert!(pusher.give(page) && !pusher.give(page), "{page:?}");
+        let together = |page| Wanted { page: PageIndex(page), thread: Wanted::TOGETHER };
+        let overdue = |page| Wanted { page: PageIndex(page), thread: Wanted::OVERDUE };
+        for page in 513..1024 {
+            assert!(pusher.give(together(page)) && !pusher.give(together(page)), "{page}");
+            assert!(pusher.give(overdue(page)), "{page}");
         }
-        assert!(!pusher.give(PageIndex(1 << 40)));
+        assert!(!pusher.give(together(1 << 40)) && !pusher.give(overdue(1 << 40)));
         assert_eq!((pusher.left(), pusher.bundles()), (2000 - 511, BundleStats::default()));
         let mut bundle = Vec::new();
         let wanted = Wanted { page: PageIndex(512), thread: 1 };

@@ -49,9 +49,18 @@ impl Destination {
         self.table.finish(page, Version(version), zero, last)
     }
 
-    pub(super) fn serve(&self, ask: impl Fn(PageIndex, u32) + Send + 'static) -> FaultServer {
+    pub(super) fn serve(&self, ask: impl Fn(PageIndex, AskedFor) + Send + 'static) -> FaultServer {
+        self.serve_asking_again(ask, || true)
+    }
+
+    pub(super) fn serve_asking_again(
+        &self,
+        ask: impl Fn(PageIndex, AskedFor) + Send + 'static,
+        may_ask_again: impl Fn() -> bool + Send + 'static,
+    ) -> FaultServer {
         let (userfault, table) = (Arc::clone(&self.userfault), Arc::clone(&self.table));
-        FaultServer::start(userfault, table, FaultOptions::default(), ask).unwrap()
+        let options = FaultOptions::default();
+        FaultServer::start(userfault, table, options, ask, may_ask_again).unwrap()
     }
 }
 

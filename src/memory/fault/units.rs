@@ -8,12 +8,15 @@ use std::sync::atomic::{Ordering, fence};
 use std::time::{Duration, Instant};
 
 use super::{
-    Fault, MemoryError, PageIndex, PageRange, Service, Stage, Version, Waiting, Want, lock,
+    AskedFor, Fault, MemoryError, PageIndex, PageRange, Service, Stage, Version, Waiting, Want,
+    lock,
 };
 
 /// What is still missing after so long is asked for again. It was pushed, and not sent again for a fault, but lies behind
 /// the replies to other faults perhaps, which may go on for as long as there are any.
 const AGAIN_AFTER: Duration = Duration::from_secs(1);
+/// Asked for again and again, it waits twice as long each time, up to this.
+const AGAIN_AFTER_MOST: Duration = Duration::from_secs(30);
 
 impl Service {
     /// Asks for the pages of a unit that are not here, each once; true when all of them are. The one that the thread is
@@ -22,7 +25,7 @@ impl Service {
         &self,
         fault: Fault,
         unit: PageRange,
-        ask: &impl Fn(PageIndex, u32),
+        ask: &impl Fn(PageIndex, AskedFor),
     ) -> bool {
         let (mut missing, mut absent, mut waits) = (Vec::new(), false, false);
         for page in unit.pages() {
@@ -45,32 +48,43 @@ impl Service {
             return false;
         };
         self.remote.fetch_add(1, Ordering::Relaxed);
-        let (since, thread) = (Instant::now(), fault.thread.unwrap_or(0));
-        others.iter().for_each(|page| ask(*page, 0));
-        ask(*one, thread);
+        let since = Instant::now();
+        others.iter().for_each(|page| ask(*page, AskedFor::Unit));
+        ask(*one, AskedFor::Thread(fault.thread));
         let touch = self.keep(fault);
-        let again = Some((since + AGAIN_AFTER, thread.max(1)));
+        let again = Some(since + AGAIN_AFTER);
         self.start_clock(unit.start, Waiting { since, absent, touch, again });
         false
     }
 
-    /// Asks again for what is missing of the units that are waited for since long, each page in the thread's name: so it
-    /// is sent, once on a link, even if it was sent before.
-    pub(super) fn ask_again(&self, ask: &impl Fn(PageIndex, u32)) {
+    /// Asks again for what is missing of the units that are waited for since long, the one that is due longest first.
+    /// Not in the name of the thread: its fault was told before.
+    pub(super) fn ask_again(
+        &self,
+        ask: &impl Fn(PageIndex, AskedFor),
+        may_ask_again: &impl Fn() -> bool,
+    ) {
         let now = Instant::now();
-        let mut late = Vec::new();
-        for (page, waiting) in &mut lock(&self.asked).since {
-            if let Some((due, thread)) = &mut waiting.again
-                && *due <= now
-            {
-                *due = now + AGAIN_AFTER;
-                late.push((*page, *thread));
-            }
-        }
-        for (first, thread) in late {
+        while let Some(first) = self.next_overdue(now, may_ask_again) {
             let missing = |page: &PageIndex| !self.table.state(*page).is_complete();
-            self.units().of(first).pages().filter(missing).for_each(|page| ask(page, thread));
+            let pages = self.units().of(first).pages().filter(missing);
+            pages.for_each(|page| ask(page, AskedFor::UnitAgain));
         }
+    }
+
+    fn next_overdue(&self, now: Instant, may_ask_again: &impl Fn() -> bool) -> Option<PageIndex> {
+        let mut asked = lock(&self.asked);
+        let due = |(page, waiting): (&PageIndex, &Waiting)| {
+            Some((waiting.again.filter(|due| *due <= now)?, *page))
+        };
+        let (_, first) = asked.since.iter().filter_map(due).min()?;
+        if !may_ask_again() {
+            return None;
+        }
+        let waiting = asked.since.get_mut(&first)?;
+        let waited = now.saturating_duration_since(waiting.since);
+        waiting.again = Some(now + waited.clamp(AGAIN_AFTER, AGAIN_AFTER_MOST));
+        Some(first)
     }
 
     /// Maps those units of `pages`, which have just become Current, that have all their pages now and that hold

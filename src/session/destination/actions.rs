@@ -172,7 +172,8 @@ impl Session {
         self.spawn_step(async move {
             blocking(move || {
                 let prepared = prepared.lock().expect("no holder panics");
-                let table = prepared.as_ref().expect("prepared before pages").arrivals.table();
+                let prepared = prepared.as_ref().expect("prepared before pages");
+                let table = prepared.arrivals.table();
                 let pages = match of {
                     PagesOf::Round(round) => {
                         if !ledger.lock().expect("no holder panics").end(round, outage) {
@@ -186,7 +187,11 @@ impl Session {
                         let mut waiting = table.waiting_pages();
                         waiting.intersect_with(&missing);
                         for page in waiting.iter() {
-                            let _ = asked.send((Wanted { page, thread: 0 }, false));
+                            // Who waits for it is not known any more. A page that is waited for by itself
+                            // goes in a message by itself.
+                            let alone = prepared.userfault.units().of(page).len() == 1;
+                            let thread = if alone { Wanted::SOME_THREAD } else { Wanted::TOGETHER };
+                            asked.send((Wanted { page, thread }, false));
                         }
                         PagesHere::Lacking(Lacking {
                             missing: PackedSet::pack(&missing),
@@ -259,7 +264,7 @@ impl Session {
                     trace.missing(&need);
                 }
                 for page in ledger.lock().expect("no holder panics").close() {
-                    let _ = asked.send(again(page));
+                    asked.send(again(page));
                 }
                 journal.lock().expect("no holder panics").keep(&keep);
                 timeline.part("offer.switch_over", begin.elapsed());
@@ -317,12 +322,20 @@ pub(super) fn serve(
     userfault: Arc<Userfault>,
     table: Arc<PageTable>,
     options: FaultOptions,
-    asked: mpsc::UnboundedSender<Asked>,
+    asked: AskSender,
 ) -> Result<Prepared, Failure> {
-    let ask = move |page: PageIndex, thread: u32| {
-        let _ = asked.send((Wanted { page, thread }, false));
+    let queue = asked.clone();
+    let ask = move |page: PageIndex, asked_for: AskedFor| {
+        let thread = match asked_for {
+            // In another namespace of processes it may have none.
+            AskedFor::Thread(thread) => thread.unwrap_or(0).max(Wanted::SOME_THREAD),
+            AskedFor::Unit => Wanted::TOGETHER,
+            AskedFor::UnitAgain => Wanted::OVERDUE,
+        };
+        asked.send((Wanted { page, thread }, false));
     };
-    let faults = FaultServer::start(userfault.clone(), table, options, ask)?;
+    let may_ask_again = move || queue.is_empty();
+    let faults = FaultServer::start(userfault.clone(), table, options, ask, may_ask_again)?;
     let (arrivals, faults) = (Arc::new(arrivals), Arc::new(faults));
     arrivals.serve_with(faults.clone());
     Ok(Prepared { arrivals, userfault, faults })

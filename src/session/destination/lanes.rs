@@ -42,7 +42,7 @@ struct Applier {
     on_link: OnLink,
     arrivals: Arc<Arrivals>,
     ledger: Arc<Mutex<RoundLedger>>,
-    asked: mpsc::UnboundedSender<Asked>,
+    asked: AskSender,
     happened: mpsc::UnboundedSender<Happened>,
 }
 
@@ -82,7 +82,7 @@ impl Applier {
 pub(super) fn tell_round(
     noted: Noted,
     happened: &mpsc::UnboundedSender<Happened>,
-    asked: &mpsc::UnboundedSender<Asked>,
+    asked: &AskSender,
 ) -> Result<(), Failure> {
     match noted {
         Noted::Waiting => {}
@@ -92,7 +92,7 @@ pub(super) fn tell_round(
         }
         Noted::AskAgain(pages) => {
             for page in pages {
-                let _ = asked.send(again(page));
+                asked.send(again(page));
             }
         }
         Noted::OutOfTurn => {
@@ -109,7 +109,7 @@ pub(super) fn tell_round(
 
 /// A page that came spoilt.
 pub(super) fn again(page: PageIndex) -> Asked {
-    (Wanted { page, thread: 0 }, true)
+    (Wanted { page, thread: Wanted::TOGETHER }, true)
 }
 
 /// A request goes a second time after so long, in a packet of its own. On a lossy link one of a hundred would
@@ -119,7 +119,7 @@ const REPEAT_AFTER: Duration = Duration::from_millis(2);
 /// Sends fault requests, those that have gathered while the last was sent together, until the link ends.
 async fn ask(
     on_link: OnLink,
-    asking: Arc<tokio::sync::Mutex<mpsc::UnboundedReceiver<Asked>>>,
+    asking: Arc<tokio::sync::Mutex<AskReceiver>>,
     counters: Arc<Counters>,
 ) {
     let link = &on_link.link;
@@ -150,7 +150,7 @@ async fn ask(
             }
             _ = link.ended() => return,
         }
-        let faults = gathered.iter().filter(|(wanted, _)| wanted.thread != 0).count();
+        let faults = gathered.iter().filter(|(wanted, _)| wanted.names_thread()).count();
         counters.remote_faults.fetch_add(faults as u64, Ordering::Relaxed);
         for whole in [false, true] {
             let pages: Vec<Wanted> =

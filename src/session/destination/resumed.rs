@@ -121,8 +121,8 @@ struct Served {
     prepared: Prepared,
     mapper: Option<Mapper>,
     counters: Arc<Counters>,
-    asked: mpsc::UnboundedSender<Asked>,
-    asking: mpsc::UnboundedReceiver<Asked>,
+    asked: AskSender,
+    asking: AskReceiver,
     /// The guest runs as soon as its monitor listens, for which it may need pages of the source.
     starting: JoinHandle<Result<(), Failure>>,
 }
@@ -143,7 +143,7 @@ impl Left {
         paused: bool,
     ) -> Result<Self, Failure> {
         let pages_path = pages_path.to_owned();
-        let (asked, asking) = mpsc::unbounded_channel();
+        let (asked, asking) = ask_queue();
         let counters = Arc::new(Counters::default());
         let place = DestinationGuest::whereabouts(&guest);
         let (to_ask, counting) = (asked.clone(), counters.clone());

@@ -1,5 +1,7 @@
 //! As the tests of single pages, with RAM that lies in huge pages, behind a region that does not.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{self, Receiver, TryRecvError};
 use std::time::Duration;
 
@@ -41,9 +43,9 @@ fn huge_pages(destination: &Destination) -> u64 {
     files[1].file.metadata().unwrap().blocks() * 512 / HUGE_PAGE_BYTES
 }
 
-fn asking(destination: &Destination) -> (FaultServer, Receiver<(PageIndex, u32)>) {
+fn asking(destination: &Destination) -> (FaultServer, Receiver<(PageIndex, AskedFor)>) {
     let (asked, requests) = mpsc::channel();
-    let server = destination.serve(move |page, thread| asked.send((page, thread)).unwrap());
+    let server = destination.serve(move |page, whom| asked.send((page, whom)).unwrap());
     (server, requests)
 }
 
@@ -74,7 +76,9 @@ fn a_fault_asks_once_for_all_that_is_missing_and_waits_for_the_last() {
             asked.iter().map(|asked| asked.0.0).collect::<Vec<_>>(),
             [missing[1], missing[2], missing[0]]
         );
-        assert!(asked[0].1 == 0 && asked[1].1 == 0 && asked[2].1 != 0, "{asked:?}");
+        let whom: Vec<_> = asked.iter().map(|asked| asked.1).collect();
+        assert_eq!(whom[..2], [AskedFor::Unit; 2]);
+        assert!(matches!(whom[2], AskedFor::Thread(Some(_))), "{whom:?}");
         for page in missing.map(PageIndex) {
             std::thread::sleep(Duration::from_millis(30));
             assert!(!reader.is_finished(), "let through before {page:?} came");
@@ -96,12 +100,21 @@ fn a_fault_asks_once_for_all_that_is_missing_and_waits_for_the_last() {
 }
 
 #[test]
-fn what_does_not_come_is_asked_for_again_in_the_name_of_the_thread() {
+fn what_does_not_come_is_asked_for_again_when_that_may_be() {
     let Some((_pool, mut destination)) = destination() else { return };
     for page in unit(0).pages().skip(2) {
         destination.apply(page, 1, false);
     }
-    let (server, requests) = asking(&destination);
+    let (asked, requests) = mpsc::channel();
+    let (taken, may) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
+    let (takes, looked) = (taken.clone(), may.clone());
+    let server = destination.serve_asking_again(
+        move |page, whom| asked.send((page, whom)).unwrap(),
+        move || {
+            looked.fetch_add(1, Ordering::Relaxed);
+            takes.load(Ordering::Relaxed)
+        },
+    );
     let mut need = PageSet::full(destination.memory.pages());
     need.remove_range(PageRange { start: PageIndex(SMALL + 2), end: unit(0).end });
     destination.table.freeze(&need).unwrap();
@@ -111,15 +124,28 @@ fn what_does_not_come_is_asked_for_again_in_the_name_of_the_thread() {
         let reader = scope.spawn(move || guest.read(first));
         let next = || requests.recv_timeout(SOON).unwrap();
         let (mate, named) = (next(), next());
-        assert_eq!((mate, named.0), ((second, 0), first));
+        assert_eq!((mate, named.0), ((second, AskedFor::Unit), first));
+        assert!(matches!(named.1, AskedFor::Thread(Some(_))), "{named:?}");
         let settle = |page| {
             assert_eq!(table.settle_hole(page, Version(2), true), Some(true));
             server.map_arrived(&[page]).unwrap();
         };
         settle(first);
-        for _ in 0..2 {
-            assert_eq!(next(), (second, named.1), "and only that");
+        let since = Instant::now();
+        while may.load(Ordering::Relaxed) < 3 {
+            assert!(since.elapsed() < SOON, "nobody looks whether it may be asked for");
+            std::thread::sleep(Duration::from_millis(1));
         }
+        assert_eq!(requests.try_recv(), Err(TryRecvError::Empty), "nobody takes it");
+        taken.store(true, Ordering::Relaxed);
+        let again: Vec<Instant> = std::iter::repeat_with(|| {
+            assert_eq!(next(), (second, AskedFor::UnitAgain), "and only that");
+            Instant::now()
+        })
+        .take(3)
+        .collect();
+        let gaps = [again[1] - again[0], again[2] - again[1]];
+        assert!(gaps[1] > gaps[0] * 3 / 2, "{gaps:?}");
         settle(second);
         assert_eq!(reader.join().unwrap(), 0);
     });
@@ -202,7 +228,7 @@ fn of_those_who_complete_a_unit_one_maps_it() {
     const RACED: u64 = 8;
     for round in 0..60u64 {
         destination.memory.punch_hole(unit(0)).unwrap();
-        let table = std::sync::Arc::new(PageTable::anonymous(destination.memory.pages()).unwrap());
+        let table = Arc::new(PageTable::anonymous(destination.memory.pages()).unwrap());
         destination.table = table.clone();
         destination.table.freeze(&PageSet::full(table.pages())).unwrap();
         let split = unit(0).end.0 - RACED;
