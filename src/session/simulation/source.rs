@@ -64,6 +64,8 @@ pub(super) struct Source {
     pub(super) pushing: bool,
     /// Fault requests are heard.
     pub(super) answers: bool,
+    /// On this link.
+    answered: PageSet,
     pub(super) steps: Vec<Step>,
     /// Journal lines are written one after the other.
     pub(super) journal: Disk<SourceRecord>,
@@ -101,6 +103,7 @@ impl Source {
             looks_for_link: false,
             pushing: false,
             answers: false,
+            answered: PageSet::empty(pages),
             steps: Vec::new(),
             journal: Disk { lines: Vec::new() },
             events: VecDeque::new(),
@@ -389,11 +392,23 @@ impl Source {
     }
 
     /// Answers a fault request, first the page itself, then its neighbours.
-    pub(super) fn answer(&mut self, page: PageIndex, whole: bool, network: &mut Network) {
+    pub(super) fn answer(&mut self, wanted: Wanted, whole: bool, network: &mut Network) {
         let Some(Frozen { version, pusher, .. }) = &mut self.frozen else { return };
-        let (version, mut window) = (*version, Vec::new());
-        let wanted = Wanted { page, thread: 0 };
-        if !pusher.request(wanted, BUNDLE_PAGES, &|_| 1, &mut window) {
+        let (version, page, mut window) = (*version, wanted.page, Vec::new());
+        let due = match wanted.names_thread() || whole {
+            true => {
+                let is_first = self.answered.insert(page);
+                (is_first || whole) && pusher.request(wanted, BUNDLE_PAGES, &|_| 1, &mut window)
+            }
+            false => {
+                let is_due = wanted.thread != Wanted::OVERDUE || !self.answered.contains(page);
+                is_due && pusher.give(wanted) && {
+                    self.answered.insert(page);
+                    true
+                }
+            }
+        };
+        if !due {
             return;
         }
         for (pages, whole) in [(vec![page], whole), (window, false)] {
@@ -408,6 +423,7 @@ impl Source {
     pub(super) fn stop_sending(&mut self) {
         self.round = None;
         (self.pushing, self.answers) = (false, false);
+        self.answered = PageSet::empty(self.pages());
     }
 
     /// The process is killed: what it was about to do is done or not.

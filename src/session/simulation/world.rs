@@ -14,7 +14,7 @@ use crate::engine::source::{SourceEvent, SourceRecord};
 use crate::guest::Shape;
 use crate::memory::MemoryLayout;
 use crate::page::PageIndex;
-use crate::wire::message::{DestinationStage, PROTOCOL, ToDestination, ToSource};
+use crate::wire::message::{DestinationStage, PROTOCOL, ToDestination, ToSource, Wanted};
 
 /// A schedule that is longer than this does not end.
 const MAX_STEPS: u32 = 5_000;
@@ -312,7 +312,9 @@ impl World {
             Way::Request => {
                 let at = self.rng.usize(0..self.network.requests.len());
                 let (page, whole) = self.network.requests.swap_remove(at);
-                self.source.answer(page, whole, &mut self.network);
+                let threads = [Wanted::TOGETHER, Wanted::OVERDUE, 1];
+                let thread = threads[self.rng.usize(0..threads.len())];
+                self.source.answer(Wanted { page, thread }, whole, &mut self.network);
             }
             Way::Round => {
                 if let Some(event) = self.source.go_on_with_round(&mut self.network, &mut self.rng)
