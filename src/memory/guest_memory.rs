@@ -123,13 +123,29 @@ impl GuestMemory {
     /// write that tore it also marks the page dirty. Reading a hole allocates its page: ask
     /// [`Self::populated`] first.
     ///
+    /// RAM that cannot be read (a page of memory that is broken, a file that was cut) ends the process: of shared
+    /// memory by SIGBUS, and on hugetlbfs by an abort. A thread that only panicked would leave the others waiting for
+    /// what it was to send; a process that is gone is known how to go on without, by the other side and by the
+    /// guest, which lives elsewhere. See [`Self::try_read_page`].
+    ///
     /// # Panics
     /// When the page is beyond the guest.
     pub fn read_page(&self, page: PageIndex, into: &mut PageBytes) {
+        if let Err(error) = self.try_read_page(page, into) {
+            tracing::error!(%error, "page {page}: the guest's memory cannot be read");
+            std::process::abort();
+        }
+    }
+
+    /// As [`Self::read_page`], for a caller who can do without.
+    ///
+    /// # Errors
+    /// [`MemoryError::Backing`] for a page on hugetlbfs that cannot be read.
+    pub fn try_read_page(&self, page: PageIndex, into: &mut PageBytes) -> Result<(), MemoryError> {
         let (region, offset) = self.locate(page);
         let Alias::Mapped(map) = &region.alias else {
             let read = region.file.read_exact_at(into, region.file_position(page) as u64);
-            return read.expect("guest RAM on hugetlbfs can be read, since its size was checked");
+            return read.map_err(|source| region.error("read its file", source));
         };
         // SAFETY: `offset` is within the mapping, which covers the whole region and lives as long as
         // `self`; see `locate`.
@@ -141,6 +157,7 @@ impl GuestMemory {
             let word = unsafe { AtomicU64::from_ptr(words.add(index).cast_mut()) };
             bytes.copy_from_slice(&word.load(Ordering::Relaxed).to_ne_bytes());
         }
+        Ok(())
     }
 
     /// These pages, which are not holes, are about to be read: maps them in one go, in a third of the time of
@@ -331,7 +348,7 @@ impl GuestMemory {
                 Alias::Huge(_) => {
                     let (mut copy, zeros) = ([0; PAGE_SIZE_BYTES], [0; PAGE_SIZE_BYTES]);
                     for page in piece.pages() {
-                        self.read_page(page, &mut copy);
+                        self.try_read_page(page, &mut copy)?;
                         if copy != zeros {
                             self.write_page(page, &zeros)?;
                         }

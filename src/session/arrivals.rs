@@ -183,11 +183,12 @@ impl Arrivals {
             return Ok(());
         }
         let base_of = |position: usize, base: Base, into: &mut crate::page::PageBytes| {
-            let wanted = claims[position].is_some();
-            if wanted {
-                self.memory.read_page(base.page, into);
+            let Some((page, _)) = claims[position] else { return false };
+            let read = self.memory.try_read_page(base.page, into);
+            if let Err(error) = &read {
+                tracing::warn!(%error, "page {page} is asked for whole: what it builds on is gone");
             }
-            wanted
+            read.is_ok()
         };
         let pages = match frame.decode(scratch, base_of) {
             Ok(pages) => pages,

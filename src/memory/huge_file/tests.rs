@@ -66,6 +66,18 @@ fn after_a_takeover_everything_may_hold_something() {
 }
 
 #[test]
+fn what_cannot_be_read_is_an_error_where_one_can_do_without() {
+    let Some(_pool) = HugePool::of(2) else { return };
+    let memory = memory(SMALL, 2 * UNIT).unwrap();
+    memory.write_page(PageIndex(SMALL), &filled(1)).unwrap();
+    memory.region_files().unwrap()[1].file.set_len(0).unwrap();
+    let read = memory.try_read_page(PageIndex(SMALL), &mut filled(0));
+    assert!(matches!(read, Err(MemoryError::Backing { .. })), "{read:?}");
+    let cleared = memory.clear(PageRange::new(SMALL, SMALL + 1));
+    assert!(matches!(cleared, Err(MemoryError::Backing { .. })), "{cleared:?}");
+}
+
+#[test]
 fn room_in_the_pool_stays_reserved_behind_a_hole() {
     let Some(_pool) = HugePool::of(3) else { return };
     let before = unreserved();

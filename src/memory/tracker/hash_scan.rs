@@ -74,7 +74,7 @@ impl HashScan {
         for run in self.memory.populated_runs(range)? {
             PageRange { start: at, end: run.start }.pages().for_each(|page| compare(page, zero));
             for page in run.pages() {
-                self.memory.read_page(page, &mut copy);
+                self.memory.try_read_page(page, &mut copy)?;
                 compare(page, xxh3_64(&copy));
             }
             at = run.end;
