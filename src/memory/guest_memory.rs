@@ -3,7 +3,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use memmap2::Advice;
@@ -364,6 +364,21 @@ impl GuestMemory {
     pub(super) fn addresses(&self) -> Option<Vec<u64>> {
         let address = |region: &Region| Some(region.mapped()?.as_ptr() as u64);
         self.regions.iter().map(address).collect()
+    }
+
+    /// Pages of 4 KiB that are there of those regions on hugetlbfs that are the whole of their file. What others put
+    /// there counts too, of which [`Self::populated`] does not know.
+    pub fn pages_in_huge_files(&self) -> Result<u64, MemoryError> {
+        let mut pages = 0;
+        for region in self.regions.iter().filter(|region| region.mapped().is_none()) {
+            let file = region.file.metadata();
+            let file = file.map_err(|source| region.error("inspect its file", source))?;
+            let size_bytes = region.pages.len() * PAGE_SIZE_BYTES as u64;
+            if region.file_offset_bytes == 0 && file.len() == size_bytes {
+                pages += file.blocks() * 512 / PAGE_SIZE_BYTES as u64;
+            }
+        }
+        Ok(pages)
     }
 
     /// Which pages can only be mapped together.

@@ -141,7 +141,7 @@ impl DestinationGuest for QemuDestination {
         // Only now: what QEMU touches from here on faults, so that nothing appears again unseen.
         let all = PageRange::new(0, self.memory.pages());
         self.memory.punch_hole(all)?;
-        let left = self.memory.populated(all)?.len();
+        let left = self.memory.populated(all)?.len() + self.memory.pages_in_huge_files()?;
         if left > 0 {
             return Err(refusal(
                 format!("{left} pages of guest RAM do not go away: something else holds them"),

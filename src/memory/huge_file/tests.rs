@@ -66,6 +66,18 @@ fn after_a_takeover_everything_may_hold_something() {
 }
 
 #[test]
+fn what_others_put_there_is_seen() {
+    let Some(_pool) = HugePool::of(2) else { return };
+    let memory = memory(SMALL, 2 * UNIT).unwrap();
+    let other = GuestMemory::map(memory.region_files().unwrap(), Access::ReadWrite).unwrap();
+    other.write_page(PageIndex(SMALL + 3), &filled(1)).unwrap();
+    assert!(memory.populated(memory.layout().range_of(1)).unwrap().is_empty());
+    assert_eq!(memory.pages_in_huge_files().unwrap(), UNIT);
+    memory.punch_hole(memory.layout().range_of(1)).unwrap();
+    assert_eq!(memory.pages_in_huge_files().unwrap(), 0);
+}
+
+#[test]
 fn what_cannot_be_read_is_an_error_where_one_can_do_without() {
     let Some(_pool) = HugePool::of(2) else { return };
     let memory = memory(SMALL, 2 * UNIT).unwrap();
