@@ -63,7 +63,8 @@ impl Drop for Forked {
 
 /// Huge pages that the pool has more than before; given back when dropped.
 pub(super) struct HugePool {
-    pages: u64,
+    /// What the pool had.
+    before: u64,
     /// Against tests in other processes.
     _lock: Flock<File>,
 }
@@ -78,8 +79,9 @@ impl HugePool {
         when(turns(), |turns| turns.children == 0 && !turns.pool).pool = true;
         HAS_POOL.set(true);
         let lock = Flock::lock(file, FlockArg::LockExclusive);
-        let pool = HugePool { pages, _lock: lock.map_err(|(_, errno)| errno).unwrap() };
+        let _lock = lock.map_err(|(_, errno)| errno).unwrap();
         let before = size();
+        let pool = HugePool { before, _lock };
         let _ = std::fs::write(SIZE, (before + pages).to_string());
         if size() == before + pages {
             return Some(pool);
@@ -89,15 +91,14 @@ impl HugePool {
     }
 
     /// Gives `pages` of them back, free ones.
-    pub(super) fn shrink(&mut self, pages: u64) {
-        self.pages -= pages;
+    pub(super) fn shrink(&self, pages: u64) {
         std::fs::write(SIZE, (size() - pages).to_string()).unwrap();
     }
 }
 
 impl Drop for HugePool {
     fn drop(&mut self) {
-        let _ = std::fs::write(SIZE, size().saturating_sub(self.pages).to_string());
+        let _ = std::fs::write(SIZE, self.before.to_string());
         HAS_POOL.set(false);
         turns().pool = false;
         CHANGED.notify_all();

@@ -107,7 +107,7 @@ fn room_in_the_pool_stays_reserved_behind_a_hole() {
 
 #[test]
 fn an_empty_pool_is_an_error_and_not_a_signal() {
-    let Some(mut pool) = HugePool::of(2) else { return };
+    let Some(pool) = HugePool::of(2) else { return };
     if unreserved() != 2 {
         eprintln!("*** SKIPPED: others have huge pages too ***");
         return;
