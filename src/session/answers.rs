@@ -55,9 +55,8 @@ impl Answers {
             }
             // All of them before a thread's fault is looked at: what may be wanted next is none of these.
             let is_mate = |wanted: &&Wanted| !wanted.names_thread() && !request.whole;
-            let is_due = |wanted: &Wanted| {
-                wanted.thread != Wanted::OVERDUE || !self.was_answered(wanted.page)
-            };
+            let is_due =
+                |wanted: &Wanted| wanted.thread != Wanted::OVERDUE || self.is_first(wanted.page);
             let mates = request.pages.iter().filter(is_mate).copied().filter(is_due);
             let mates = self.frozen.give(mates);
             mates.iter().for_each(|page| _ = self.is_first(*page));
@@ -96,10 +95,6 @@ impl Answers {
     fn is_first(&self, page: PageIndex) -> bool {
         let mut answered = self.answered.lock().expect("no holder panics");
         page.0 < answered.pages() && answered.insert(page)
-    }
-
-    fn was_answered(&self, page: PageIndex) -> bool {
-        self.answered.lock().expect("no holder panics").contains(page)
     }
 
     fn room(&self) -> u64 {

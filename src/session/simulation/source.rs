@@ -395,22 +395,17 @@ impl Source {
     pub(super) fn answer(&mut self, wanted: Wanted, whole: bool, network: &mut Network) {
         let Some(Frozen { version, pusher, .. }) = &mut self.frozen else { return };
         let (version, page, mut window) = (*version, wanted.page, Vec::new());
-        let due = match wanted.names_thread() || whole {
-            true => {
-                let is_first = self.answered.insert(page);
-                (is_first || whole) && pusher.request(wanted, BUNDLE_PAGES, &|_| 1, &mut window)
-            }
-            false => {
-                let is_due = wanted.thread != Wanted::OVERDUE || !self.answered.contains(page);
-                is_due && pusher.give(wanted) && {
-                    self.answered.insert(page);
-                    true
-                }
-            }
+        let due = if wanted.names_thread() || whole {
+            let is_first = self.answered.insert(page);
+            (is_first || whole) && pusher.request(wanted, BUNDLE_PAGES, &|_| 1, &mut window)
+        } else {
+            let is_due = wanted.thread != Wanted::OVERDUE || self.answered.insert(page);
+            is_due && pusher.give(wanted)
         };
         if !due {
             return;
         }
+        self.answered.insert(page);
         for (pages, whole) in [(vec![page], whole), (window, false)] {
             if !pages.is_empty() && network.carries {
                 let message = self.encode(version, &pages, whole);
