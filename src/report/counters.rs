@@ -19,6 +19,8 @@ pub struct Counters {
     pub pushed_pages: AtomicU64,
     /// Pages that went along with the replies to faults (source).
     pub bundled_pages: AtomicU64,
+    /// Pages that went since a thread waited for another one of the same huge page (source).
+    pub unit_pages: AtomicU64,
     /// Duplicates that were put off from the first round to the second (source).
     pub put_off_pages: AtomicU64,
     /// Hot pages that the last round has left to the freeze (source).

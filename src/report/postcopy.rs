@@ -65,6 +65,8 @@ pub struct PushFigures {
     pub pushed_pages: u64,
     /// Pages that went along with replies to faults.
     pub bundled_pages: u64,
+    /// Pages that went since a thread waited for another one of the same huge page.
+    pub unit_pages: u64,
     /// Bundles after which the same thread's next fault lay in the bundle or just behind it.
     pub useful_bundles: u64,
     /// Bundles after which it did not.
@@ -77,6 +79,9 @@ impl fmt::Display for PushFigures {
         write!(f, "{} by {}", self.pushed_pages, self.policy)?;
         if self.bundled_pages > 0 {
             write!(f, ", {} with replies ({useful} of {all} bundles useful)", self.bundled_pages)?;
+        }
+        if self.unit_pages > 0 {
+            write!(f, ", {} to fill huge pages", self.unit_pages)?;
         }
         Ok(())
     }
@@ -92,6 +97,7 @@ mod tests {
             policy: "stall".into(),
             pushed_pages: 1000,
             bundled_pages: 0,
+            unit_pages: 0,
             useful_bundles: 0,
             useless_bundles: 0,
         };
@@ -99,5 +105,7 @@ mod tests {
         (figures.bundled_pages, figures.useful_bundles, figures.useless_bundles) = (70, 3, 1);
         let text = "1000 by stall, 70 with replies (3 of 4 bundles useful)";
         assert_eq!(figures.to_string(), text);
+        (figures.bundled_pages, figures.unit_pages) = (0, 511);
+        assert_eq!(figures.to_string(), "1000 by stall, 511 to fill huge pages");
     }
 }

@@ -83,7 +83,7 @@ impl Answers {
             }
             // They are good for something when all of them are there: what is lost with one holds nothing else up.
             for pages in mates.chunks(BUNDLE_MESSAGE_PAGES) {
-                let reply = self.frozen.bundle(pages, &mut reader);
+                let reply = self.frozen.mates(pages, &mut reader);
                 if let Err(error) = self.link.send(Lane::FaultReply, reply).await {
                     return Ok(error);
                 }

@@ -99,6 +99,7 @@ impl FrozenPages {
             policy: policy.name().into(),
             pushed_pages: self.counters.pushed_pages.load(Ordering::Relaxed),
             bundled_pages: self.counters.bundled_pages.load(Ordering::Relaxed),
+            unit_pages: self.counters.unit_pages.load(Ordering::Relaxed),
             useful_bundles: useful,
             useless_bundles: useless,
         }
@@ -170,11 +171,21 @@ impl FrozenPages {
         Bytes::from(out)
     }
 
-    /// A message of a bundle, or of pages that are only wanted together, of at most [`BUNDLE_MESSAGE_PAGES`].
+    /// A message of a bundle, of at most [`BUNDLE_MESSAGE_PAGES`].
     pub(super) fn bundle(&self, pages: &[PageIndex], reader: &mut PageReader) -> Bytes {
+        self.counters.bundled_pages.fetch_add(pages.len() as u64, Ordering::Relaxed);
+        self.together(pages, reader)
+    }
+
+    /// A message of pages that are only wanted together, of at most [`BUNDLE_MESSAGE_PAGES`].
+    pub(super) fn mates(&self, pages: &[PageIndex], reader: &mut PageReader) -> Bytes {
+        self.counters.unit_pages.fetch_add(pages.len() as u64, Ordering::Relaxed);
+        self.together(pages, reader)
+    }
+
+    fn together(&self, pages: &[PageIndex], reader: &mut PageReader) -> Bytes {
         let mut pages = pages.to_vec();
         pages.sort_unstable();
-        self.counters.bundled_pages.fetch_add(pages.len() as u64, Ordering::Relaxed);
         let mut out = Vec::new();
         self.encode(&pages, false, reader, &mut out);
         Bytes::from(out)
