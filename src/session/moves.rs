@@ -289,7 +289,9 @@ fn a_guest_moves_whole_by_several_connections() {
     }
     let connections = Connections::Exactly(NonZero::new(4).unwrap());
     for strategy in [Strategy::Hybrid, Strategy::Postcopy] {
-        let method = Method { strategy, connections, ..Method::default() };
+        // Not so fast that it is over before they are there.
+        let bandwidth_bytes_per_s = Some(64 << 20);
+        let method = Method { strategy, connections, bandwidth_bytes_per_s, ..Method::default() };
         let plan = plan(Pattern::Sparse, 20_000, 64, 2);
         let Moved { sent, received, .. } = moves_whole(threads, waiting_threads, &plan, method);
         assert_eq!([sent.connections, received.connections], [4, 4]);
