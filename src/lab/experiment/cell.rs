@@ -123,6 +123,10 @@ pub(super) fn ms(time: Duration) -> f64 {
     time.as_secs_f64() * 1e3
 }
 
+/// Memory of a large guest below the addresses of its devices (machine `pc`), and what those take.
+const LOW_MEMORY_BYTES: u64 = 3 << 30;
+const DEVICES_BYTES: u64 = 1 << 30;
+
 fn guest_spec(cell: &Cell) -> Result<GuestSpec> {
     let guest = &cell.guest;
     let mut work = format!(
@@ -134,7 +138,9 @@ fn guest_spec(cell: &Cell) -> Result<GuestSpec> {
         guest.verify
     );
     if let Some(usable_bytes) = guest.usable_bytes()? {
-        work = format!("mem={}M {work}", usable_bytes >> 20);
+        // The kernel counts up to an address, and what does not fit below the devices is behind them.
+        let hole = if usable_bytes > LOW_MEMORY_BYTES { DEVICES_BYTES } else { 0 };
+        work = format!("mem={}M {work}", (usable_bytes + hole) >> 20);
     }
     let mut spec = GuestSpec::new(Machine::Pc, guest.memory_bytes()? >> 20, &work);
     spec.programs = guest.programs();
