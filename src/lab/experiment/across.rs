@@ -63,7 +63,6 @@ impl<'a> AcrossFigure<'a> {
         let sizeless = |guest: &GuestPart| GuestPart {
             name: String::new(),
             memory: String::new(),
-            usable: None,
             working_set: None,
             ..guest.clone()
         };
