@@ -178,6 +178,14 @@ pub enum MemoryError {
         /// The kernel's answer.
         source: Errno,
     },
+    /// The process that borrows a thread could not be started, or was ended.
+    #[error("cannot borrow a thread of process {pid}: {source}")]
+    Tracer {
+        /// The process whose thread it is.
+        pid: u32,
+        /// The kernel's answer.
+        source: io::Error,
+    },
     /// A system call made in the process's name failed.
     #[error("process {pid}: {call} inside it failed: {source}")]
     InjectedCall {

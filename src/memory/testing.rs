@@ -121,11 +121,45 @@ impl TestGuest {
 
 impl Drop for TestGuest {
     fn drop(&mut self) {
-        // SAFETY: our own child, not yet reaped, so that the number is still its own.
-        unsafe {
-            libc::kill(self.pid, libc::SIGKILL);
-            libc::waitpid(self.pid, std::ptr::null_mut(), 0);
+        kill_and_reap(self.pid);
+    }
+}
+
+/// Another process that does `work` again and again until it is killed, as it is when dropped.
+pub(crate) struct Worker {
+    pid: libc::pid_t,
+    _forked: Forked,
+}
+
+impl Worker {
+    pub(crate) fn start(mut work: impl FnMut()) -> Self {
+        let forked = Forked::begin();
+        // SAFETY: the child does its work and nothing else, until it is killed. What that allocates glibc
+        // allows after a fork.
+        let pid = unsafe { libc::fork() };
+        assert!(pid >= 0, "fork: {}", std::io::Error::last_os_error());
+        if pid == 0 {
+            // SAFETY: plain numbers; the child must not outlive the test.
+            unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) };
+            loop {
+                work();
+            }
         }
+        Worker { pid, _forked: forked }
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        kill_and_reap(self.pid);
+    }
+}
+
+fn kill_and_reap(child: libc::pid_t) {
+    // SAFETY: our own child, not yet reaped, so that the number is still its own.
+    unsafe {
+        libc::kill(child, libc::SIGKILL);
+        libc::waitpid(child, std::ptr::null_mut(), 0);
     }
 }
 

@@ -4,6 +4,9 @@
 //! the vdso, and given its registers back as they were, `orig_rax` included. So a system call that the
 //! stop interrupted is restarted by the kernel as if nothing had happened. Its signals are blocked
 //! meanwhile, and stay pending with all that they carry. See ptrace(2), "PTRACE_SEIZE" and "Group-stop".
+//!
+//! A tracer that ends lets go of what it traces, with the registers as they are at that moment: the other
+//! process would crash. So a process of its own does all this, which a killed farfault leaves at work.
 #![allow(unsafe_code)]
 
 use crate::memory::MemoryError;
@@ -33,6 +36,7 @@ pub(super) use x86_64::call_in_thread;
 
 #[cfg(target_arch = "x86_64")]
 mod x86_64 {
+    use std::io;
     use std::time::{Duration, Instant};
 
     use nix::errno::Errno;
@@ -42,6 +46,7 @@ mod x86_64 {
     use nix::unistd::Pid;
 
     use super::{Call, MemoryError};
+    use crate::memory::adopt::outlive::outliving;
 
     /// How long a thread may take to stop. One in uninterruptible sleep does not.
     const STOP_LIMIT: Duration = Duration::from_secs(5);
@@ -57,11 +62,61 @@ mod x86_64 {
     /// `PTRACE_O_SUSPEND_SECCOMP`.
     const SUSPEND_SECCOMP: i32 = 1 << 21;
 
+    /// What failed, and the kernel's answer; ESRCH where the thread has ended.
+    #[derive(Clone, Copy, Debug)]
+    struct Trouble {
+        action: Action,
+        errno: Errno,
+    }
+
+    /// What is done to a thread.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    enum Action {
+        Trace = 1,
+        Stop,
+        ReadRegisters,
+        FindMode,
+        ReadMask,
+        SetMask,
+        SetRegisters,
+        Step,
+        Wait,
+        LetGo,
+    }
+
+    impl Action {
+        const ALL: [Action; 10] = [
+            Action::Trace,
+            Action::Stop,
+            Action::ReadRegisters,
+            Action::FindMode,
+            Action::ReadMask,
+            Action::SetMask,
+            Action::SetRegisters,
+            Action::Step,
+            Action::Wait,
+            Action::LetGo,
+        ];
+
+        fn text(self) -> &'static str {
+            match self {
+                Action::Trace => "trace it",
+                Action::Stop => "stop it",
+                Action::ReadRegisters => "read its registers",
+                Action::FindMode => "make a 64-bit system call in it",
+                Action::ReadMask => "read its signal mask",
+                Action::SetMask => "set its signal mask",
+                Action::SetRegisters => "set its registers",
+                Action::Step => "step over a system call of",
+                Action::Wait => "wait for it",
+                Action::LetGo => "let it go",
+            }
+        }
+    }
+
     /// Makes `call` in `thread` of process `pid` and gives its result, an errno when negative.
-    /// `instruction` is the address of a `syscall` instruction there.
-    ///
-    /// ptrace belongs to a thread, and a tracer that ends lets go of what it traces: so this works in
-    /// a thread of its own, and the tracee is let go whatever happens.
+    /// `instruction` is the address of a `syscall` instruction there. The tracee is let go whatever
+    /// happens, also when this process is killed.
     pub(crate) fn call_in_thread(
         pid: u32,
         thread: u32,
@@ -69,11 +124,28 @@ mod x86_64 {
         suspend_seccomp: bool,
         instruction: u64,
     ) -> Result<i64, MemoryError> {
-        let work = move || Tracee::seize(pid, thread, suspend_seccomp)?.call(call, instruction);
-        let name = "adopt";
-        let tracer = std::thread::Builder::new().name(name.to_owned()).spawn(work);
-        let tracer = tracer.map_err(|source| MemoryError::Thread { name, source })?;
-        tracer.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        let outcome = outliving(|| {
+            let tracee = Tracee::seize(thread, suspend_seccomp);
+            match tracee.and_then(|tracee| tracee.call(call, instruction)) {
+                Ok(value) => [0, value],
+                Err(Trouble { action, errno }) => [action as i64, i64::from(errno as i32)],
+            }
+        });
+        let outcome = outcome.map_err(|source| MemoryError::Tracer { pid, source })?;
+        let ended = || MemoryError::Tracer { pid, source: io::ErrorKind::UnexpectedEof.into() };
+        let [kind, value] = outcome.ok_or_else(ended)?;
+        let Some(action) = Action::ALL.into_iter().find(|action| *action as i64 == kind) else {
+            return Ok(value);
+        };
+        match (action, Errno::from_raw(value as i32)) {
+            (_, Errno::ESRCH) => Err(MemoryError::ProcessGone),
+            (Action::FindMode, _) => Err(MemoryError::UnsupportedArchitecture),
+            (Action::Trace, source @ Errno::EPERM) => Err(match tracer_of(pid, thread) {
+                Some(tracer) => MemoryError::AlreadyTraced { pid, tracer },
+                None => MemoryError::Trace { thread, action: action.text(), source },
+            }),
+            (_, source) => Err(MemoryError::Trace { thread, action: action.text(), source }),
+        }
     }
 
     struct Tracee {
@@ -81,35 +153,28 @@ mod x86_64 {
     }
 
     impl Tracee {
-        fn seize(pid: u32, thread: u32, suspend_seccomp: bool) -> Result<Self, MemoryError> {
+        fn seize(thread: u32, suspend_seccomp: bool) -> Result<Self, Trouble> {
             let tracee = Tracee { thread: Pid::from_raw(thread as i32) };
             let options = if suspend_seccomp { SUSPEND_SECCOMP } else { 0 };
             let options = ptrace::Options::from_bits_retain(options);
-            match ptrace::seize(tracee.thread, options) {
-                Err(Errno::EPERM) => match tracer_of(pid, thread) {
-                    Some(tracer) => Err(MemoryError::AlreadyTraced { pid, tracer }),
-                    None => Err(tracee.failed("trace it", Errno::EPERM)),
-                },
-                other => other.map(|()| tracee).map_err(|e| failed(thread, "trace it", e)),
-            }
+            ptrace::seize(tracee.thread, options).map_err(trouble(Action::Trace))?;
+            Ok(tracee)
         }
 
-        fn call(self, call: Call, instruction: u64) -> Result<i64, MemoryError> {
+        fn call(self, call: Call, instruction: u64) -> Result<i64, Trouble> {
             self.stop()?;
-            let original =
-                ptrace::getregs(self.thread).map_err(|e| self.failed("read its registers", e))?;
+            let original = ptrace::getregs(self.thread).map_err(trouble(Action::ReadRegisters))?;
             if original.cs != USER_CODE_64 {
                 let _ = ptrace::detach(self.thread, None);
-                return Err(MemoryError::UnsupportedArchitecture);
+                return Err(Trouble { action: Action::FindMode, errno: Errno::ENOSYS });
             }
             let mask = self.signal_mask()?;
             self.set_signal_mask(BLOCKED_SIGNALS)?;
             let result = self.step_over(call, instruction, original);
             // Whatever happened: the thread goes on where it was.
-            ptrace::setregs(self.thread, original)
-                .map_err(|e| self.failed("restore its registers", e))?;
+            ptrace::setregs(self.thread, original).map_err(trouble(Action::SetRegisters))?;
             self.set_signal_mask(mask)?;
-            ptrace::detach(self.thread, None).map_err(|e| self.failed("let it go", e))?;
+            ptrace::detach(self.thread, None).map_err(trouble(Action::LetGo))?;
             let (value, stopped_by) = result?;
             if let Some(signal) = stopped_by {
                 // SIGSTOP cannot be blocked. It carries nothing, so that another one is as good.
@@ -124,7 +189,7 @@ mod x86_64 {
             call: Call,
             instruction: u64,
             original: libc::user_regs_struct,
-        ) -> Result<(i64, Option<Signal>), MemoryError> {
+        ) -> Result<(i64, Option<Signal>), Trouble> {
             let mut registers = original;
             registers.rip = instruction;
             registers.rax = call.number as u64;
@@ -132,44 +197,42 @@ mod x86_64 {
             registers.orig_rax = u64::MAX;
             [registers.rdi, registers.rsi, registers.rdx] = call.arguments;
             registers.eflags &= !TRAP_FLAG;
-            ptrace::setregs(self.thread, registers)
-                .map_err(|e| self.failed("set its registers", e))?;
+            ptrace::setregs(self.thread, registers).map_err(trouble(Action::SetRegisters))?;
             let mut held_back = None;
             for _ in 0..STEP_LIMIT {
-                ptrace::step(self.thread, None).map_err(|e| self.failed("step it", e))?;
+                ptrace::step(self.thread, None).map_err(trouble(Action::Step))?;
                 match self.wait(WaitPidFlag::empty())? {
                     WaitStatus::Stopped(_, Signal::SIGTRAP) => {
-                        let after = ptrace::getregs(self.thread)
-                            .map_err(|e| self.failed("read its registers", e))?;
+                        let after =
+                            ptrace::getregs(self.thread).map_err(trouble(Action::ReadRegisters))?;
                         if after.rip == instruction + INSTRUCTION_BYTES {
                             return Ok((after.rax as i64, held_back));
                         }
-                        return Err(self.failed("step over a system call of", Errno::EFAULT));
+                        return Err(Trouble { action: Action::Step, errno: Errno::EFAULT });
                     }
                     WaitStatus::Stopped(_, Signal::SIGSEGV | Signal::SIGBUS | Signal::SIGILL) => {
-                        return Err(self.failed("step over a system call of", Errno::EFAULT));
+                        return Err(Trouble { action: Action::Step, errno: Errno::EFAULT });
                     }
                     WaitStatus::Stopped(_, signal) => held_back = Some(signal),
                     _ => {}
                 }
             }
-            Err(self.failed("step over a system call of", Errno::ETIMEDOUT))
+            Err(Trouble { action: Action::Step, errno: Errno::ETIMEDOUT })
         }
 
         /// Brings the thread to a stop where it would take a signal.
-        fn stop(&self) -> Result<(), MemoryError> {
-            ptrace::interrupt(self.thread).map_err(|e| self.failed("stop it", e))?;
+        fn stop(&self) -> Result<(), Trouble> {
+            ptrace::interrupt(self.thread).map_err(trouble(Action::Stop))?;
             let asked = Instant::now();
             loop {
                 match self.wait(WaitPidFlag::WNOHANG)? {
                     WaitStatus::PtraceEvent(_, _, libc::PTRACE_EVENT_STOP) => return Ok(()),
                     // A signal was faster: it is delivered, and our stop follows.
                     WaitStatus::Stopped(_, signal) => {
-                        ptrace::cont(self.thread, signal)
-                            .map_err(|e| self.failed("continue it", e))?;
+                        ptrace::cont(self.thread, signal).map_err(trouble(Action::Stop))?;
                     }
                     _ if asked.elapsed() > STOP_LIMIT => {
-                        return Err(self.failed("stop it", Errno::ETIMEDOUT));
+                        return Err(Trouble { action: Action::Stop, errno: Errno::ETIMEDOUT });
                     }
                     _ if asked.elapsed() < Duration::from_millis(1) => std::thread::yield_now(),
                     _ => std::thread::sleep(Duration::from_micros(200)),
@@ -177,48 +240,39 @@ mod x86_64 {
             }
         }
 
-        /// Waits for this thread only, and only in the tracing thread: other children of this process
-        /// are other people's to wait for.
-        fn wait(&self, flags: WaitPidFlag) -> Result<WaitStatus, MemoryError> {
-            let flags = flags | WaitPidFlag::__WALL | WaitPidFlag::__WNOTHREAD;
+        fn wait(&self, flags: WaitPidFlag) -> Result<WaitStatus, Trouble> {
+            let flags = flags | WaitPidFlag::__WALL;
             loop {
                 match waitpid(self.thread, Some(flags)) {
                     Err(Errno::EINTR) => {}
                     Ok(WaitStatus::Exited(..) | WaitStatus::Signaled(..)) | Err(Errno::ECHILD) => {
-                        return Err(MemoryError::ProcessGone);
+                        return Err(Trouble { action: Action::Wait, errno: Errno::ESRCH });
                     }
-                    other => return other.map_err(|e| self.failed("wait for it", e)),
+                    other => return other.map_err(trouble(Action::Wait)),
                 }
             }
         }
 
-        fn signal_mask(&self) -> Result<u64, MemoryError> {
+        fn signal_mask(&self) -> Result<u64, Trouble> {
             let mut mask = 0u64;
             // SAFETY: the kernel writes the 8 bytes that the third argument announces.
             let done = unsafe {
                 libc::ptrace(libc::PTRACE_GETSIGMASK, self.thread.as_raw(), 8usize, &raw mut mask)
             };
-            Errno::result(done).map(|_| mask).map_err(|e| self.failed("read its signal mask", e))
+            Errno::result(done).map(|_| mask).map_err(trouble(Action::ReadMask))
         }
 
-        fn set_signal_mask(&self, mask: u64) -> Result<(), MemoryError> {
+        fn set_signal_mask(&self, mask: u64) -> Result<(), Trouble> {
             // SAFETY: the kernel reads the 8 bytes that the third argument announces.
             let done = unsafe {
                 libc::ptrace(libc::PTRACE_SETSIGMASK, self.thread.as_raw(), 8usize, &raw const mask)
             };
-            Errno::result(done).map(drop).map_err(|e| self.failed("set its signal mask", e))
-        }
-
-        fn failed(&self, action: &'static str, source: Errno) -> MemoryError {
-            failed(self.thread.as_raw() as u32, action, source)
+            Errno::result(done).map(drop).map_err(trouble(Action::SetMask))
         }
     }
 
-    fn failed(thread: u32, action: &'static str, source: Errno) -> MemoryError {
-        match source {
-            Errno::ESRCH => MemoryError::ProcessGone,
-            source => MemoryError::Trace { thread, action, source },
-        }
+    fn trouble(action: Action) -> impl Fn(Errno) -> Trouble {
+        move |errno| Trouble { action, errno }
     }
 
     fn tracer_of(pid: u32, thread: u32) -> Option<u32> {

@@ -9,6 +9,7 @@ mod huge_pages;
 mod identity;
 mod inject;
 mod maps;
+mod outlive;
 mod threads;
 
 use std::fs::{File, OpenOptions};

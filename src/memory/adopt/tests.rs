@@ -1,7 +1,7 @@
 use std::os::fd::AsRawFd;
 
 use super::*;
-use crate::memory::testing::TestGuest;
+use crate::memory::testing::{TestGuest, Worker};
 use crate::memory::{FAULT_FEATURES, GuestMemory, MemoryLayout, RegionLayout};
 use crate::page::{PageIndex, PageRange};
 
@@ -54,6 +54,27 @@ fn borrowed_threads_do_not_notice() {
     }
     assert!(calls >= 8 * 25, "{calls} calls");
     assert_eq!(guest.disturbances(), 0);
+}
+
+/// Else a farfault that is killed at that moment would take the guest with it.
+#[test]
+fn who_borrows_threads_may_be_killed_at_any_moment() {
+    let memory = small_memory();
+    let mut guest = TestGuest::start(&memory);
+    guest.start_threads(3);
+    let adopted = Adopted::attach(guest.pid()).unwrap();
+    let instruction = adopted.find_syscall_instruction().unwrap();
+    let call = Call { name: "getpid", number: libc::SYS_getpid, arguments: [0; 3] };
+    for round in 0..200 {
+        let borrower = Worker::start(|| {
+            for thread in threads::candidates(guest.pid(), &[]).unwrap() {
+                let _ = inject::call_in_thread(guest.pid(), thread, call, false, instruction);
+            }
+        });
+        std::thread::sleep(std::time::Duration::from_micros(500 + 37 * round % 1000));
+        drop(borrower);
+        assert_eq!(guest.disturbances(), 0, "round {round}");
+    }
 }
 
 #[test]
