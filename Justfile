@@ -8,16 +8,16 @@ test *arguments:
     ./tools/test {{arguments}}
 
 # One integration test, or those whose names contain a word, with their output
-lab-test name: release
+lab-test name: programs
     cargo nextest run --package farfault-integration --no-capture {{name}}
 
 # Migrations of real guests with random accidents after the switchover (root; half a minute each)
-accidents runs="20" seed="1": release
+accidents runs="20" seed="1": programs
     FARFAULT_ACCIDENT_RUNS={{runs}} FARFAULT_ACCIDENT_SEED={{seed}} \
         cargo test --package farfault-integration --test all accidents:: -- --nocapture
 
 # Migrations of real guests over a link that is cut for so long, in pre-copy and in post-copy (root)
-outages seconds="60": release
+outages seconds="60": programs
     FARFAULT_OUTAGE_S={{seconds}} cargo test --package farfault-integration --test all outage:: -- --nocapture
 
 # Unit and property tests only: seconds, no root
@@ -28,6 +28,10 @@ unit:
 lint:
     cargo fmt --all
     cargo clippy --workspace --all-targets -- -D warnings
+
+# The programs as the integration tests run them, with debug assertions
+programs:
+    cargo build --workspace --bins
 
 # The programs, optimised
 release:

@@ -12,7 +12,7 @@ use farfault_wan::spec::QueueLimit;
 /// The losses of a lossy link are the same in every run of a test.
 const SEED: u64 = 1;
 
-/// A [`Place`] with the release build and the guest image of this workspace.
+/// A [`Place`] with the programs and the guest image of this workspace.
 #[derive(Debug)]
 pub struct Lab(Place);
 
@@ -60,17 +60,18 @@ impl DerefMut for Lab {
     }
 }
 
-/// A program of this workspace: `variable` names it, or it is the release build.
+/// A program of this workspace: `variable` names it, or it is of the same build as this test, whose
+/// assertions it has.
 pub fn workspace_program(variable: &str, name: &str) -> Result<PathBuf> {
     if let Some(path) = std::env::var_os(variable) {
         return Ok(path.into());
     }
-    let target = std::env::var_os("CARGO_TARGET_DIR")
-        .map_or_else(|| workspace().join("target"), PathBuf::from);
-    let path = target.join("release").join(name);
+    let test = std::env::current_exe()?;
+    // Tests are in `deps`, beside which the programs are.
+    let path = test.parent().and_then(Path::parent).context("a directory")?.join(name);
     ensure!(
         path.exists(),
-        "there is no {}: run `cargo build --release --workspace`, or set {variable}",
+        "there is no {}: run `cargo build --workspace --bins`, or set {variable}",
         path.display()
     );
     Ok(path)

@@ -1,13 +1,14 @@
-//! Accidents at random moments after the switchover: the link is cut, farfault is killed on either side
-//! and started again. Whatever comes, the guest goes on at one place and not one page is wrong.
+//! Accidents at random moments: before the switchover farfault is killed; after it the link is cut too, and what
+//! was killed is started again. Whatever comes, the guest goes on at one place and not one page is wrong.
 //!
-//! `FARFAULT_ACCIDENT_RUNS` (2) migrations, from seed `FARFAULT_ACCIDENT_SEED` (1) on; `just accidents`
+//! `FARFAULT_ACCIDENT_RUNS` (2) migrations with accidents after the switchover, and four times as many that are
+//! killed before, from seed `FARFAULT_ACCIDENT_SEED` (1) on; `just accidents`
 //! has more of them. A seed gives the same accidents at about the same moments.
 
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use farfault_integration::farfault::Running;
+use farfault_integration::farfault::{self, Running, command, status_of};
 use farfault_integration::lab::Lab;
 use farfault_integration::qemu::{Guest, GuestSpec, Machine};
 use farfault_integration::recovery::{migration_id, see_through};
@@ -132,6 +133,45 @@ fn moves_through_accidents(seed: u64) -> Result<bool> {
     Ok(true)
 }
 
+/// Attempts to move a guest that end with the death of both sides before the switchover, then one that
+/// succeeds; false where there can be no laboratory.
+fn survives_attempts(attempts: u64, seed: u64) -> Result<bool> {
+    let Some(mut lab) = Lab::start("100Mbit,10ms")? else { return Ok(false) };
+    let mut dice = Dice(seed);
+    let spec = GuestSpec::new(Machine::Pc, 192, WORK);
+    let mut source = Guest::boot(&lab, "source", &spec)?;
+    for attempt in 0..attempts {
+        let destination = Guest::prepare(&lab, &format!("destination{attempt}"), &spec)?;
+        let mut receive = Running::receive(&lab, &destination, &["--reconnect-for", "1s"])?;
+        let ticket = receive.ticket()?;
+        // It writes faster than the link takes it: there is no switchover.
+        let mut send = Running::send(&lab, &source, &ticket, &["--strategy", "precopy"])?;
+        // Most of what is done to QEMU is done at first.
+        let limit_ms = if dice.below(2) == 0 { 200 } else { 3000 };
+        dice.pause_ms(limit_ms);
+        send.kill()?;
+        receive.kill()?;
+        for side in ["source", "destination"] {
+            if let Some(status) = status_of(&lab, side)? {
+                let id = status["migration"].as_str().context("an id")?;
+                let told = command(&lab, &["resolve", &format!("{id}.{side}"), "--run-source"])?;
+                ensure!(told.status.success(), "attempt {attempt}: {told:?}");
+            }
+        }
+        let ended = source.process().context("it was started here")?.ended()?;
+        ensure!(ended.is_none(), "attempt {attempt}: QEMU has ended: {ended:?}");
+        ensure!(source.monitor()?.status()? == "running", "attempt {attempt}");
+    }
+    lab.wan.command("rate 1Gbit")?;
+    let last = Guest::prepare(&lab, "last", &spec)?;
+    farfault::migrate(&lab, &source, &last, &[], &[], LIMIT)?;
+    last.log.wait_for_sweeps(2, LIMIT)?;
+    for log in [&source.log, &last.log] {
+        ensure!(log.complaints().is_empty(), "{:?}", log.complaints());
+    }
+    Ok(true)
+}
+
 fn from_environment(name: &str, default: u64) -> Result<u64> {
     match std::env::var(name) {
         Ok(text) => text.parse().with_context(|| format!("{name}={text} is not a number")),
@@ -149,5 +189,15 @@ fn a_guest_outlives_accidents_at_random_moments() -> Result<()> {
         }
     }
     eprintln!("{runs} migrations, each whole");
+    Ok(())
+}
+
+#[test]
+fn a_guest_outlives_farfaults_killed_at_random_moments_before_the_switchover() -> Result<()> {
+    let attempts = 4 * from_environment("FARFAULT_ACCIDENT_RUNS", 2)?;
+    let seed = from_environment("FARFAULT_ACCIDENT_SEED", 1)?;
+    if survives_attempts(attempts, seed)? {
+        eprintln!("{attempts} attempts, then a whole migration");
+    }
     Ok(())
 }
