@@ -288,6 +288,9 @@ impl MemoryError {
             MemoryError::AlreadyTraced { tracer, .. } => {
                 format!("let process {tracer} (a debugger, strace?) go of it and try again")
             }
+            MemoryError::Tracer { source, .. } if source.kind() == io::ErrorKind::WouldBlock => {
+                "there may be one process more: see ulimit -u, and pids.max of the control group".to_owned()
+            }
             MemoryError::InjectedCall { call: "userfaultfd", source: Errno::EPERM, .. } => {
                 "set vm.unprivileged_userfaultfd=1 while it is made, or use a kernel with /dev/userfaultfd (6.1 or newer)".to_owned()
             }

@@ -9,6 +9,7 @@ mod huge_pages;
 mod identity;
 mod inject;
 mod maps;
+#[cfg(any(target_arch = "x86_64", test))]
 mod outlive;
 mod threads;
 
