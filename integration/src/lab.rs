@@ -60,8 +60,8 @@ impl DerefMut for Lab {
     }
 }
 
-/// A program of this workspace: `variable` names it, or it is of the same build as this test, whose
-/// assertions it has.
+/// A program of this workspace: `variable` names it, or it is beside this test, built with the same
+/// profile, and so with the same assertions.
 pub fn workspace_program(variable: &str, name: &str) -> Result<PathBuf> {
     if let Some(path) = std::env::var_os(variable) {
         return Ok(path.into());

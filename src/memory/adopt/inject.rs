@@ -6,7 +6,8 @@
 //! meanwhile, and stay pending with all that they carry. See ptrace(2), "PTRACE_SEIZE" and "Group-stop".
 //!
 //! A tracer that ends lets go of what it traces, with the registers as they are at that moment: the other
-//! process would crash. So a process of its own does all this, which a killed farfault leaves at work.
+//! process would crash. So a process of its own does all this, which a killed farfault leaves at work; a thread of
+//! this one only where the other may not, as where only its ancestors may trace a process (Yama).
 #![allow(unsafe_code)]
 
 use crate::memory::MemoryError;
@@ -79,13 +80,14 @@ mod x86_64 {
         ReadMask,
         SetMask,
         SetRegisters,
+        Restore,
         Step,
         Wait,
         LetGo,
     }
 
     impl Action {
-        const ALL: [Action; 10] = [
+        const ALL: [Action; 11] = [
             Action::Trace,
             Action::Stop,
             Action::ReadRegisters,
@@ -93,6 +95,7 @@ mod x86_64 {
             Action::ReadMask,
             Action::SetMask,
             Action::SetRegisters,
+            Action::Restore,
             Action::Step,
             Action::Wait,
             Action::LetGo,
@@ -107,6 +110,7 @@ mod x86_64 {
                 Action::ReadMask => "read its signal mask",
                 Action::SetMask => "set its signal mask",
                 Action::SetRegisters => "set its registers",
+                Action::Restore => "put it back as it was",
                 Action::Step => "step over a system call of",
                 Action::Wait => "wait for it",
                 Action::LetGo => "let it go",
@@ -124,16 +128,28 @@ mod x86_64 {
         suspend_seccomp: bool,
         instruction: u64,
     ) -> Result<i64, MemoryError> {
-        let outcome = outliving(|| {
+        let attempt = move || {
             let tracee = Tracee::seize(thread, suspend_seccomp);
             match tracee.and_then(|tracee| tracee.call(call, instruction)) {
                 Ok(value) => [0, value],
                 Err(Trouble { action, errno }) => [action as i64, i64::from(errno as i32)],
             }
-        });
-        let outcome = outcome.map_err(|source| MemoryError::Tracer { pid, source })?;
-        let ended = || MemoryError::Tracer { pid, source: io::ErrorKind::UnexpectedEof.into() };
-        let [kind, value] = outcome.ok_or_else(ended)?;
+        };
+        let outcome = outliving(attempt).map_err(|source| MemoryError::Tracer { pid, source })?;
+        let mut outcome = outcome.ok_or_else(|| {
+            let source =
+                io::Error::other("the process that did it was ended; look after the guest");
+            MemoryError::Tracer { pid, source }
+        })?;
+        let refused = [Action::Trace as i64, i64::from(Errno::EPERM as i32)];
+        if outcome == refused && tracer_of(pid, thread).is_none() {
+            // What is traced belongs to a thread, which therefore has nothing else to do and ends.
+            let name = "adopt";
+            let tracer = std::thread::Builder::new().name(name.to_owned()).spawn(attempt);
+            let tracer = tracer.map_err(|source| MemoryError::Thread { name, source })?;
+            outcome = tracer.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        }
+        let [kind, value] = outcome;
         let Some(action) = Action::ALL.into_iter().find(|action| *action as i64 == kind) else {
             return Ok(value);
         };
@@ -172,8 +188,9 @@ mod x86_64 {
             self.set_signal_mask(BLOCKED_SIGNALS)?;
             let result = self.step_over(call, instruction, original);
             // Whatever happened: the thread goes on where it was.
-            ptrace::setregs(self.thread, original).map_err(trouble(Action::SetRegisters))?;
+            let restored = ptrace::setregs(self.thread, original).map_err(trouble(Action::Restore));
             self.set_signal_mask(mask)?;
+            restored?;
             ptrace::detach(self.thread, None).map_err(trouble(Action::LetGo))?;
             let (value, stopped_by) = result?;
             if let Some(signal) = stopped_by {
@@ -241,7 +258,7 @@ mod x86_64 {
         }
 
         fn wait(&self, flags: WaitPidFlag) -> Result<WaitStatus, Trouble> {
-            let flags = flags | WaitPidFlag::__WALL;
+            let flags = flags | WaitPidFlag::__WALL | WaitPidFlag::__WNOTHREAD;
             loop {
                 match waitpid(self.thread, Some(flags)) {
                     Err(Errno::EINTR) => {}

@@ -253,10 +253,13 @@ impl Adopted {
                         source,
                     });
                 }
-                // This thread has ended, or cannot be traced: another may.
-                Err(error @ (MemoryError::ProcessGone | MemoryError::Trace { .. })) => {
-                    refused = error
-                }
+                // This thread has ended, or cannot be traced, as while what a killed farfault has begun is under
+                // way: another may.
+                Err(
+                    error @ (MemoryError::ProcessGone
+                    | MemoryError::Trace { .. }
+                    | MemoryError::AlreadyTraced { .. }),
+                ) => refused = error,
                 Err(other) => return Err(other),
             }
         }

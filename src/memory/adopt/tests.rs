@@ -1,4 +1,6 @@
+use std::io::{Read, Write};
 use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
 
 use super::*;
 use crate::memory::testing::{TestGuest, Worker};
@@ -65,15 +67,25 @@ fn who_borrows_threads_may_be_killed_at_any_moment() {
     let adopted = Adopted::attach(guest.pid()).unwrap();
     let instruction = adopted.find_syscall_instruction().unwrap();
     let call = Call { name: "getpid", number: libc::SYS_getpid, arguments: [0; 3] };
-    for round in 0..200 {
+    let (mut receiver, mut sender) = UnixStream::pair().unwrap();
+    receiver.set_nonblocking(true).unwrap();
+    let (mut round, mut calls) = (0, 0);
+    // On a busy machine few calls come to their end before the kill.
+    while round < 200 || calls < 20 {
         let borrower = Worker::start(|| {
             for thread in threads::candidates(guest.pid(), &[]).unwrap() {
-                let _ = inject::call_in_thread(guest.pid(), thread, call, false, instruction);
+                let called = inject::call_in_thread(guest.pid(), thread, call, false, instruction);
+                if called.is_ok() {
+                    sender.write_all(b"!").unwrap();
+                }
             }
         });
         std::thread::sleep(std::time::Duration::from_micros(500 + 37 * round % 1000));
         drop(borrower);
         assert_eq!(guest.disturbances(), 0, "round {round}");
+        calls += receiver.read(&mut [0; 1000]).unwrap_or(0);
+        round += 1;
+        assert!(round < 20_000, "only {calls} calls came to their end");
     }
 }
 
