@@ -15,6 +15,7 @@ pub mod congestion;
 
 mod addresses;
 mod base32;
+mod batches;
 mod buffers;
 mod bulk;
 mod connect;

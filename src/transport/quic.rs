@@ -18,9 +18,8 @@ const OTHER_LANES_WINDOW_BYTES: u64 = 64 << 20;
 const STREAM_WINDOW_BYTES: u32 = 4 << 20;
 /// What a peer may send before it has proved anything.
 pub(super) const STRANGER_WINDOW_BYTES: u32 = 16 << 10;
-/// Ten segments of this size, the most that quinn puts in a batch, fit the 64 KiB that the kernel's
-/// segmentation offload takes.
-pub(super) const MAX_PAYLOAD_BYTES: u16 = 6_500;
+/// Of jumbo frames of 9,000 bytes, over IPv4.
+pub(super) const MAX_PAYLOAD_BYTES: u16 = 8_972;
 /// Ethernet without tunnels, where the route tells nothing.
 const USUAL_PAYLOAD_BYTES: u16 = 1_452;
 /// QUIC's smallest (RFC 9000, 14).

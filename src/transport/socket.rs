@@ -20,6 +20,7 @@ use quinn::{
 
 use super::TransportOptions;
 use super::addresses::header_bytes;
+use super::batches::{BatchingRuntime, BatchingSocket};
 use super::quic::MAX_PAYLOAD_BYTES;
 
 /// What may leave at once when the cap was not used up.
@@ -53,11 +54,11 @@ pub(super) fn endpoint(
     widen(&socket, options.socket_buffer_bytes);
     let mut endpoint_config = EndpointConfig::default();
     endpoint_config.max_udp_payload_size(MAX_PAYLOAD_BYTES).expect("between 1200 and 65527");
-    let runtime = Arc::new(TokioRuntime);
-    let inner = runtime.wrap_udp_socket(socket)?;
+    let batching = BatchingSocket::new(TokioRuntime.wrap_udp_socket(socket)?);
+    let runtime = Arc::new(BatchingRuntime::new(batching.clone()));
     let socket: Arc<dyn AsyncUdpSocket> = match cap {
-        Some(cap) => Arc::new(CappedSocket::new(inner, cap)),
-        None => inner,
+        Some(cap) => Arc::new(CappedSocket::new(batching, cap)),
+        None => batching,
     };
     Endpoint::new_with_abstract_socket(endpoint_config, server, socket, runtime)
 }
