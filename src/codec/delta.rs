@@ -36,9 +36,11 @@ impl<const MASK: usize, const UNIT: usize> UnitMask<MASK, UNIT> {
     /// The units in which `new` differs from `old`.
     pub fn between(old: &PageBytes, new: &PageBytes) -> Self {
         let mut mask = [0; MASK];
-        let (old, new) = (units_of::<UNIT>(old), units_of::<UNIT>(new));
-        for ((bits, old), new) in mask.iter_mut().zip(old.chunks(8)).zip(new.chunks(8)) {
-            // Most of most changed pages is equal, and that is found by wide comparisons.
+        let groups = |page| units_of::<UNIT>(page).as_chunks::<8>().0;
+        let (old, new) = (groups(old), groups(new));
+        for ((bits, old), new) in mask.iter_mut().zip(old).zip(new) {
+            // Most of most changed pages is equal, and that is found by wide comparisons, of a length that the
+            // compiler knows.
             if old != new {
                 let changed = old.iter().zip(new).map(|(old, new)| old != new);
                 *bits = changed.enumerate().fold(0, |bits, (at, set)| bits | u8::from(set) << at);

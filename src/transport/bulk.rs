@@ -31,7 +31,7 @@ pub(super) const BULK_STREAMS: u32 = BULK_WINDOW_BYTES / MIN_PUSH_COST_BYTES as 
 /// On its own a link gets no more than half of the cores, and no more connections than this: the guest and the
 /// encoders need cores too.
 const MOST_BY_ITSELF: usize = 8;
-/// A connection that carries so much may soon be all that a core can do (0.6 GB/s at an MTU of 1,500 here).
+/// A connection that carries so much may soon be all that a core can do (0.7 GB/s at an MTU of 1,500 here).
 const BUSY_BYTES_PER_S: u64 = 250_000_000;
 const LOOK_EVERY: Duration = Duration::from_millis(250);
 /// The receiver may not be ready at the first try.
