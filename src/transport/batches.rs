@@ -5,8 +5,8 @@
 //! once for all of them. Quinn's batches have ten at most: 15 kB with Ethernet's packets. Here batches that
 //! follow each other at once are put together, up to what the kernel takes.
 //!
-//! Nothing waits for more to come: whenever one of quinn's drivers is polled it hands over what may be sent now,
-//! paced and within the congestion window, and the poll ends with a flush.
+//! Nothing waits for more to come, only for room in the socket: whenever one of quinn's drivers is polled it hands over
+//! what may be sent now, paced and within the congestion window, and the poll ends with a flush.
 
 use std::future::Future;
 use std::io::{self, IoSliceMut};
@@ -14,6 +14,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
+use std::thread::{self, ThreadId};
 use std::time::Instant;
 
 use quinn::udp::{EcnCodepoint, RecvMeta, Transmit};
@@ -21,15 +22,19 @@ use quinn::{AsyncTimer, AsyncUdpSocket, Runtime, TokioRuntime, UdpPoller};
 
 /// UDP's largest payload over IPv4, which over IPv6 is a little larger.
 const MAX_BATCH_BYTES: usize = 65_507;
-/// Datagrams in one of quinn's batches, at most: of the largest ones ([`super::quic::MAX_PAYLOAD_BYTES`]) so many are
-/// what the kernel takes in one call.
+/// Datagrams in one of quinn's batches, at most: as many of the largest ones ([`super::quic::MAX_PAYLOAD_BYTES`]) as
+/// the kernel takes in one call.
 const QUINN_BATCH_DATAGRAMS: usize = 7;
+
+/// How often a driver is polled in a row while its batch grows. Each time it hands over some twenty datagrams, so twice is
+/// usual.
+const MOST_POLLS: usize = 4;
 
 const _: () =
     assert!(QUINN_BATCH_DATAGRAMS * super::quic::MAX_PAYLOAD_BYTES as usize <= MAX_BATCH_BYTES);
 
-/// A socket that keeps full batches until more have come or it is flushed, which the drivers of a
-/// [`BatchingRuntime`] do.
+/// A socket that keeps full batches of quinn's until more have come or it is flushed, as it is at the end of each poll
+/// of a driver in a [`BatchingRuntime`].
 #[derive(Debug)]
 pub(super) struct BatchingSocket {
     inner: Arc<dyn AsyncUdpSocket>,
@@ -41,10 +46,10 @@ struct Batch {
     contents: Vec<u8>,
     /// What all its datagrams have in common; `None` while there are none.
     kind: Option<Kind>,
-    /// Nothing fits behind what it has.
-    is_complete: bool,
-    /// How often something was added, ever.
-    additions: u64,
+    /// The thread whose driver has added to it last, and is to flush it.
+    keeper: Option<ThreadId>,
+    /// Has found no room: leaves as it is, by whichever driver comes first.
+    is_late: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -66,7 +71,7 @@ impl Batch {
             None => contents.len(),
             Some(bytes) => bytes,
         };
-        !self.is_complete
+        !self.is_late
             && kind == Kind { destination, source, ecn, datagram_bytes }
             && self.contents.len() + contents.len() <= most_bytes(datagram_bytes, most_datagrams)
     }
@@ -79,7 +84,7 @@ impl Batch {
             datagram_bytes: transmit.segment_size.unwrap_or(transmit.contents.len()),
         });
         self.contents.extend_from_slice(transmit.contents);
-        self.additions += 1;
+        self.keeper = Some(thread::current().id());
     }
 }
 
@@ -96,10 +101,23 @@ impl BatchingSocket {
         self.batch.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Sends what was kept. After [`io::ErrorKind::WouldBlock`] it is still kept; what any other error was about is
-    /// lost, as a datagram may be.
-    fn flush(&self, batch: &mut Batch) -> io::Result<()> {
-        let Some(kind) = batch.kind else { return Ok(()) };
+    /// Bytes that a driver on this thread has added to what is kept.
+    fn kept_here(&self) -> usize {
+        let batch = self.batch();
+        if batch.keeper == Some(thread::current().id()) { batch.contents.len() } else { 0 }
+    }
+
+    /// Sends what a driver on this thread has added to, and what is late. False when there is no room.
+    fn flush_here(&self) -> bool {
+        let mut batch = self.batch();
+        let is_due = batch.is_late || batch.keeper == Some(thread::current().id());
+        !is_due || self.flush(&mut batch)
+    }
+
+    /// Sends what is kept. False when there is no room, and it stays; after any other error it is lost, as a datagram
+    /// may be.
+    fn flush(&self, batch: &mut Batch) -> bool {
+        let Some(kind) = batch.kind else { return true };
         let sent = self.inner.try_send(&Transmit {
             destination: kind.destination,
             ecn: kind.ecn,
@@ -107,12 +125,13 @@ impl BatchingSocket {
             segment_size: Some(kind.datagram_bytes),
             src_ip: kind.source,
         });
-        if !matches!(&sent, Err(error) if error.kind() == io::ErrorKind::WouldBlock) {
-            batch.contents.clear();
-            batch.kind = None;
-            batch.is_complete = false;
+        if matches!(sent, Err(error) if error.kind() == io::ErrorKind::WouldBlock) {
+            batch.is_late = true;
+            return false;
         }
-        sent
+        batch.contents.clear();
+        *batch = Batch { contents: std::mem::take(&mut batch.contents), ..Batch::default() };
+        true
     }
 }
 
@@ -125,7 +144,7 @@ impl AsyncUdpSocket for BatchingSocket {
         let mut batch = self.batch();
         let most_datagrams = self.inner.max_transmit_segments();
         let bytes = transmit.contents.len();
-        // As many as quinn may hand over, so that probably more follow; and there is room for as many again.
+        // As many as it may have, so that probably more follow; and there is room for as many again.
         let more_may_follow = |kept: usize| {
             transmit.segment_size.is_some_and(|datagram_bytes| {
                 bytes == datagram_bytes * self.max_transmit_segments()
@@ -134,16 +153,18 @@ impl AsyncUdpSocket for BatchingSocket {
         };
         if !batch.takes(transmit, most_datagrams) {
             // Never out of order: QUIC takes a datagram that three later ones overtake for lost.
-            self.flush(&mut batch)?;
+            if !self.flush(&mut batch) {
+                return Err(io::ErrorKind::WouldBlock.into());
+            }
             if !more_may_follow(bytes) {
+                drop(batch);
                 return self.inner.try_send(transmit);
             }
         }
         batch.add(transmit);
         if !more_may_follow(batch.contents.len()) {
-            batch.is_complete = true;
-            // Without room it is kept until the driver has waited for some.
-            let _ = self.flush(&mut batch);
+            // It is taken, whether there is room or not.
+            self.flush(&mut batch);
         }
         Ok(())
     }
@@ -196,6 +217,7 @@ impl Runtime for BatchingRuntime {
         tokio::spawn(Flushing { driver, socket: self.socket.clone(), poller });
     }
 
+    /// A plain one: what quinn wraps by itself is not batched.
     fn wrap_udp_socket(&self, socket: std::net::UdpSocket) -> io::Result<Arc<dyn AsyncUdpSocket>> {
         TokioRuntime.wrap_udp_socket(socket)
     }
@@ -217,25 +239,20 @@ impl Future for Flushing {
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
         let Flushing { driver, socket, poller } = &mut *self;
-        // A driver hands over some twenty datagrams and asks to be polled again. While the batch may grow it is, at
-        // once.
-        loop {
-            let before = socket.batch().additions;
+        // A driver that has more to send asks to be polled again. While its batch grows it is, at once.
+        for _ in 0..MOST_POLLS {
+            let before = socket.kept_here();
             if driver.as_mut().poll(cx).is_ready() {
-                // Nobody is left who could wait for room.
-                let _ = socket.flush(&mut socket.batch());
+                // What finds no room is left to the other drivers, of which the endpoint's is the last.
+                socket.flush_here();
                 return Poll::Ready(());
             }
-            let batch = socket.batch();
-            if batch.kind.is_none() || batch.is_complete || batch.additions == before {
+            if socket.kept_here() <= before {
                 break;
             }
         }
-        while let Err(error) = socket.flush(&mut socket.batch()) {
-            // Other errors are met again by the driver, if they last.
-            if error.kind() != io::ErrorKind::WouldBlock
-                || poller.as_mut().poll_writable(cx).is_pending()
-            {
+        while !socket.flush_here() {
+            if !matches!(poller.as_mut().poll_writable(cx), Poll::Ready(Ok(()))) {
                 break;
             }
         }
@@ -252,17 +269,19 @@ mod tests {
 
     use super::*;
 
-    /// Takes what it is given as long as it has room, which comes back when someone waits for it.
+    /// Takes what it is given when it has room.
     #[derive(Debug, Default)]
     struct Recorder {
         sent: Mutex<Vec<Sent>>,
         /// Whether there is room, for one call after another; behind the end there is.
         room: Mutex<VecDeque<bool>>,
+        most_datagrams: Mutex<Option<usize>>,
     }
 
     #[derive(Clone, Debug, PartialEq, Eq)]
     struct Sent {
         destination: SocketAddr,
+        ecn: Option<EcnCodepoint>,
         contents: Vec<u8>,
         datagram_bytes: usize,
     }
@@ -290,7 +309,7 @@ mod tests {
 
     impl AsyncUdpSocket for Recorder {
         fn create_io_poller(self: Arc<Self>) -> Pin<Box<dyn UdpPoller>> {
-            Box::pin(AtOnce)
+            Box::pin(Turnstile(self))
         }
 
         fn try_send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
@@ -300,9 +319,9 @@ mod tests {
             let contents = transmit.contents.to_vec();
             let datagram_bytes = transmit.segment_size.unwrap_or(contents.len());
             assert!(contents.len() <= MAX_BATCH_BYTES);
-            assert!(contents.len().div_ceil(datagram_bytes) <= self.max_transmit_segments());
-            let destination = transmit.destination;
-            self.sent.lock().unwrap().push(Sent { destination, contents, datagram_bytes });
+            assert!(contents.len().div_ceil(datagram_bytes) <= 64);
+            let Transmit { destination, ecn, .. } = *transmit;
+            self.sent.lock().unwrap().push(Sent { destination, ecn, contents, datagram_bytes });
             Ok(())
         }
 
@@ -320,16 +339,22 @@ mod tests {
         }
 
         fn max_transmit_segments(&self) -> usize {
-            64
+            self.most_datagrams.lock().unwrap().unwrap_or(64)
         }
     }
 
+    /// Room comes with the first look, and whoever waits for it is woken.
     #[derive(Debug)]
-    struct AtOnce;
+    struct Turnstile(Arc<Recorder>);
 
-    impl UdpPoller for AtOnce {
-        fn poll_writable(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-            Poll::Ready(Ok(()))
+    impl UdpPoller for Turnstile {
+        fn poll_writable(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+            if self.0.room.lock().unwrap().front() != Some(&false) {
+                return Poll::Ready(Ok(()));
+            }
+            self.0.room.lock().unwrap().clear();
+            cx.waker().wake_by_ref();
+            Poll::Pending
         }
     }
 
@@ -369,21 +394,77 @@ mod tests {
         assert_eq!(recorder.sent().len(), 1);
     }
 
-    #[tokio::test]
-    async fn what_a_driver_has_handed_over_leaves_with_its_poll_and_it_is_asked_for_more_before() {
-        let (recorder, socket) = Recorder::socket([false, false]);
-        let (mut polls, handed_over) = (0, socket.clone());
-        let driver = poll_fn(move |_| {
+    #[test]
+    fn what_goes_elsewhere_or_is_marked_otherwise_does_not_go_along() {
+        let (recorder, socket) = Recorder::socket([]);
+        let full = [7; 7 * 1_472];
+        let marked = Transmit { ecn: Some(EcnCodepoint::Ect0), ..transmit(1, &full, 1_472) };
+        for sent in [transmit(1, &full, 1_472), marked.clone(), marked, transmit(2, &full, 1_472)] {
+            socket.try_send(&sent).unwrap();
+        }
+        assert!(socket.flush_here());
+        let sent: Vec<_> =
+            recorder.sent().iter().map(|sent| (sent.ecn, sent.contents.len())).collect();
+        let marked = (Some(EcnCodepoint::Ect0), 2 * full.len());
+        assert_eq!(sent, [(None, full.len()), marked, (None, full.len())]);
+    }
+
+    #[test]
+    fn without_offload_nothing_is_kept() {
+        let (recorder, socket) = Recorder::socket([]);
+        socket.try_send(&transmit(1, &[7; 7 * 1_472], 1_472)).unwrap();
+        *recorder.most_datagrams.lock().unwrap() = Some(1);
+        assert_eq!(socket.max_transmit_segments(), 1);
+        for number in 1..4 {
+            socket.try_send(&transmit(1, &[7; 1_472], 1_472)).unwrap();
+            assert_eq!(
+                recorder.sent().len(),
+                1 + number,
+                "what was kept before, and each by itself"
+            );
+        }
+    }
+
+    /// Hands over three batches, one a poll, and waits for ever.
+    fn three_batches(socket: Arc<BatchingSocket>) -> Pin<Box<dyn Future<Output = ()> + Send>> {
+        let mut polls = 0;
+        Box::pin(poll_fn(move |_| {
             polls += 1;
             if polls <= 3 {
-                handed_over.try_send(&transmit(1, &[polls; 7 * 1_472], 1_472)).unwrap();
+                socket.try_send(&transmit(1, &[polls; 7 * 1_472], 1_472)).unwrap();
             }
             Poll::Pending
-        });
-        BatchingRuntime::new(socket).spawn(Box::pin(driver));
+        }))
+    }
+
+    #[tokio::test]
+    async fn what_a_driver_has_handed_over_leaves_with_its_poll_and_it_is_asked_for_more_before() {
+        let (recorder, socket) = Recorder::socket([]);
+        BatchingRuntime::new(socket.clone()).spawn(three_batches(socket));
         tokio::task::yield_now().await;
-        let [sent] = &recorder.sent()[..] else { panic!("one batch: {:?}", recorder.sent().len()) };
-        assert_eq!(sent.contents.len(), 3 * 7 * 1_472);
+        let lengths: Vec<usize> = recorder.sent().iter().map(|sent| sent.contents.len()).collect();
+        assert_eq!(lengths, [3 * 7 * 1_472]);
+    }
+
+    #[tokio::test]
+    async fn without_room_a_driver_is_woken_when_there_is_some_and_what_was_kept_leaves() {
+        let (recorder, socket) = Recorder::socket([false; 10]);
+        BatchingRuntime::new(socket.clone()).spawn(three_batches(socket));
+        tokio::task::yield_now().await;
+        let lengths: Vec<usize> = recorder.sent().iter().map(|sent| sent.contents.len()).collect();
+        assert_eq!(lengths, [3 * 7 * 1_472]);
+    }
+
+    #[test]
+    fn what_another_driver_is_putting_together_is_left_to_it_unless_it_is_late() {
+        let (recorder, socket) = Recorder::socket([false]);
+        let other = socket.clone();
+        let keep = move || other.try_send(&transmit(1, &[1; 7 * 1_472], 1_472)).unwrap();
+        std::thread::spawn(keep).join().unwrap();
+        assert!(socket.flush_here() && recorder.sent().is_empty());
+        socket.try_send(&transmit(2, &[2; 5], 1_472)).unwrap_err();
+        assert!(socket.flush_here());
+        assert_eq!(recorder.sent().len(), 1, "it had found no room");
     }
 
     #[tokio::test]
@@ -413,7 +494,7 @@ mod tests {
                 let parts = contents.chunks(datagram_bytes);
                 expected.extend(parts.map(|part| (address(port), part.to_vec())));
             }
-            while socket.flush(&mut socket.batch()).is_err() {}
+            while !socket.flush_here() {}
             prop_assert!(recorder.datagrams() == expected);
         }
     }

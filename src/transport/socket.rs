@@ -8,6 +8,7 @@ use std::future::Future;
 use std::io::{self, IoSliceMut};
 use std::net::{SocketAddr, UdpSocket};
 use std::pin::Pin;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
@@ -25,7 +26,7 @@ use super::quic::MAX_PAYLOAD_BYTES;
 
 /// What may leave at once when the cap was not used up.
 const BURST: Duration = Duration::from_millis(2);
-const LARGEST_DATAGRAM_BYTES: u64 = 1500;
+const ETHERNET_BYTES: usize = 1_500;
 
 /// A hard cap on what leaves by all sockets that have it; clones are the same.
 #[derive(Clone, Debug)]
@@ -88,7 +89,7 @@ struct Bucket {
 impl Bucket {
     fn new(rate_bytes_per_s: u64, now: Instant) -> Self {
         let rate = rate_bytes_per_s.max(1) as f64;
-        let burst_bytes = (rate * BURST.as_secs_f64()).max(LARGEST_DATAGRAM_BYTES as f64);
+        let burst_bytes = (rate * BURST.as_secs_f64()).max(ETHERNET_BYTES as f64);
         Bucket { rate_bytes_per_s: rate, burst_bytes, level_bytes: burst_bytes, filled: now }
     }
 
@@ -111,18 +112,19 @@ impl Bucket {
 struct CappedSocket {
     inner: Arc<dyn AsyncUdpSocket>,
     bucket: Arc<Mutex<Bucket>>,
-    max_segments: usize,
+    burst_bytes: usize,
+    /// The largest datagram that was sent.
+    datagram_bytes: AtomicUsize,
 }
 
 impl CappedSocket {
     fn new(inner: Arc<dyn AsyncUdpSocket>, cap: Cap) -> Self {
-        // A batch must be short in time as well, or a fault reply would wait behind it.
-        let per_burst = cap.bytes_per_s as f64 * BURST.as_secs_f64();
-        let max_segments = (per_burst as u64 / LARGEST_DATAGRAM_BYTES).max(1) as usize;
+        let burst_bytes = (cap.bytes_per_s as f64 * BURST.as_secs_f64()) as usize;
         CappedSocket {
-            max_segments: max_segments.min(inner.max_transmit_segments()),
             inner,
             bucket: cap.bucket,
+            burst_bytes,
+            datagram_bytes: ETHERNET_BYTES.into(),
         }
     }
 }
@@ -143,7 +145,9 @@ impl AsyncUdpSocket for CappedSocket {
         }
         self.inner.try_send(transmit)?;
         let size = transmit.contents.len();
-        let segments = transmit.segment_size.map_or(1, |segment| size.div_ceil(segment.max(1)));
+        let datagram_bytes = transmit.segment_size.unwrap_or(size).max(1);
+        self.datagram_bytes.fetch_max(datagram_bytes, Ordering::Relaxed);
+        let segments = size.div_ceil(datagram_bytes);
         bucket.take(size as u64 + segments as u64 * header_bytes(transmit.destination.ip()));
         Ok(())
     }
@@ -162,7 +166,9 @@ impl AsyncUdpSocket for CappedSocket {
     }
 
     fn max_transmit_segments(&self) -> usize {
-        self.max_segments
+        // A batch must be short in time as well, or a fault reply would wait behind it.
+        let in_time = self.burst_bytes / self.datagram_bytes.load(Ordering::Relaxed);
+        in_time.clamp(1, self.inner.max_transmit_segments())
     }
 
     fn max_receive_segments(&self) -> usize {
