@@ -184,6 +184,14 @@ pub trait SourceGuest: Send {
     /// [`TrackerKind::Auto`] leaves the choice to the monitor.
     fn track(&mut self, kind: TrackerKind) -> Result<Box<dyn DirtyTracker>, GuestError>;
 
+    /// True when devices may write into RAM past the page tables while the guest runs: into pages that the kernel has
+    /// pinned for a request. Such a write may come after the page was collected and read, and no later collection tells
+    /// of it. So what [`Self::track`] gives is then armed and asked only while the guest stands still, when no
+    /// request is under way.
+    fn writes_past_page_tables(&mut self) -> Result<bool, GuestError> {
+        Ok(false)
+    }
+
     /// Stops all vCPUs and devices: after this returns no byte of RAM changes. Harmless when paused.
     fn pause(&mut self) -> Result<(), GuestError>;
 

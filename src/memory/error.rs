@@ -80,6 +80,11 @@ pub enum MemoryError {
         /// The kernel's answer.
         source: Errno,
     },
+    /// Another process has claimed the guest: see [`GuestMemory::claim`].
+    ///
+    /// [`GuestMemory::claim`]: super::GuestMemory::claim
+    #[error("another farfault moves or measures this guest")]
+    Claimed,
     /// Another userfaultfd is registered over a region.
     #[error("guest RAM region {region} is already watched by another userfaultfd")]
     RegisterBusy {
@@ -263,8 +268,12 @@ impl MemoryError {
                 "free space in /dev/shm, or enlarge it: mount -o remount,size=SIZE /dev/shm; for RAM on hugetlbfs \
                  enlarge the pool of huge pages: vm.nr_hugepages".to_owned()
             }
+            MemoryError::Claimed => {
+                "see `farfault status` for the migrations of this host: wait until that one has ended, or end it with \
+                 `farfault cancel`; an estimate ends by itself".to_owned()
+            }
             MemoryError::RegisterBusy { .. } => {
-                "another migration of this guest is running, or the monitor itself uses userfaultfd (its own postcopy or background snapshot)".to_owned()
+                "the guest has not yet come here with all its memory (see `farfault status`), or the monitor itself uses userfaultfd (its own postcopy or background snapshot)".to_owned()
             }
             MemoryError::NotServable { .. } => {
                 "guest RAM must be shared memory: -object memory-backend-file,mem-path=/dev/shm/NAME,share=on or memory-backend-memfd,share=on".to_owned()

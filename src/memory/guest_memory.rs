@@ -1,6 +1,7 @@
 //! The alias: farfault's own mapping of all RAM of a guest that runs in another process.
 #![allow(unsafe_code)]
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt};
@@ -8,7 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use memmap2::Advice;
 use nix::errno::Errno;
-use nix::fcntl::{FallocateFlags, fallocate};
+use nix::fcntl::{FallocateFlags, Flock, FlockArg, fallocate};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
 use self::region::{Alias, Region, no_huge_pages};
@@ -57,6 +58,8 @@ pub struct GuestMemory {
     layout: MemoryLayout,
     regions: Vec<Region>,
     access: Access,
+    /// See [`Self::claim`].
+    claims: Vec<Flock<File>>,
 }
 
 impl GuestMemory {
@@ -71,7 +74,35 @@ impl GuestMemory {
         regions.sort_by(|a, b| a.layout.name.cmp(&b.layout.name));
         let regions = regions.into_iter().enumerate();
         let regions = regions.map(|(index, r)| Region::map(r, layout.range_of(index), access));
-        Ok(GuestMemory { regions: regions.collect::<Result<_, _>>()?, layout, access })
+        let regions = regions.collect::<Result<_, _>>()?;
+        Ok(GuestMemory { layout, regions, access, claims: Vec::new() })
+    }
+
+    /// Keeps every other farfault that claims this guest away from it while this value lives, at most until the process
+    /// ends. Two that follow the writes of one guest would take each other's marks away, and neither would notice.
+    ///
+    /// The locks (`flock(2)`) belong to the open files of the regions, so these must be this process's own.
+    ///
+    /// # Errors
+    /// [`MemoryError::Claimed`] when another has claimed it.
+    pub fn claim(&mut self) -> Result<(), MemoryError> {
+        let mut files = BTreeSet::new();
+        for region in &self.regions {
+            let file = region.file.metadata();
+            let file = file.map_err(|source| region.error("inspect its file", source))?;
+            // Of two regions in one file each has opened it for itself, and would be locked out by the other.
+            if !files.insert((file.dev(), file.ino())) {
+                continue;
+            }
+            let fail = |source| region.error("lock its file", source);
+            let duplicate = region.file.try_clone().map_err(fail)?;
+            let lock = Flock::lock(duplicate, FlockArg::LockExclusiveNonblock);
+            self.claims.push(lock.map_err(|(_, errno)| match errno {
+                Errno::EWOULDBLOCK => MemoryError::Claimed,
+                errno => fail(errno.into()),
+            })?);
+        }
+        Ok(())
     }
 
     /// Fresh RAM of this layout, all holes, in memory files of this process (close-on-exec): for

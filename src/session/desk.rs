@@ -38,6 +38,8 @@ pub(super) struct Desk<'a> {
     sent: &'a SentPages,
     plan: &'a mut PrecopyPlan,
     tracker: Option<&'a mut (dyn DirtyTracker + 'static)>,
+    /// Writes are collected at the end of the round only, when the guest stands still.
+    at_rest: bool,
     counters: &'a Counters,
     /// Pages of chunks that were begun.
     begun: Task,
@@ -52,7 +54,7 @@ impl<'a> Desk<'a> {
         memory: &'a GuestMemory,
         sent: &'a SentPages,
         plan: &'a mut PrecopyPlan,
-        tracker: Option<&'a mut (dyn DirtyTracker + 'static)>,
+        (tracker, at_rest): (Option<&'a mut (dyn DirtyTracker + 'static)>, bool),
         counters: &'a Counters,
     ) -> Self {
         Desk {
@@ -60,6 +62,7 @@ impl<'a> Desk<'a> {
             sent,
             plan,
             tracker,
+            at_rest,
             counters,
             begun: Task::default(),
             taken: Vec::new(),
@@ -75,7 +78,7 @@ impl<'a> Desk<'a> {
         task.holes.clear();
         while self.begun.pages.len() < BATCH_PAGES && self.begun.holes.len() < MAX_HOLE_RUNS {
             let Some(chunk) = self.plan.next_chunk() else { break };
-            if let Some(tracker) = &mut self.tracker {
+            if let Some(tracker) = self.tracker.as_mut().filter(|_| !self.at_rest) {
                 tracker.collect(chunk, self.plan.found_mut())?;
             }
             self.plan.take(chunk, &mut self.taken);
@@ -99,7 +102,7 @@ impl<'a> Desk<'a> {
     }
 
     /// All is sent: collects what was written meanwhile.
-    pub(super) fn end_round(mut self) -> Result<(), MemoryError> {
+    pub(super) fn end_round(&mut self) -> Result<(), MemoryError> {
         self.look()?;
         self.tell_remaining();
         Ok(())
@@ -108,7 +111,7 @@ impl<'a> Desk<'a> {
     fn look_when_due(&mut self) -> Result<(), MemoryError> {
         let begin = Instant::now();
         let cheap = self.tracker.as_ref().is_some_and(|tracker| tracker.is_quick());
-        if begin < self.next_look || !cheap {
+        if begin < self.next_look || !cheap || self.at_rest {
             return Ok(());
         }
         self.look()?;

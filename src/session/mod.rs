@@ -7,7 +7,8 @@
 //!   copies and encodes them, `answers` is the source's end of the fault lane; `arrivals` are the
 //!   destination's.
 //! * `links`: a migration outlives its link; this is what both sides do when one is lost.
-//! * `rehearsal` takes the device state once in pre-copy, so that little of it crosses at the switchover.
+//! * `standstill` stops the guest for a moment in pre-copy;
+//!   `rehearsal` takes the device state once in pre-copy, so that little of it crosses at the switchover.
 //! * [`journal`] is what a side must not forget, [`control`] how others ask it and tell it to end,
 //!   [`resolve`] what a person may decide by what it says.
 
@@ -47,6 +48,7 @@ pub mod resolve;
 mod rounds;
 pub mod share;
 pub mod source;
+mod standstill;
 
 impl From<GuestError> for Failure {
     fn from(error: GuestError) -> Self {

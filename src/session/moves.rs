@@ -28,6 +28,7 @@ use crate::transport::{Connections, Listener, Ticket, TransportOptions};
 use crate::wire::message::{HandoverForm, Strategy};
 
 mod bulky;
+mod disk;
 mod hostile;
 mod outages;
 

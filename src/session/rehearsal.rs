@@ -5,6 +5,7 @@
 use std::time::{Duration, Instant};
 
 use super::Shared;
+use super::standstill::Standstill;
 use crate::engine::Failure;
 use crate::engine::policy::rehearsal_pays;
 use crate::guest::SourceGuest;
@@ -14,9 +15,6 @@ use crate::wire::state::{PackedState, RehearsedState};
 /// A state that takes more than this does not fit a control message; it crosses at the switchover, on the
 /// state lane.
 const LARGEST_BYTES: usize = 12 << 20;
-
-/// How often the guest is asked to run on: it ran a moment ago, so nothing should keep it from that.
-const RESUME_ATTEMPTS: usize = 3;
 
 /// What a rehearsal has given.
 pub(super) struct Rehearsed {
@@ -31,32 +29,20 @@ pub(super) struct Rehearsed {
 /// When the guest does not run on. That its state cannot be taken is left to the freeze to tell.
 pub(super) fn rehearse(
     guest: &Shared<dyn SourceGuest>,
+    standstill: &Standstill,
     link_bytes_per_s: u64,
 ) -> Result<Option<Rehearsed>, Failure> {
     let pays = guest.with(|guest| {
-        // A guest that its owner has paused may not be let run afterwards.
+        // A guest that its owner has paused has nothing to gain.
         guest.runs() && rehearsal_pays(guest.has_small_state(), link_bytes_per_s)
     });
     if !pays {
         return Ok(None);
     }
     let begin = Instant::now();
-    let state = guest.with(|guest| guest.pause().and_then(|()| guest.save_device_state()));
-    let mut resumed = guest.with(|guest| guest.resume());
-    for _ in 1..RESUME_ATTEMPTS {
-        if resumed.is_err() {
-            resumed = guest.with(|guest| guest.resume());
-        }
-    }
-    let pause = begin.elapsed();
-    resumed.map_err(|error| {
-        Failure::new(
-            format!("the guest does not run on after the rehearsal of the handover: {error}"),
-            "the guest is stopped here: look at the monitor and continue it by hand",
-        )
-    })?;
+    let state = standstill.during(|guest| Ok(guest.with(|guest| guest.save_device_state())?))?;
     match state {
-        Ok(state) => Ok(Some(Rehearsed { state, pause })),
+        Ok(state) => Ok(Some(Rehearsed { state, pause: begin.elapsed() })),
         Err(error) => {
             tracing::warn!("no rehearsal of the handover: {error}");
             Ok(None)

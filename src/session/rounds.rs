@@ -16,6 +16,7 @@ use super::desk::{Desk, Task};
 use super::frozen::FrozenPages;
 use super::pace::Pace;
 use super::reader::{Against, BATCH_PAGES, PageReader, Purpose, is_full};
+use super::standstill::Standstill;
 use crate::codec::ladder::CodecChoice;
 use crate::codec::{CodecCounts, SentLimits, SentPages};
 use crate::engine::Failure;
@@ -45,6 +46,8 @@ pub(super) struct Encoding {
 pub(super) struct RoundSender {
     memory: Arc<GuestMemory>,
     tracker: Option<Box<dyn DirtyTracker>>,
+    /// Where devices write past the page tables.
+    standstill: Option<Standstill>,
     plan: PrecopyPlan,
     sent: Arc<SentPages>,
     /// Must be told of everything that is sent, where the tracker wants to know.
@@ -73,6 +76,7 @@ impl RoundSender {
             sent: Arc::new(SentPages::new(encoding.limits, pages)),
             memory,
             tracker: None,
+            standstill: None,
             witness: None,
             readers: (0..encoders).map(|_| reader()).collect(),
             counters,
@@ -87,9 +91,21 @@ impl RoundSender {
         self.tracker.is_some()
     }
 
-    /// Follows the guest's writes from now on: before the first page is read.
-    pub(super) fn track(&mut self, mut tracker: Box<dyn DirtyTracker>) -> Result<(), MemoryError> {
-        tracker.arm()?;
+    /// Follows the guest's writes from now on: before the first page is read. With `standstill` the tracker is armed
+    /// and asked only while the guest stands still ([`SourceGuest::writes_past_page_tables`]), unless it
+    /// compares content.
+    ///
+    /// [`SourceGuest::writes_past_page_tables`]: crate::guest::SourceGuest::writes_past_page_tables
+    pub(super) fn track(
+        &mut self,
+        mut tracker: Box<dyn DirtyTracker>,
+        standstill: Option<Standstill>,
+    ) -> Result<(), Failure> {
+        self.standstill = standstill.filter(|_| !tracker.compares_content());
+        match &self.standstill {
+            None => tracker.arm()?,
+            Some(standstill) => standstill.during(|_| Ok(tracker.arm()?))??,
+        }
         self.witness = tracker.witness();
         self.tracker = Some(tracker);
         Ok(())
@@ -143,7 +159,16 @@ impl RoundSender {
         let begin = Instant::now();
         self.plan.begin_round();
         let RoundSender {
-            memory, tracker, plan, sent, witness, readers, counters, buffers, ..
+            memory,
+            tracker,
+            standstill,
+            plan,
+            sent,
+            witness,
+            readers,
+            counters,
+            buffers,
+            ..
         } = self;
         let round = Round {
             memory,
@@ -159,7 +184,8 @@ impl RoundSender {
         let batches = plan.left_in_round().div_ceil(BATCH_PAGES as u64) as usize;
         let encoders = readers.len().min(batches).max(1);
         let (first, others) = readers.split_first_mut().expect("at least one encoder");
-        let desk = Mutex::new(Desk::new(memory, sent, plan, tracker.as_deref_mut(), counters));
+        let tracking = (tracker.as_deref_mut(), standstill.is_some());
+        let desk = Mutex::new(Desk::new(memory, sent, plan, tracking, counters));
         let done = std::thread::scope(|scope| {
             let work = |reader| round.work(&desk, reader);
             let others: Vec<_> = others[..encoders - 1]
@@ -176,7 +202,11 @@ impl RoundSender {
         if done.closed {
             return Ok(None);
         }
-        desk.into_inner().expect("no holder panics").end_round()?;
+        let mut desk = desk.into_inner().expect("no holder panics");
+        match standstill {
+            None => desk.end_round()?,
+            Some(standstill) => standstill.during(|_| Ok(desk.end_round()?))??,
+        }
         let mut summary = RoundSummary {
             messages: done.messages,
             sent_pages: done.pages,

@@ -19,6 +19,7 @@ use super::pace::Pace;
 use super::reader::{PageReader, Purpose};
 use super::rehearsal::{Rehearsal, Rehearsed, rehearse};
 use super::rounds::{Encoding, RoundSender, ms};
+use super::standstill::Standstill;
 use super::{PROGRESS_INTERVAL, ProgressMeter, Shared, StopSignals, Timeline, blocking};
 use crate::codec::SentLimits;
 use crate::codec::ladder::CodecChoice;
@@ -199,6 +200,7 @@ struct Session {
     /// When the order to stop the guest was given, and when it ran again.
     stopped_at: Arc<Mutex<Option<Instant>>>,
     downtime: Option<Duration>,
+    standstill: Standstill,
     rehearsal: Rehearsal,
     device_state_bytes: u64,
     remaining_at_freeze: u64,
@@ -221,6 +223,7 @@ impl Session {
         let pages_total = memory.pages();
         // Events come from a handful of tasks that each wait for their answer: the queue is short.
         let (happened, happenings) = mpsc::unbounded_channel();
+        let guest = Shared::new(guest);
         Session {
             sender: Some(Box::new(RoundSender::new(
                 memory,
@@ -232,7 +235,8 @@ impl Session {
                 counters.clone(),
                 options.pusher,
             ))),
-            guest: Shared::new(guest),
+            standstill: Standstill::new(guest.clone()),
+            guest,
             pages_total,
             links: Links::new(link, options.reconnect_for),
             destination,

@@ -191,10 +191,11 @@ fn device_counters(guest: &Guest) -> Result<[u64; 3]> {
     Ok([answered, blocks, random])
 }
 
-/// Returns the source's report.
+/// With a disk past the host's page cache, as the guide wants it. Returns the source's report.
 fn devices_go_on(machine: Machine, strategy: &str, link: &str) -> Result<Option<Value>> {
     let mut spec = GuestSpec::new(machine, 256, "ff.ws=64M ff.pattern=sparse ff.verify=50000");
     spec.devices = Devices::All;
+    spec.direct_disk = true;
     let options = ["--strategy", strategy];
     let Some(after) = move_guest_over(link, &spec, &[], &options)? else { return Ok(None) };
     after.guest_is_unharmed()?;

@@ -63,6 +63,20 @@ command! {
     QueryCpus {} = "query-cpus-fast" -> Vec<Cpu>
 }
 
+/// The nodes of the block layer: images, what they lie in, and what they are based on.
+#[derive(Debug, Serialize)]
+pub(super) struct QueryBlockNodes {
+    /// True: no node's reply repeats all that it is based on, which would grow with the square of a chain's length.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) flat: Option<bool>,
+}
+
+impl Command for QueryBlockNodes {
+    type Ok = Vec<BlockNode>;
+    const NAME: &'static str = "query-named-block-nodes";
+    const ALLOW_OOB: bool = false;
+}
+
 /// Reply of [`QueryStatus`].
 #[derive(Debug, Deserialize)]
 pub(super) struct RunStatus {
@@ -112,6 +126,25 @@ pub(super) struct MemoryBackend {
     /// False where other processes cannot see the writes; absent in a QEMU before 6.1.
     #[serde(default)]
     pub(super) share: bool,
+}
+
+/// One node of the block layer.
+#[derive(Debug, Deserialize)]
+pub(super) struct BlockNode {
+    /// Given by the user, or made up by QEMU.
+    #[serde(default, rename = "node-name")]
+    pub(super) name: String,
+    /// Its driver, such as `qcow2` or `file`.
+    pub(super) drv: String,
+    /// How it uses the host's page cache.
+    pub(super) cache: Option<BlockCache>,
+}
+
+/// How a node of the block layer uses the host's page cache.
+#[derive(Debug, Deserialize)]
+pub(super) struct BlockCache {
+    /// True where it goes past it (`O_DIRECT`).
+    pub(super) direct: bool,
 }
 
 /// One vCPU.

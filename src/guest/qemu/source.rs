@@ -50,7 +50,7 @@ impl QemuSource {
     /// # Errors
     /// When the socket is not that of a QEMU, when its guest cannot be moved (private RAM, a device that
     /// writes to RAM unseen, a state with nothing to move), or without the privilege to look into the
-    /// process; each says what to do.
+    /// process; and while another farfault moves or measures the guest. Each says what to do.
     pub fn attach(path: &Path) -> Result<Self, GuestError> {
         let mut qmp = Qmp::connect(path)?;
         let was_running = guards::check_source_state(&mut qmp)?;
@@ -61,7 +61,9 @@ impl QemuSource {
         let process = Adopted::attach(found.pid)?;
         let ram = discover::ram(&mut qmp, &process, Access::ReadOnly)?;
         let shape = shape::of(&mut qmp, ram.layout, &ram.private_blocks, &devices)?;
-        let memory = Arc::new(GuestMemory::map(ram.backings, Access::ReadOnly)?);
+        let mut memory = GuestMemory::map(ram.backings, Access::ReadOnly)?;
+        memory.claim()?;
+        let memory = Arc::new(memory);
         let addresses = ram.addresses;
         let vcpu_threads = found.vcpu_threads;
         let place = whereabouts(&mut qmp, path, &process, &memory, &addresses);
@@ -157,6 +159,10 @@ impl SourceGuest for QemuSource {
                 uffd::create(qmp, process, vcpu_threads, features)
             })?;
         Ok(tracker)
+    }
+
+    fn writes_past_page_tables(&mut self) -> Result<bool, GuestError> {
+        Ok(guards::reads_disks_directly(&mut self.qmp)?)
     }
 
     fn pause(&mut self) -> Result<(), GuestError> {

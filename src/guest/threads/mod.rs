@@ -68,6 +68,12 @@ impl ThreadsGuest {
         Ok(ThreadsGuest { crew, ram, memory, shape })
     }
 
+    /// The mapping through which its threads write.
+    #[cfg(test)]
+    pub(crate) fn ram(&self) -> Arc<GuestMapping> {
+        self.ram.clone()
+    }
+
     fn check_arrived(&self, worker: &Worker) -> Result<(), GuestError> {
         if worker.is_sound(self.ram.pages()) {
             return Ok(());

@@ -92,6 +92,8 @@ pub struct GuestSpec {
     pub fits_huge_pages: bool,
     /// Its virtio devices.
     pub devices: Devices,
+    /// Its disk is read and written past the host's page cache (`cache=none`).
+    pub direct_disk: bool,
     /// What it does: `ff.*` words of the test guest.
     pub work: String,
     /// What it needs for that.
@@ -110,6 +112,7 @@ impl GuestSpec {
             ram_directory: PathBuf::from("/dev/shm"),
             fits_huge_pages: false,
             devices: Devices::None,
+            direct_disk: false,
             work: work.to_owned(),
             programs: Programs::TestGuest,
             further: Vec::new(),
@@ -179,7 +182,7 @@ impl Guest {
             guest.add(&["-netdev", "user,id=net", "-device", &card]);
         }
         if spec.devices == Devices::All {
-            guest.add_disk(place, bus)?;
+            guest.add_disk(place, bus, spec.direct_disk)?;
             guest.add(&["-device", &format!("virtio-rng-{bus}")]);
         }
         guest.arguments.extend(spec.further.iter().cloned());
@@ -304,12 +307,15 @@ impl Guest {
         if nodes == 1 { format!("{machine},memory-backend=ram0") } else { machine.to_owned() }
     }
 
-    fn add_disk(&mut self, place: &Place, bus: &str) -> Result<()> {
+    fn add_disk(&mut self, place: &Place, bus: &str, direct: bool) -> Result<()> {
         // One disk for both sides, as from a storage that both hosts reach.
         let disk = place.path("disk");
         let file = File::options().create(true).truncate(false).write(true).open(&disk)?;
         file.set_len(DISK_BYTES)?;
-        let drive = format!("file={},format=raw,if=none,id=disk,file.locking=off", text(&disk));
+        let cache = if direct { "none" } else { "writeback" };
+        let file = text(&disk);
+        let drive =
+            format!("file={file},format=raw,if=none,id=disk,file.locking=off,cache={cache}");
         self.add(&["-drive", &drive, "-device", &format!("virtio-blk-{bus},drive=disk")]);
         Ok(())
     }

@@ -114,6 +114,10 @@ impl DirtyTracker for HashScan {
         false
     }
 
+    fn compares_content(&self) -> bool {
+        true
+    }
+
     fn disarm(&mut self) -> Result<(), MemoryError> {
         Ok(())
     }

@@ -43,6 +43,11 @@ pub trait DirtyTracker: Send {
         true
     }
 
+    /// True when a change is found by the content alone, whoever made it and however.
+    fn compares_content(&self) -> bool {
+        false
+    }
+
     /// Stops tracking and leaves the process as it was. Also done on drop.
     fn disarm(&mut self) -> Result<(), MemoryError>;
 }

@@ -120,6 +120,7 @@ impl Session {
         let Some(on_link) = self.links.on_link() else { return };
         let Some(mut sender) = self.sender.take() else { return };
         let (guest, kind) = (self.guest.clone(), self.options.tracker);
+        let standstill = self.standstill.clone();
         let (happened, link) = (self.happened.clone(), on_link.link.clone());
         link.expect_faults(false);
         let (messages, queue) = mpsc::channel(4);
@@ -136,12 +137,13 @@ impl Session {
                     }
                     if !sender.is_tracking() {
                         let tracker = guest.with(|guest| guest.track(kind))?;
-                        sender.track(tracker)?;
+                        let past = guest.with(|guest| guest.writes_past_page_tables())?;
+                        sender.track(tracker, past.then(|| standstill.clone()))?;
                     }
                     let summary = sender.send_round(version, &messages)?;
                     if version == Version(1) && summary.is_some() {
                         let rate = measured.stats().delivery_rate_bytes_per_s;
-                        if let Some(state) = rehearse(&guest, rate)? {
+                        if let Some(state) = rehearse(&guest, &standstill, rate)? {
                             let _ = rehearsed.send(Happened::Rehearsed(number, state));
                         }
                     }

@@ -5,6 +5,10 @@ use super::*;
 /// A round gets so long to notice that the link is closed.
 const ROUND_GRACE: Duration = Duration::from_secs(10);
 
+/// A guest that stands still for a moment, and whose monitor does not answer, is waited for as long as it
+/// may take.
+const STANDSTILL_GRACE: Duration = Duration::from_secs(660);
+
 /// The last message gets so long to reach the destination.
 const FAREWELL_GRACE: Duration = Duration::from_secs(2);
 
@@ -34,7 +38,12 @@ impl Session {
         let _ = tokio::time::timeout(FAREWELL_GRACE, link.finish()).await;
         link.close(u32::from(failure.is_some()), goodbye).await;
         // Ends the tracking of the guest's writes, which must not outlive the migration.
-        if tokio::time::timeout(ROUND_GRACE, self.take_sender_back()).await.is_err() {
+        let mut back = tokio::time::timeout(ROUND_GRACE, self.take_sender_back()).await.is_ok();
+        if !back && self.standstill.is_on() {
+            self.output.note("waiting for the guest's monitor, which is to let it run on");
+            back = tokio::time::timeout(STANDSTILL_GRACE, self.take_sender_back()).await.is_ok();
+        }
+        if !back {
             tracing::warn!("a pre-copy round did not end: the guest's writes are still followed");
         }
         let account = self.sender.take().map(|sender| self.account_of(&sender));
@@ -44,6 +53,10 @@ impl Session {
         }
         let path = self.journal.lock().expect("no holder panics").path().to_owned();
         match &outcome {
+            SourceOutcome::Stayed(_) if self.standstill.is_on() => self.output.note(&format!(
+                "the guest may stand still here: `farfault send --resume` lets it run on, by what is in {}",
+                path.display()
+            )),
             SourceOutcome::Migrated | SourceOutcome::Stayed(_) => {
                 self.journal.lock().expect("no holder panics").remove();
             }

@@ -4,6 +4,7 @@ use std::os::unix::net::UnixListener;
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
+use super::super::guards;
 use super::*;
 use crate::guest::{DestinationGuest, SourceGuest};
 
@@ -203,6 +204,92 @@ fn a_device_whose_writes_nobody_sees_is_refused() {
     let (message, hint) = refused(qemu.source());
     assert!(message.contains("window (ivshmem-plain)"), "{message}");
     assert!(hint.contains("device_del"));
+}
+
+#[test]
+fn a_back_end_whose_writes_nobody_sees_is_refused_on_both_sides() {
+    if skip() {
+        return;
+    }
+    let crypto = "-chardev socket,id=ch,path=crypto,server=on,wait=off \
+                  -object cryptodev-vhost-user,id=crypto,chardev=ch";
+    let running = TestQemu::machine("q35", crypto);
+    let waiting = TestQemu::machine("q35", &format!("{crypto} -incoming defer -S"));
+    for outcome in [running.source().map(drop), waiting.destination().map(drop)] {
+        let (message, hint) = refused(outcome);
+        assert!(message.contains("object crypto (cryptodev-vhost-user)"), "{message}");
+        assert!(message.contains("another process") && hint.contains("object-del"), "{hint}");
+    }
+}
+
+#[test]
+fn a_disk_that_is_read_past_the_page_cache_is_told_from_others() {
+    if skip() {
+        return;
+    }
+    // Beside this program and not in a directory for temporary files, which may be in memory.
+    let program = std::env::current_exe().expect("it runs");
+    let directory = program.parent().expect("it is in a directory");
+    let file = tempfile::NamedTempFile::new_in(directory).expect("a disk image");
+    file.as_file().set_len(1 << 20).expect("room");
+    for (cache, direct) in [("off", false), ("on", true)] {
+        let disk = format!(
+            "-blockdev driver=file,filename={},node-name=file,cache.direct={cache} \
+             -blockdev driver=raw,file=file,node-name=disk -device virtio-blk-pci,drive=disk",
+            file.path().display()
+        );
+        let qemu = TestQemu::machine("q35", &disk);
+        assert_eq!(guards::reads_disks_directly(&mut qemu.qmp()).ok(), Some(direct), "{cache}");
+        qemu.source().expect("either can be moved");
+    }
+    let diskless = TestQemu::machine("q35", "");
+    assert_eq!(guards::reads_disks_directly(&mut diskless.qmp()).ok(), Some(false));
+}
+
+#[test]
+fn a_guest_that_another_farfault_has_is_refused_until_that_is_done() {
+    if skip() {
+        return;
+    }
+    let qemu = TestQemu::machine("q35", "-qmp unix:second,server=on,wait=off");
+    let second = qemu.directory.path().join("second");
+    wait_until("the second monitor is there", || second.exists());
+    let first = qemu.source().expect("a running guest can be moved");
+    let refusal = || {
+        let (message, hint) = refused(QemuSource::attach(&second));
+        assert_eq!(message, "another farfault moves or measures this guest");
+        assert!(hint.contains("farfault status"), "{hint}");
+    };
+    refusal();
+    // Who holds the memory may still read it.
+    let memory = first.memory();
+    drop(first);
+    refusal();
+    drop(memory);
+    let again = QemuSource::attach(&second).expect("nobody else has it any more");
+    let (message, _) = refused(qemu.source());
+    assert!(message.contains("another farfault"), "{message}");
+    drop(again);
+}
+
+#[test]
+fn two_regions_in_one_file_do_not_exclude_each_other() {
+    if skip() {
+        return;
+    }
+    let ram = ram_name();
+    let backend = |id| {
+        format!("-object memory-backend-file,id={id},size=32M,mem-path={},share=on", ram.display())
+    };
+    let line = format!(
+        "-S -machine q35 -m 64 {} {} -numa node,memdev=n0 -numa node,memdev=n1",
+        backend("n0"),
+        backend("n1")
+    );
+    let mut qemu = TestQemu::start(&words(&line));
+    qemu.ram_files.push(ram);
+    let source = qemu.source().expect("it has no rival but itself");
+    assert_eq!(source.shape().memory.regions().len(), 2);
 }
 
 #[test]

@@ -1,0 +1,62 @@
+//! Moments of pre-copy in which the guest stands still: for its device state to be rehearsed, and for its
+//! writes to be collected where devices write past the page tables.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use super::Shared;
+use crate::engine::Failure;
+use crate::guest::SourceGuest;
+
+/// How often the guest is asked to run on: it ran a moment ago, so nothing should keep it from that.
+const RESUME_ATTEMPTS: usize = 3;
+
+/// Stops the guest for a moment.
+#[derive(Clone)]
+pub(super) struct Standstill {
+    guest: Shared<dyn SourceGuest>,
+    stands: Arc<AtomicBool>,
+}
+
+impl Standstill {
+    pub(super) fn new(guest: Shared<dyn SourceGuest>) -> Self {
+        Standstill { guest, stands: Arc::default() }
+    }
+
+    /// True from the order to stop until the guest is known to run again. Who ends the migration meanwhile waits
+    /// for that: nobody else lets it run.
+    pub(super) fn is_on(&self) -> bool {
+        self.stands.load(Ordering::SeqCst)
+    }
+
+    /// Does `step` with the guest stopped. One that its owner has paused stays so. Gives what has come of the
+    /// step, for which the guest may not have stopped.
+    ///
+    /// # Errors
+    /// When the guest does not run on.
+    pub(super) fn during<T>(
+        &self,
+        step: impl FnOnce(&Shared<dyn SourceGuest>) -> Result<T, Failure>,
+    ) -> Result<Result<T, Failure>, Failure> {
+        if !self.guest.with(|guest| guest.runs()) {
+            return Ok(step(&self.guest));
+        }
+        self.stands.store(true, Ordering::SeqCst);
+        let stopped = self.guest.with(|guest| guest.pause());
+        let done = stopped.map_err(Failure::from).and_then(|()| step(&self.guest));
+        let mut resumed = self.guest.with(|guest| guest.resume());
+        for _ in 1..RESUME_ATTEMPTS {
+            if resumed.is_err() {
+                resumed = self.guest.with(|guest| guest.resume());
+            }
+        }
+        resumed.map_err(|error| {
+            Failure::new(
+                format!("the guest does not run on after it was stopped for a moment: {error}"),
+                "the guest is stopped here: look at the monitor and continue it by hand",
+            )
+        })?;
+        self.stands.store(false, Ordering::SeqCst);
+        Ok(done)
+    }
+}
