@@ -85,7 +85,12 @@ pub fn main() -> ExitCode {
             return ExitCode::from(2);
         }
     };
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    // A log that cannot be written must not end a migration: what tells of it would panic.
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .log_internal_errors(false)
+        .init();
     match arguments.command {
         Command::Receive(receive) => {
             run_migration(receive.json, receive.metrics, |output| receive.run(output))

@@ -135,9 +135,30 @@ impl DestinationMachine {
         }
     }
 
+    /// One that takes the place of another, which was killed when it had written down that every page is here. The
+    /// guest runs here and is let go of: only the source is still to be told. The link is down.
+    pub fn resumed_complete() -> Self {
+        DestinationMachine {
+            state: State::Completing,
+            committed: true,
+            commit_begun: true,
+            complete: true,
+            complete_noted: true,
+            releasing: true,
+            released: true,
+            link: Reach::Down,
+            ..Self::new()
+        }
+    }
+
     /// True when it is on disk, or may be, that the guest runs here: then the operator cannot end it any more.
     pub fn is_committed(&self) -> bool {
         self.commit_begun
+    }
+
+    /// True when the source has only to be told how it ended here, for which nobody needs to wait.
+    pub fn only_tells(&self) -> bool {
+        matches!(self.state, State::Completing | State::Discarding | State::Ended)
     }
 
     /// True while another link would be of use, should this one break.

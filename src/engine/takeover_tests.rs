@@ -98,6 +98,42 @@ fn a_destination_says_what_its_running_guest_lacks() {
 }
 
 #[test]
+fn a_destination_that_was_killed_with_all_pages_only_says_so() {
+    let done = ToSource::Resync { at: DestinationStage::Done, running_us: None };
+    let migrated = DestinationAction::End(DestinationOutcome::Migrated);
+    let bye = DestinationEvent::Message(ToDestination::Bye { downtime_us: None });
+    let lost = DestinationEvent::LinkLost(Failure::plain("late"));
+    for last in [bye, lost] {
+        let mut destination = DestinationMachine::resumed_complete();
+        assert!(destination.is_committed() && destination.only_tells());
+        for _ in 0..2 {
+            assert_eq!(ask(&mut destination), Some(DestinationAction::Send(done.clone())));
+            destination.handle(DestinationEvent::Cancelled);
+            assert_eq!(destination.poll(), None, "the guest is let go of already");
+            destination.handle(DestinationEvent::LinkDown);
+            assert_eq!(destination.poll(), None, "the source has not said that it heard");
+        }
+        ask(&mut destination);
+        destination.handle(last);
+        assert_eq!(destination.poll(), Some(migrated.clone()));
+    }
+    let mut destination = DestinationMachine::resumed_complete();
+    destination.handle(DestinationEvent::LinkLost(Failure::plain("it never came")));
+    assert_eq!(destination.poll(), Some(migrated));
+}
+
+#[test]
+fn only_a_destination_that_needs_nothing_of_its_source_may_leave_it_untold() {
+    let mut destination = DestinationMachine::resumed();
+    assert!(!destination.only_tells() && !DestinationMachine::new().only_tells());
+    destination.handle(DestinationEvent::PagesComplete);
+    assert!(!destination.only_tells(), "its guest has yet to be seen to run");
+    destination.handle(DestinationEvent::Running);
+    assert!(destination.only_tells());
+    assert!(DestinationMachine::resumed_to_refuse(Failure::plain("killed")).only_tells());
+}
+
+#[test]
 fn a_destination_that_was_killed_before_the_decision_only_refuses() {
     let failure = Failure::plain("killed");
     let mut destination = DestinationMachine::resumed_to_refuse(failure.clone());

@@ -134,7 +134,7 @@ impl Output {
         let mut bar = self.bar.lock().expect("no holder panics");
         let bar = bar.get_or_insert_with(new_bar);
         if bar.is_hidden() {
-            eprintln!("farfault: {}", phase.name());
+            eprintln(&format!("farfault: {}", phase.name()));
         } else {
             bar.set_prefix(phase.name());
         }
@@ -194,7 +194,7 @@ impl Output {
     pub fn note(&self, text: &str) {
         match &*self.bar.lock().expect("no holder panics") {
             Some(bar) if !bar.is_hidden() => bar.println(text),
-            _ => eprintln!("farfault: {text}"),
+            _ => eprintln(&format!("farfault: {text}")),
         }
     }
 
@@ -208,9 +208,9 @@ impl Output {
         if self.json {
             self.emit(&Event::Error { message: &reason, hint: hint.as_deref() });
         }
-        eprintln!("farfault: error: {reason}");
+        eprintln(&format!("farfault: error: {reason}"));
         if let Some(hint) = &hint {
-            eprintln!("farfault: hint: {hint}");
+            eprintln(&format!("farfault: hint: {hint}"));
         }
     }
 
@@ -229,11 +229,16 @@ impl Output {
     }
 }
 
-/// A reader that has gone away must not stop a migration half way: unlike `println!`, no panic.
+/// A reader that has gone away, or a full disk, must not stop a migration half way: unlike `println!`, no panic.
 fn println(line: &str) {
     let mut out = std::io::stdout().lock();
     let _ = writeln!(out, "{}", line.trim_end());
     let _ = out.flush();
+}
+
+/// As [`println`].
+pub(crate) fn eprintln(line: &str) {
+    let _ = writeln!(std::io::stderr(), "{line}");
 }
 
 fn new_bar() -> ProgressBar {

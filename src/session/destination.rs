@@ -198,7 +198,8 @@ impl Session {
         output: Arc<Output>,
     ) -> Self {
         journal.keep(&keep);
-        let pages_total = guest.with(|guest| guest.memory().pages());
+        // By its shape: the memory of a guest that is settled is not mapped.
+        let pages_total = guest.with(|guest| guest.shape().memory.pages());
         // Events come from a handful of tasks that each wait for their answer: the queue is short.
         let (happened, happenings) = mpsc::unbounded_channel();
         let (asked, asking) = ask_queue();
@@ -247,8 +248,8 @@ impl Session {
                 Ok(link) = listener.accept_resumed(&self.key, None) => self.found(link).await,
                 () = until(give_up) => self.give_up().await,
                 asked = signals.wait() => {
-                    if self.links.is_down() && self.machine.phase() == MigrationPhase::Done {
-                        // Only the source is to be told, and nobody wants to wait for it.
+                    if self.links.is_down() && self.machine.only_tells() {
+                        // Who asks does not want to wait for the source.
                         self.give_up().await;
                     }
                     if self.machine.is_committed() {

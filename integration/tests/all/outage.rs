@@ -5,6 +5,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use farfault_integration::farfault::Running;
 use farfault_integration::lab::Lab;
+use farfault_integration::moving::{BULKY, Move};
 use farfault_integration::qemu::{Guest, GuestSpec, Machine};
 
 const LIMIT: Duration = Duration::from_secs(60);
@@ -74,4 +75,24 @@ fn a_link_that_is_cut_in_pre_copy_is_mended() -> Result<()> {
 #[test]
 fn a_link_that_is_cut_in_post_copy_is_mended_and_no_page_is_wrong() -> Result<()> {
     moves_over_cuts("postcopy", "postcopy", 1)
+}
+
+/// Whatever is said on standard error fails, as on a terminal that is gone or a disk that is full.
+const UNHEARD: [&str; 4] = ["sh", "-c", "exec \"$@\" 2>/dev/full", "sh"];
+
+#[test]
+fn an_outage_that_nobody_can_be_told_of_ends_nothing() -> Result<()> {
+    let Some(lab) = Lab::start("100Mbit,20ms")? else { return Ok(()) };
+    let options = ["--strategy", "postcopy", "--log-level", "debug"];
+    let mut moving = Move::begin_in(lab, BULKY, &options, "60s", [&UNHEARD, &UNHEARD])?;
+    moving.send()?.wait_for_event("post-copy", LIMIT, |event| event["phase"] == "postcopy")?;
+    moving.lab.wan.command("cut")?;
+    std::thread::sleep(Duration::from_secs(LONG_S));
+    moving.lab.wan.command("restore")?;
+    for side in [&mut moving.send, &mut moving.receive] {
+        let ended = side.take().context("started")?.wait(LIMIT)?;
+        let report = ended.report().context("its report")?;
+        ensure!(report["result"] == "migrated" && report["reconnects"] == 1, "{report}");
+    }
+    moving.runs_whole_at_the_destination()
 }

@@ -7,8 +7,8 @@ use std::sync::Arc;
 
 use nix::sys::statfs::{HUGETLBFS_MAGIC, fstatfs};
 use nix::sys::statvfs::fstatvfs;
-use qapi::qmp::{AnnounceParameters, announce_self};
 
+use super::announce::announcement;
 use super::commands::QueryStatus;
 use super::qmp::Qmp;
 use super::settings::{self, SavedSettings};
@@ -18,13 +18,6 @@ use crate::guest::{DestinationGuest, GuestError, Shape, Whereabouts};
 use crate::memory::adopt::{Adopted, HugePages};
 use crate::memory::{Access, FAULT_FEATURES, GuestMemory, RegionBacking, Userfault};
 use crate::page::PageRange;
-
-/// The guest's network cards tell their switches the new place five times within 1.2 s, which is
-/// what QEMU does by itself when it is not told to wait.
-const ANNOUNCE_FIRST_MS: i64 = 50;
-const ANNOUNCE_STEP_MS: i64 = 100;
-const ANNOUNCE_LAST_MS: i64 = 550;
-const ANNOUNCE_ROUNDS: i64 = 5;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Stage {
@@ -87,7 +80,9 @@ impl QemuDestination {
         let ram = discover::ram(&mut qmp, &process, Access::ReadWrite)?;
         check_room(&ram.backings)?;
         let shape = shape::of(&mut qmp, ram.layout, &ram.private_blocks, &devices)?;
-        let memory = Arc::new(GuestMemory::map(ram.backings, Access::ReadWrite)?);
+        let mut memory = GuestMemory::map(ram.backings, Access::ReadWrite)?;
+        memory.claim()?;
+        let memory = Arc::new(memory);
         memory.reserve_huge_pages()?;
         let addresses = ram.addresses;
         let vcpu_threads = found.vcpu_threads;
@@ -175,6 +170,10 @@ impl DestinationGuest for QemuDestination {
         if self.stage != Stage::Loaded {
             return Err(failure("the guest cannot run before its device state is loaded"));
         }
+        // Before, since nobody knows at once what has come of a `cont` that fails.
+        if let Some(child) = &mut self.child {
+            child.runs();
+        }
         device_state::cont(&mut self.qmp)?;
         self.stage = Stage::Running;
         let announced = self.qmp.tell(&announcement());
@@ -223,18 +222,6 @@ impl DestinationGuest for QemuDestination {
         }
         Ok(())
     }
-}
-
-/// Tells the switches of the network where the guest is now.
-fn announcement() -> announce_self {
-    announce_self(AnnounceParameters {
-        id: None,
-        interfaces: None,
-        initial: ANNOUNCE_FIRST_MS,
-        max: ANNOUNCE_LAST_MS,
-        rounds: ANNOUNCE_ROUNDS,
-        step: ANNOUNCE_STEP_MS,
-    })
 }
 
 impl QemuDestination {

@@ -10,10 +10,10 @@ use std::time::{Duration, Instant};
 use super::rescue::Standing;
 use super::{discover, failure, refusal, rescue};
 use crate::guest::{DestinationGuest, GuestError, Shape, SourceGuest, Whereabouts};
-use crate::memory::adopt::Adopted;
+use crate::memory::adopt::{Adopted, ProcessIdentity};
 use crate::memory::{
-    Access, DirtyTracker, FAULT_FEATURES, GuestMemory, MemoryLayout, RegionBacking, TrackerKind,
-    Userfault,
+    Access, DirtyTracker, FAULT_FEATURES, GuestMemory, MemoryLayout, RegionBacking, RegionLayout,
+    TrackerKind, Userfault,
 };
 
 /// How long a monitor may take until it answers.
@@ -22,7 +22,8 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(600);
 /// A QEMU, as its earlier farfault has left it.
 pub struct LeftQemu {
     place: Whereabouts,
-    process: Adopted,
+    /// `None` when it is settled.
+    process: Option<Adopted>,
     memory: Arc<GuestMemory>,
     shape: Shape,
 }
@@ -55,16 +56,69 @@ impl LeftQemu {
             let file_offset_bytes = mapping.file_offset_bytes + (address - mapping.address);
             backings.push(RegionBacking { layout: region.clone(), file, file_offset_bytes });
         }
-        let layout = MemoryLayout::new(place.ram.iter().map(|(r, _)| r.clone()).collect());
         let memory = Arc::new(GuestMemory::map(backings, access)?);
-        // The two sides' shapes were compared when the migration began.
-        let monitor = place.monitor.clone();
-        let shape = Shape { monitor, memory: layout, properties: Default::default() };
-        Ok(LeftQemu { place: place.clone(), process, memory, shape })
+        Ok(LeftQemu { place: place.clone(), process: Some(process), memory, shape: shape(place) })
+    }
+
+    /// The QEMU of `place`, living or not, for who has only to tell the other side how it ended: its memory is not
+    /// mapped.
+    ///
+    /// # Errors
+    /// Those of [`GuestMemory::map`].
+    pub fn settled(place: &Whereabouts) -> Result<Self, GuestError> {
+        let memory = Arc::new(GuestMemory::map(Vec::new(), Access::ReadOnly)?);
+        Ok(LeftQemu { place: place.clone(), process: None, memory, shape: shape(place) })
+    }
+
+    /// As [`Userfault::release`], for a guest that has all its pages, whether the predecessor came to that or not.
+    /// Nothing is registered anew for it, which would have the guest wait at pages that nobody serves, should this
+    /// process end in between. Asks nothing of the monitor. A QEMU that has ended, or has no userfaultfd of farfault,
+    /// is fine.
+    ///
+    /// # Errors
+    /// When QEMU cannot be looked into; the kernel's own.
+    pub fn unregister(&self) -> Result<(), GuestError> {
+        let Some(known) = self.place.process.filter(|process| process.lives()) else {
+            return Ok(());
+        };
+        match unregister(known, &self.place.ram) {
+            Err(_) if !known.lives() => Ok(()),
+            other => other,
+        }
     }
 }
 
-/// Lets the guest run. A monitor that does not answer yet is asked again: it may be waiting for pages, which
+fn unregister(known: ProcessIdentity, ram: &[(RegionLayout, u64)]) -> Result<(), GuestError> {
+    let process = Adopted::attach(known.pid)?;
+    if process.identity() != known {
+        return Ok(());
+    }
+    let Some(uffd) = process.kept_userfaultfd(FAULT_FEATURES)? else { return Ok(()) };
+    let failed = |region: &RegionLayout, error| {
+        failure(format!("guest RAM {} cannot be let go of: {error}", region.name))
+    };
+    for (region, address) in ram {
+        match uffd.unregister(*address as *mut _, region.size_bytes as usize) {
+            // Nothing is mapped there any more.
+            Err(userfaultfd::Error::SystemError(errno)) if errno as i32 == libc::ENOMEM => {}
+            other => other.map_err(|error| failed(region, error))?,
+        }
+    }
+    // Whoever came to wait while that went on: see `Userfault::release`.
+    for (region, address) in ram {
+        let woken = uffd.wake(*address as *mut _, region.size_bytes as usize);
+        woken.map_err(|error| failed(region, error))?;
+    }
+    Ok(())
+}
+
+/// The two sides' shapes were compared when the migration began.
+fn shape(place: &Whereabouts) -> Shape {
+    let memory = MemoryLayout::new(place.ram.iter().map(|(region, _)| region.clone()).collect());
+    Shape { monitor: place.monitor.clone(), memory, properties: Default::default() }
+}
+
+/// Lets the guest, which has come here, run, and tells its network. A monitor that does not answer yet is asked again: it may be waiting for pages, which
 /// come when the other side is connected again.
 ///
 /// # Errors
@@ -72,7 +126,7 @@ impl LeftQemu {
 pub fn let_run_when_it_answers(place: &Whereabouts) -> Result<(), GuestError> {
     let deadline = Instant::now() + ANSWER_TIMEOUT;
     loop {
-        match rescue::let_run(place) {
+        match rescue::let_run_arrived(place) {
             Err(error)
                 if place.process.is_some_and(|qemu| qemu.lives()) && Instant::now() < deadline =>
             {
@@ -100,8 +154,11 @@ impl DestinationGuest for LeftQemu {
     /// The one that QEMU has kept open: what waits at it goes on waiting until we serve it. Its memory
     /// stays registered and as it is.
     fn userfault(&mut self) -> Result<Userfault, GuestError> {
-        let kept = self.process.kept_userfaultfd(FAULT_FEATURES)?.ok_or_else(|| {
-            failure(format!("QEMU (process {}) has no userfaultfd of farfault", self.process.pid()))
+        let Some(process) = &self.process else {
+            return Err(failure("the faults of a guest that is settled are not served"));
+        };
+        let kept = process.kept_userfaultfd(FAULT_FEATURES)?.ok_or_else(|| {
+            failure(format!("QEMU (process {}) has no userfaultfd of farfault", process.pid()))
         })?;
         let addresses: Vec<u64> = self.place.ram.iter().map(|(_, address)| *address).collect();
         Ok(Userfault::register(kept, &self.memory.units(), &addresses)?)
@@ -112,7 +169,7 @@ impl DestinationGuest for LeftQemu {
     }
 
     fn run(&mut self) -> Result<(), GuestError> {
-        rescue::let_run(&self.place)
+        rescue::let_run_arrived(&self.place)
     }
 
     fn release(&mut self) -> Result<(), GuestError> {
@@ -179,7 +236,6 @@ impl SourceGuest for LeftQemu {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::memory::adopt::ProcessIdentity;
 
     #[test]
     fn what_cannot_be_taken_over_is_told() {

@@ -9,11 +9,13 @@
 //! * `qmp` and `commands` speak with the monitor, `text` reads what only its version for people tells.
 //! * `process` finds the process behind the socket, `discover` its RAM, `guards` what forbids a move,
 //!   `shape` what both sides must agree on.
+//! * `announce` tells the network where a guest is now.
 //! * `rescue` finds a QEMU again that an earlier farfault has left, and lets its guest run or ends it;
 //!   [`LeftQemu`] goes on with moving it.
 //! * `device_state` runs QEMU's own migration over a pair of sockets, with `settings` that it puts
 //!   back. No path in the file system is involved, so it works whatever user or sandbox QEMU runs in.
 
+mod announce;
 mod commands;
 mod destination;
 mod device_state;

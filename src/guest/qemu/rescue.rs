@@ -8,6 +8,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use qapi::qmp::{migrate_cancel, stop};
 
+use super::announce::announcement;
 use super::commands::{QueryMigrate, QueryStatus};
 use super::qmp::Qmp;
 use super::settings::SavedSettings;
@@ -75,6 +76,28 @@ pub(super) fn keep_still(qmp: &mut Qmp) -> Result<bool, GuestError> {
 /// When that QEMU has ended or another answers at its socket; QEMU's own.
 pub fn let_run(place: &Whereabouts) -> Result<(), GuestError> {
     let mut qmp = connect(place)?;
+    start(place, &mut qmp)?;
+    put_back(place, &mut qmp);
+    Ok(())
+}
+
+/// As [`let_run`], for a guest that has come here: whoever was to tell its network may have been killed before.
+///
+/// # Errors
+/// As of [`let_run`].
+pub(super) fn let_run_arrived(place: &Whereabouts) -> Result<(), GuestError> {
+    let mut qmp = connect(place)?;
+    start(place, &mut qmp)?;
+    if place.runs
+        && let Err(error) = qmp.execute(&announcement())
+    {
+        tracing::warn!("the guest runs, but its network is not told where: {error}");
+    }
+    put_back(place, &mut qmp);
+    Ok(())
+}
+
+fn start(place: &Whereabouts, qmp: &mut Qmp) -> Result<(), GuestError> {
     if qmp.execute(&QueryStatus {})?.status != "running" {
         let deadline = Instant::now() + CANCEL_TIMEOUT;
         while qmp.execute(&QueryMigrate {})?.is_active() {
@@ -84,12 +107,11 @@ pub fn let_run(place: &Whereabouts) -> Result<(), GuestError> {
             qmp.execute(&migrate_cancel {})?;
             thread::sleep(Duration::from_millis(5));
         }
-        device_state::settle(&mut qmp)?;
+        device_state::settle(qmp)?;
         if place.runs {
-            device_state::cont(&mut qmp)?;
+            device_state::cont(qmp)?;
         }
     }
-    put_back(place, &mut qmp);
     Ok(())
 }
 

@@ -45,7 +45,7 @@ pub struct SpawnOptions {
     pub log: Option<PathBuf>,
 }
 
-/// A QEMU that is our child. Dropped while it is still ours, it is ended.
+/// A QEMU that is our child. Dropped while it is still ours, also by a panic, it is ended.
 #[derive(Debug)]
 pub(super) struct Spawned {
     child: Child,
@@ -56,7 +56,7 @@ pub(super) struct Spawned {
     log_start: u64,
     /// RAM files that did not exist before QEMU started.
     new_ram_files: Vec<PathBuf>,
-    /// False once QEMU is let go.
+    /// False once the guest runs in it, or it is let go of or ended.
     ours: bool,
 }
 
@@ -141,6 +141,15 @@ impl Spawned {
         }
     }
 
+    /// The guest runs in it: from here on it does not end with us, whatever becomes of us. Its QMP socket stays for
+    /// whoever comes after us, unless it is let go of.
+    pub(super) fn runs(&mut self) {
+        self.ours = false;
+        if let Some(directory) = &mut self.directory {
+            directory.disable_cleanup(true);
+        }
+    }
+
     /// Ends QEMU and removes the RAM files that it has made. Works while its threads wait for pages.
     pub(super) fn end(&mut self) -> Result<(), GuestError> {
         self.ours = false;
@@ -162,6 +171,7 @@ impl Spawned {
             }
         }
         remove_ram_files(&std::mem::take(&mut self.new_ram_files));
+        self.remove_directory();
         Ok(())
     }
 
@@ -219,7 +229,6 @@ impl Drop for Spawned {
         {
             tracing::warn!("{error}");
         }
-        self.remove_directory();
     }
 }
 

@@ -3,12 +3,14 @@
 //! QEMU has kept the userfaultfd open, so that whoever touched a missing page since waits. The page table
 //! lies in a file in memory and tells what every page is; one that was being written when the process was
 //! killed counts as unknown. Before the decision had come there is nothing to save: the guest is given up
-//! here, and the source, which is told so, lets it run on.
+//! here, and the source, which is told so, lets it run on. When every page had come there is nothing to do:
+//! the guest is let go of, and the source told.
 
 use tokio::task::JoinHandle;
 
 use super::actions::serve;
 use super::*;
+use crate::guest::Whereabouts;
 use crate::guest::qemu::{LeftQemu, end, let_run_when_it_answers};
 use crate::memory::Access;
 use crate::session::journal::{Entry, Found};
@@ -54,14 +56,16 @@ pub async fn resume_receive(
     journal.own(&found.about)?;
     signals.listen_at(&journal, &output);
     let place = found.about.guest.clone();
-    let guest = blocking(move || Ok(LeftQemu::find(&place, Access::ReadWrite)?)).await?;
-    let left = if committed {
+    let left = if !committed {
+        Left::give_up(place).await?
+    } else if has(Entry::Complete) {
+        Left::let_go(place).await?
+    } else {
         let version = keep.final_version.ok_or_else(|| {
             Failure::plain("what was kept for a takeover does not know of the switchover")
         })?;
+        let guest = blocking(move || Ok(LeftQemu::find(&place, Access::ReadWrite)?)).await?;
         Left::serve(guest, &journal.pages_path(), version, keep.paused).await?
-    } else {
-        Left::give_up(guest).await?
     };
     let damaged = |error: SavedError| Failure::plain(error.to_string());
     let key = keep.session.session().map_err(damaged)?;
@@ -112,8 +116,16 @@ pub async fn resume_receive(
 /// What was left, before there is a link.
 struct Left {
     guest: Shared<dyn DestinationGuest>,
-    /// `None` when it is given up.
-    served: Option<Served>,
+    standing: Standing,
+}
+
+/// How the guest stands here.
+enum Standing {
+    /// It never ran here, and never will.
+    GivenUp,
+    /// It runs with all its pages.
+    Complete,
+    Served(Served),
 }
 
 /// The guest here, with its faults served.
@@ -128,11 +140,28 @@ struct Served {
 }
 
 impl Left {
-    /// Ends the guest that never ran here.
-    async fn give_up(guest: LeftQemu) -> Result<Self, Failure> {
-        let guest = Shared::new(Box::new(guest) as Box<dyn DestinationGuest>);
-        guest.call(|guest| guest.discard()).await?;
-        Ok(Left { guest, served: None })
+    /// Ends the guest that never ran here, unless an earlier process has, or it has ended by itself.
+    async fn give_up(place: Whereabouts) -> Result<Self, Failure> {
+        let guest = blocking(move || {
+            let mut guest = LeftQemu::settled(&place)?;
+            guest.discard()?;
+            Ok(guest)
+        })
+        .await?;
+        Ok(Left { guest: Shared::new(Box::new(guest)), standing: Standing::GivenUp })
+    }
+
+    /// Makes sure that the guest, which has all its pages, waits for nothing. It may be running for long.
+    async fn let_go(place: Whereabouts) -> Result<Self, Failure> {
+        let guest = blocking(move || {
+            let mut guest = LeftQemu::settled(&place)?;
+            guest.unregister()?;
+            // What this cannot do it only notes.
+            DestinationGuest::release(&mut guest)?;
+            Ok(guest)
+        })
+        .await?;
+        Ok(Left { guest: Shared::new(Box::new(guest)), standing: Standing::Complete })
     }
 
     /// Serves the faults of the guest, and makes sure that it runs.
@@ -172,14 +201,16 @@ impl Left {
             }
             Ok(())
         }));
-        let served = Some(Served { prepared, mapper, counters, asked, asking, starting });
-        Ok(Left { guest, served })
+        let served = Served { prepared, mapper, counters, asked, asking, starting };
+        Ok(Left { guest, standing: Standing::Served(served) })
     }
 
     /// The source has not come. True when it was not needed: the guest is given up here, or has all its
-    /// pages and is let go of.
+    /// pages and is let go of by now.
     async fn settle_alone(self) -> Result<bool, Failure> {
-        let Some(Served { prepared, mapper, starting, .. }) = self.served else { return Ok(true) };
+        let Standing::Served(Served { prepared, mapper, starting, .. }) = self.standing else {
+            return Ok(true);
+        };
         if !prepared.arrivals.is_complete() {
             return Ok(false);
         }
@@ -196,11 +227,18 @@ impl Left {
 
     /// Puts it into a session, which has a link.
     fn join(self, session: &mut Session) {
-        let Some(served) = self.served else {
-            let reason =
-                "the farfault that received the guest was killed before it could run there";
-            session.machine = DestinationMachine::resumed_to_refuse(Failure::plain(reason));
-            return;
+        let served = match self.standing {
+            Standing::Served(served) => served,
+            Standing::Complete => {
+                session.machine = DestinationMachine::resumed_complete();
+                return;
+            }
+            Standing::GivenUp => {
+                let reason =
+                    "the farfault that received the guest was killed before it could run there";
+                session.machine = DestinationMachine::resumed_to_refuse(Failure::plain(reason));
+                return;
+            }
         };
         let Served { prepared, mapper, counters, asked, asking, starting } = served;
         session.machine = DestinationMachine::resumed();
@@ -223,5 +261,211 @@ impl Left {
         session.asking = Arc::new(tokio::sync::Mutex::new(asking));
         *session.prepared.lock().expect("no holder panics") = Some(prepared);
         session.start_lanes();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::net::{Ipv4Addr, UdpSocket};
+
+    use tempfile::TempDir;
+
+    use super::*;
+    use crate::guest::qemu::{QemuDestination, SpawnOptions};
+    use crate::memory::HostCapabilities;
+    use crate::memory::adopt::ProcessIdentity;
+    use crate::session::control::ask_cancel;
+    use crate::session::journal::find;
+    use crate::transport::{Ticket, connect, reconnect};
+    use crate::wire::message::SourceStage;
+
+    const COMPLETE: [DestinationRecord; 3] =
+        [DestinationRecord::Started, DestinationRecord::Committed, DestinationRecord::Complete];
+    /// Nobody waits so long in a test.
+    const FOR_EVER: Duration = Duration::from_secs(3600);
+
+    fn options() -> TransportOptions {
+        TransportOptions { keep_alive_ms: 100, idle_timeout_ms: 1_000, ..Default::default() }
+    }
+
+    /// A process that has ended.
+    fn ended() -> ProcessIdentity {
+        let me = ProcessIdentity::own().unwrap();
+        ProcessIdentity { start_ticks: me.start_ticks + 1, ..me }
+    }
+
+    /// A guest whose QEMU has ended.
+    fn ended_guest() -> Whereabouts {
+        Whereabouts { process: Some(ended()), started_here: true, ..Whereabouts::default() }
+    }
+
+    /// What a killed `receive` has left, and its source.
+    struct Killed {
+        state: TempDir,
+        ticket: Ticket,
+        key: SessionKey,
+    }
+
+    impl Killed {
+        async fn after(records: &[DestinationRecord], guest: Whereabouts) -> Self {
+            let state = tempfile::tempdir().unwrap();
+            let local = (Ipv4Addr::LOCALHOST, 0).into();
+            let (listener, ticket) = Listener::bind(local, Vec::new(), &options()).unwrap();
+            let to = options();
+            let (source, link) = tokio::join!(connect(&ticket, &to), listener.accept(None));
+            let (source, link) = (source.unwrap(), link.unwrap());
+            let migration = ticket.migration.to_string();
+            let about = About::begin(&migration, Side::Destination, guest).unwrap();
+            let about = About { owner: ended(), ..about };
+            let mut journal = Journal::create(state.path(), &about).unwrap();
+            records.iter().for_each(|record| journal.record(record).unwrap());
+            journal.keep(&Keep {
+                session: SavedReceiver::of(&listener, &link),
+                strategy: Strategy::Hybrid,
+                paused: false,
+                final_version: Some(Version(1)),
+            });
+            let key = source.session_key();
+            drop((source, link, listener));
+            // The socket is closed a little later.
+            while UdpSocket::bind(ticket.addresses[0]).is_err() {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+            Killed { state, ticket, key }
+        }
+
+        /// Another process takes over.
+        fn resume(&self, reconnect_for: Duration) -> JoinHandle<Result<Report, Failure>> {
+            let found = find(self.state.path(), &self.ticket.migration.to_string(), None).unwrap();
+            let output = Arc::new(Output::new(false));
+            let to = options();
+            tokio::spawn(async move { resume_receive(found, &to, reconnect_for, output).await })
+        }
+
+        /// The source comes back after its decision, and is told how things stand.
+        async fn ask(&self) -> (Link, DestinationStage) {
+            let mut tries = 0;
+            let link = loop {
+                match reconnect(&self.ticket, &self.key, &options()).await {
+                    // It does not listen yet.
+                    Err(_) if tries < 30 => tries += 1,
+                    other => break other.unwrap(),
+                }
+            };
+            let asks = encode(&ToDestination::Resync { at: SourceStage::Decided });
+            link.control_send(asks.into()).await.unwrap();
+            let told = decode(&link.control_recv().await.unwrap()).unwrap();
+            let ToSource::Resync { at, .. } = told else { panic!("{told:?}") };
+            (link, at)
+        }
+
+        fn leaves_nothing(&self) -> bool {
+            fs::read_dir(self.state.path()).unwrap().next().is_none()
+        }
+    }
+
+    /// A QEMU that `receive` has started, with its RAM registered; ended with this value.
+    struct Registered(Whereabouts);
+
+    impl Registered {
+        fn start() -> Self {
+            let line = "qemu-system-x86_64 -accel tcg -nodefaults -display none -m 64 \
+                -machine q35,memory-backend=ram -object memory-backend-memfd,id=ram,size=64M,share=on";
+            let command = line.split_whitespace().map(Into::into).collect();
+            let mut qemu = QemuDestination::spawn(&SpawnOptions { command, log: None }).unwrap();
+            let registered = Registered(qemu.whereabouts());
+            drop(qemu.userfault().unwrap());
+            qemu.leave().unwrap();
+            registered
+        }
+
+        /// Whether first touches of its RAM wait.
+        fn waits(&self) -> bool {
+            let pid = self.0.process.unwrap().pid;
+            let mappings = fs::read_to_string(format!("/proc/{pid}/smaps")).unwrap();
+            let mut flags = mappings.lines().filter_map(|line| line.strip_prefix("VmFlags:"));
+            flags.any(|flags| flags.split_whitespace().any(|flag| ["um", "ui"].contains(&flag)))
+        }
+    }
+
+    impl Drop for Registered {
+        fn drop(&mut self) {
+            let _ = end(&self.0);
+        }
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_guest_with_all_its_pages_is_let_go_of_and_its_source_told() {
+        let has_qemu = std::process::Command::new("qemu-system-x86_64").arg("--version").output();
+        if has_qemu.is_err() || !HostCapabilities::can_serve_faults() {
+            eprintln!("*** SKIPPED: there is no QEMU, or this process may not serve faults ***");
+            return;
+        }
+        let qemu = Registered::start();
+        let socket = qemu.0.qmp.clone().unwrap();
+        assert!(qemu.waits() && socket.exists());
+        let killed = Killed::after(&COMPLETE, qemu.0.clone()).await;
+        let receiving = killed.resume(FOR_EVER);
+        let (source, at) = killed.ask().await;
+        assert_eq!(at, DestinationStage::Done);
+        assert!(!qemu.waits(), "it would wait at pages that nobody serves");
+        assert!(!socket.exists());
+        let bye = encode(&ToDestination::Bye { downtime_us: Some(5) });
+        source.control_send(bye.into()).await.unwrap();
+        let report = receiving.await.unwrap().unwrap();
+        assert_eq!(report.result, MigrationResult::Migrated);
+        assert_eq!(report.pages_total, 64 << 20 >> 12);
+        assert!(killed.leaves_nothing());
+
+        // The same, with nothing left to be done and a source that does not come.
+        let killed = Killed::after(&COMPLETE, qemu.0.clone()).await;
+        let failure = killed.resume(Duration::from_millis(200)).await.unwrap().unwrap_err();
+        assert!(failure.hint.as_ref().unwrap().contains("has all it needs"), "{failure}");
+        assert!(!qemu.waits() && qemu.0.process.unwrap().lives() && killed.leaves_nothing());
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn whoever_is_told_to_end_does_not_wait_for_a_source_that_has_only_to_be_told() {
+        let killed = Killed::after(&COMPLETE, ended_guest()).await;
+        let receiving = killed.resume(FOR_EVER);
+        let (source, at) = killed.ask().await;
+        assert_eq!(at, DestinationStage::Done);
+        // Before it could say its last word.
+        source.abandon();
+        let directory = find(killed.state.path(), "", None).unwrap().directory;
+        let begin = Instant::now();
+        // Until it has seen that the link is down it goes on.
+        while !receiving.is_finished() {
+            assert!(begin.elapsed() < Duration::from_secs(30), "it waits");
+            let directory = directory.clone();
+            let _ = tokio::task::spawn_blocking(move || ask_cancel(&directory)).await.unwrap();
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        assert_eq!(receiving.await.unwrap().unwrap().result, MigrationResult::Migrated);
+        assert!(killed.leaves_nothing());
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_guest_that_ended_before_the_decision_was_written_down_is_refused_to_its_source() {
+        let refused = [DestinationRecord::Loaded, DestinationRecord::Refused];
+        // The second time an earlier heir has ended it, and was killed too.
+        for records in [&refused[..1], &refused] {
+            let killed = Killed::after(records, ended_guest()).await;
+            let receiving = killed.resume(FOR_EVER);
+            let (_source, at) = killed.ask().await;
+            assert!(matches!(at, DestinationStage::Refused { .. }), "{at:?}");
+            let report = receiving.await.unwrap().unwrap();
+            assert_eq!(report.result, MigrationResult::Refused);
+            assert!(killed.leaves_nothing());
+        }
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_guest_that_ended_after_the_decision_was_written_down_is_not_refused() {
+        let committed = [DestinationRecord::Started, DestinationRecord::Committed];
+        let killed = Killed::after(&committed, ended_guest()).await;
+        let failure = killed.resume(FOR_EVER).await.unwrap().unwrap_err();
+        assert!(failure.reason.contains("has ended") && !killed.leaves_nothing(), "{failure}");
     }
 }

@@ -72,6 +72,10 @@ impl Destination {
             || (mutation == Some(Mutation::RunWhatIsLoaded)
                 && self.journal.has(DestinationRecord::Loaded));
         self.looks_for_link = true;
+        if committed && !refused && self.journal.has(DestinationRecord::Complete) {
+            self.machine = Some(DestinationMachine::resumed_complete());
+            return;
+        }
         if committed && !refused {
             return self.serve_again(mutation);
         }

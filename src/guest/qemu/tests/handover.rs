@@ -1,11 +1,13 @@
 //! Device state out of one QEMU and into another, and what each is like afterwards.
 
 use std::fs;
+use std::net::UdpSocket;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use super::super::commands::{QueryCapabilities, QueryParameters, QueryStatus};
+use super::super::left::let_run_when_it_answers;
 use super::*;
 use crate::guest::{DestinationGuest, SourceGuest};
 use crate::memory::{GuestMemory, TrackerKind};
@@ -107,6 +109,49 @@ fn a_guest_moves_to_another_qemu() {
         let (message, _) = refused(from.source());
         assert!(message.contains("migrated before"), "{message}");
     }
+}
+
+/// EtherType of RARP, in which QEMU announces a guest.
+const RARP: [u8; 2] = [0x80, 0x35];
+
+#[test]
+fn the_network_is_told_where_a_guest_is_now() {
+    if skip() {
+        return;
+    }
+    let network = UdpSocket::bind("127.0.0.1:0").expect("a socket that stands for a switch");
+    network.set_read_timeout(Some(Duration::from_secs(20))).expect("a limit");
+    let port = network.local_addr().expect("it is bound").port();
+    let card = format!(
+        "-netdev socket,id=net,udp=127.0.0.1:{port},localaddr=127.0.0.1:0 \
+         -device virtio-net-pci,netdev=net,mac=52:54:00:12:34:56"
+    );
+    let hear = |who: &str| {
+        let mut frame = [0; 2048];
+        let length = network.recv(&mut frame).unwrap_or_else(|error| panic!("{who}: {error}"));
+        assert!(length >= 42 && frame[12..14] == RARP, "{who}: {:x?}", &frame[..length]);
+        assert_eq!(frame[6..12], [0x52, 0x54, 0, 0x12, 0x34, 0x56], "{who}");
+    };
+    let from = TestQemu::machine("q35", &card);
+    let to = TestQemu::machine("q35", &format!("{card} -incoming defer -S"));
+    let mut source = from.source().expect("a running guest can be moved");
+    let mut destination = to.destination().expect("a waiting QEMU can take a guest");
+    source.pause().expect("it stops");
+    let state = source.save_device_state().expect("it hands over its state");
+    fs::copy(&from.ram_files[0], &to.ram_files[0]).expect("RAM files can be copied");
+    destination.load_device_state(&state).expect("it takes the state");
+    destination.run().expect("it runs");
+    hear("the one that received it");
+    destination.release().expect("it is let go");
+    // What it says five times is said.
+    thread::sleep(Duration::from_secs(2));
+    network.set_nonblocking(true).expect("a socket");
+    while network.recv(&mut [0; 2048]).is_ok() {}
+    network.set_nonblocking(false).expect("a socket");
+    let place = destination.whereabouts();
+    drop((source, destination));
+    let_run_when_it_answers(&place).expect("it runs");
+    hear("the one that takes over");
 }
 
 #[test]
