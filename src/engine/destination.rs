@@ -64,6 +64,8 @@ pub struct DestinationMachine {
     complete_noted: bool,
     /// The source has said its last word, Bye or Abort: it waits for nothing more.
     source_done: bool,
+    /// That word was Bye: it knows that the guest runs here with all its pages.
+    source_knows: bool,
     /// That the guest runs here is on disk, or may be.
     commit_begun: bool,
     /// The refusal is on disk.
@@ -100,6 +102,7 @@ impl DestinationMachine {
             released: false,
             complete_noted: false,
             source_done: false,
+            source_knows: false,
             commit_begun: false,
             refused: false,
             refusal_told: false,
@@ -159,6 +162,12 @@ impl DestinationMachine {
     /// True when the source has only to be told how it ended here, for which nobody needs to wait.
     pub fn only_tells(&self) -> bool {
         matches!(self.state, State::Completing | State::Discarding | State::Ended)
+    }
+
+    /// True when the source has said that it knows of the migration's success. Until then what is on disk here is the
+    /// only evidence of where the guest runs.
+    pub fn source_knows(&self) -> bool {
+        self.source_knows
     }
 
     /// True while another link would be of use, should this one break.
@@ -339,6 +348,7 @@ impl DestinationMachine {
             }
             (ToDestination::Bye { .. }, State::Completing) => {
                 self.source_done = true;
+                self.source_knows = true;
                 self.release();
             }
             (_, State::Discarding | State::Ended) => {}

@@ -156,9 +156,10 @@ pub fn advise(found: &Found) -> Advice {
         Side::Destination if has(Entry::Refused) => {
             ("refused: the guest never ran here and never will", resolve(Choice::RunSource))
         }
-        Side::Destination if has(Entry::Complete) => {
-            ("complete: the guest runs here with all its pages", tidy)
-        }
+        Side::Destination if has(Entry::Complete) => (
+            "complete: the guest runs here with all its pages, and the source may not know",
+            format!("{}, which tells it; or {tidy}", resume("receive")),
+        ),
         Side::Destination if has(Entry::Committed) => {
             ("interrupted: the guest runs here and may lack pages", resume("receive"))
         }

@@ -2,6 +2,15 @@
 
 use super::*;
 
+/// The guest runs here with all its pages, and the source has not been told.
+pub(super) fn untold(path: &Path) -> String {
+    format!(
+        "the source does not know yet that the guest runs here with all its pages: it is told by \
+         `farfault receive --resume` here and `farfault send --resume` there, by what is in {}",
+        path.display()
+    )
+}
+
 impl Session {
     pub(super) async fn finish(mut self) -> Report {
         let outcome = self.outcome.take().expect("the loop ends with an outcome");
@@ -22,6 +31,10 @@ impl Session {
         }
         let path = self.journal.lock().expect("no holder panics").path().to_owned();
         match &outcome {
+            // The source may be in doubt: who has to decide there finds the answer here.
+            DestinationOutcome::Migrated if !self.machine.source_knows() => {
+                self.output.note(&untold(&path));
+            }
             DestinationOutcome::Migrated | DestinationOutcome::Refused(_) => {
                 self.journal.lock().expect("no holder panics").remove();
             }

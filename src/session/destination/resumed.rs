@@ -9,6 +9,7 @@
 use tokio::task::JoinHandle;
 
 use super::actions::serve;
+use super::ending::untold;
 use super::*;
 use crate::guest::Whereabouts;
 use crate::guest::qemu::{LeftQemu, end, let_run_when_it_answers};
@@ -83,12 +84,16 @@ pub async fn resume_receive(
     let link = match accepted {
         Ok(link) => link,
         Err(failure) => {
-            let settled = left.settle_alone().await?;
-            if settled {
+            let refused = matches!(left.standing, Standing::GivenUp);
+            let hint = if refused {
                 journal.remove();
-            }
-            let hint = if settled {
-                "this side has all it needs; on the source see `farfault status`".to_owned()
+                "the guest was ended here, where it never ran; on the source see `farfault status`"
+                    .to_owned()
+            } else if left.settle_alone().await? {
+                if !has(Entry::Complete) {
+                    journal.record(&DestinationRecord::Complete)?;
+                }
+                untold(&journal.path())
             } else {
                 format!("on the source: farfault send --resume {}", found.about.migration)
             };
@@ -421,8 +426,9 @@ mod tests {
         // The same, with nothing left to be done and a source that does not come.
         let killed = Killed::after(&COMPLETE, qemu.0.clone()).await;
         let failure = killed.resume(Duration::from_millis(200)).await.unwrap().unwrap_err();
-        assert!(failure.hint.as_ref().unwrap().contains("has all it needs"), "{failure}");
-        assert!(!qemu.waits() && qemu.0.process.unwrap().lives() && killed.leaves_nothing());
+        // Where the guest runs is told to whoever asks here.
+        assert!(failure.hint.as_ref().unwrap().contains("does not know yet"), "{failure}");
+        assert!(!qemu.waits() && qemu.0.process.unwrap().lives() && !killed.leaves_nothing());
     }
 
     #[tokio::test(flavor = "multi_thread")]
@@ -443,7 +449,7 @@ mod tests {
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
         assert_eq!(receiving.await.unwrap().unwrap().result, MigrationResult::Migrated);
-        assert!(killed.leaves_nothing());
+        assert!(!killed.leaves_nothing(), "the only evidence of where the guest runs");
     }
 
     #[tokio::test(flavor = "multi_thread")]

@@ -312,6 +312,10 @@ impl Handover {
         self.to_destination.clear();
         (self.awaits_flight, self.flight_sent, self.pages_sent) = (false, false, false);
         if has(DestinationRecord::Committed) && !has(DestinationRecord::Refused) {
+            if has(DestinationRecord::Complete) {
+                self.destination = Some(DestinationMachine::resumed_complete());
+                return;
+            }
             self.destination = Some(DestinationMachine::resumed());
             self.flight_here = true;
             let due = &mut self.destination_due;
