@@ -47,12 +47,13 @@ const WHOLE: [&str; 13] = [
     "zstd:15/off",
     "zstd:19/off",
 ];
-const CHANGED: [&str; 16] = [
+const CHANGED: [&str; 17] = [
     "raw/xbzrle",
     "raw/plain",
     "lz4/lz4",
     "lz4/zstd-old:-1",
     "zstd:1/zstd:-3",
+    "zstd:-1/zstd:-2",
     "zstd:-1/zstd:-1",
     "zstd:1/zstd:-1",
     "zstd:1/zstd:1",
