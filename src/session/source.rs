@@ -1,6 +1,6 @@
 //! The host that the guest leaves.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -13,7 +13,7 @@ use tokio::task::JoinSet;
 use super::answers::{Answers, encode_bundles};
 use super::control::Verdict;
 use super::frozen::FrozenPages;
-use super::journal::{About, Journal, Side};
+use super::journal::{self, About, Journal, Side};
 use super::links::{Backoff, Heard, Links, OnLink, until, until_quiet};
 use super::pace::Pace;
 use super::reader::{PageReader, Purpose};
@@ -26,7 +26,7 @@ use crate::codec::ladder::CodecChoice;
 use crate::engine::pusher::PusherKind;
 use crate::engine::source::*;
 use crate::engine::{Failure, MigrationPhase};
-use crate::guest::SourceGuest;
+use crate::guest::{SourceGuest, Whereabouts};
 use crate::memory::TrackerKind;
 use crate::page::Version;
 use crate::report::{
@@ -90,6 +90,9 @@ pub async fn send(
     output: Arc<Output>,
 ) -> Result<Report, Failure> {
     let mut signals = StopSignals::listen()?;
+    if !guest.runs() {
+        check_that_its_owner_paused(&options.state_dir, &guest.whereabouts())?;
+    }
     let link = tokio::select! {
         link = connect(ticket, transport) => {
             link.map_err(|error| Failure::plain(error.to_string()))?
@@ -119,6 +122,23 @@ pub async fn send(
     };
     let session = Session::new(guest, link, destination, options, (journal, trace, keep), output);
     Ok(session.run(signals).await)
+}
+
+/// A guest that stands still since the farfault that moved it was killed would be left standing at the destination
+/// too.
+fn check_that_its_owner_paused(state_dir: &Path, guest: &Whereabouts) -> Result<(), Failure> {
+    let (left, _) = journal::list(state_dir)?;
+    let same = |left: &journal::Found| {
+        let about = &left.about;
+        about.side == Side::Source && about.guest.runs && about.guest.process == guest.process
+    };
+    match left.iter().find(|left| guest.process.is_some() && same(left) && !left.is_owned()) {
+        None => Ok(()),
+        Some(left) => Err(Failure::new(
+            "the guest stands still since a farfault that moved it has ended without a word",
+            format!("farfault send --resume {} lets it run on", left.about.migration),
+        )),
+    }
 }
 
 /// How to find the destination again.
@@ -460,5 +480,34 @@ impl Session {
 
     fn fail(&self, failure: Failure) {
         let _ = self.happened.send(Happened::Event(SourceEvent::Failed(failure)));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::adopt::ProcessIdentity;
+
+    #[test]
+    fn a_guest_that_a_killed_farfault_has_stopped_is_not_taken_for_paused_by_its_owner() {
+        let state = tempfile::tempdir().unwrap();
+        let me = ProcessIdentity::own().unwrap();
+        let guest = Whereabouts { process: Some(me), runs: true, ..Whereabouts::default() };
+        let other = Whereabouts {
+            process: Some(ProcessIdentity { start_ticks: me.start_ticks + 1, ..me }),
+            ..guest.clone()
+        };
+        let check = |guest| check_that_its_owner_paused(state.path(), guest);
+        let about = About::begin("0123456789abcdef", Side::Source, guest.clone()).unwrap();
+        let dead = ProcessIdentity { start_ticks: me.start_ticks + 1, ..me };
+        let left = About { owner: dead, ..about.clone() };
+        let journal = Journal::create(state.path(), &left).unwrap();
+        let hint = check(&guest).unwrap_err().hint.unwrap();
+        assert!(hint.contains("send --resume 0123456789abcdef"), "{hint}");
+        check(&other).expect("another guest");
+        journal.own(&about).unwrap();
+        check(&guest).expect("somebody works on it, and that is found out elsewhere");
+        journal.remove();
+        check(&guest).expect("nothing is left of it");
     }
 }
