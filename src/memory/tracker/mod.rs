@@ -29,7 +29,8 @@ pub trait DirtyTracker: Send {
 
     /// Adds to `into` every page of `range` whose content may have changed since it was last collected
     /// (or armed), and starts to watch those anew, before this returns: so who reads a page after
-    /// this, and the guest writes to it again, gets it in the next collection. That a page became a hole
+    /// this, and the guest writes to it again, gets it in the next collection. Changed pages beside `range` may be added
+    /// too. That a page became a hole
     /// is certain to be reported only where the witness was told that the page was sent.
     fn collect(&mut self, range: PageRange, into: &mut PageSet) -> Result<(), MemoryError>;
 

@@ -13,6 +13,9 @@ use crate::page::{PAGE_SIZE_BYTES, PageRange};
 /// Runs that one call of the kernel tells (24 bytes each).
 const RUNS_PER_SCAN: usize = 4096;
 
+/// Of a huge page.
+const HUGE_BYTES: u64 = 2 << 20;
+
 /// A thread is worth starting for so many pages: 4 GiB, some milliseconds.
 const PAGES_A_THREAD: u64 = 1 << 20;
 const MAX_THREADS: u64 = 16;
@@ -48,6 +51,10 @@ impl Pagemap {
 
     /// Calls `visit` with the runs of pages in `range` that `query` asks for, in ascending order. A wide
     /// range is scanned by several threads: at the freeze it is all of the guest, which stands still.
+    ///
+    /// [`PagemapQuery::WrittenToProtect`] may give pages beside `range` too, some of them twice: those of a huge page
+    /// that lies partly in it. Asked for a part, the kernel splits the huge page, which leaves nothing mapped of shared
+    /// memory, and forgets what was written.
     pub(super) fn scan(
         &mut self,
         query: PagemapQuery,
@@ -95,7 +102,12 @@ impl Pagemap {
             let (first, address) = (self.layout.range_of(region).start.0, self.addresses[region]);
             let address_of = |page: u64| address + (page - first) * PAGE_SIZE_BYTES as u64;
             let page_at = |at: u64| first + (at - address) / PAGE_SIZE_BYTES as u64;
-            let (mut at, end) = (address_of(piece.start.0), address_of(piece.end.0));
+            let (mut at, mut end) = (address_of(piece.start.0), address_of(piece.end.0));
+            if query == PagemapQuery::WrittenToProtect {
+                let region_end = address_of(self.layout.range_of(region).end.0);
+                at = (at / HUGE_BYTES * HUGE_BYTES).max(address);
+                end = end.next_multiple_of(HUGE_BYTES).min(region_end);
+            }
             while at < end {
                 let scanned = sys::pagemap_scan(self.file.as_fd(), at, end, query, found);
                 let (runs, reached) = scanned.map_err(|source| match source {
