@@ -244,6 +244,7 @@ impl Session {
         // Events come from a handful of tasks that each wait for their answer: the queue is short.
         let (happened, happenings) = mpsc::unbounded_channel();
         let guest = Shared::new(guest);
+        let timeline = Arc::new(Timeline::new());
         Session {
             sender: Some(Box::new(RoundSender::new(
                 memory,
@@ -255,7 +256,7 @@ impl Session {
                 counters.clone(),
                 options.pusher,
             ))),
-            standstill: Standstill::new(guest.clone()),
+            standstill: Standstill::new(guest.clone(), timeline.clone()),
             guest,
             pages_total,
             links: Links::new(link, options.reconnect_for),
@@ -264,7 +265,7 @@ impl Session {
             machine: SourceMachine::new(options.engine.clone()),
             options,
             output,
-            timeline: Arc::new(Timeline::new()),
+            timeline,
             counters,
             frozen: None,
             flight: None,

@@ -3,8 +3,9 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
 
-use super::Shared;
+use super::{Shared, Timeline};
 use crate::engine::Failure;
 use crate::guest::SourceGuest;
 
@@ -15,12 +16,13 @@ const RESUME_ATTEMPTS: usize = 3;
 #[derive(Clone)]
 pub(super) struct Standstill {
     guest: Shared<dyn SourceGuest>,
+    timeline: Arc<Timeline>,
     stands: Arc<AtomicBool>,
 }
 
 impl Standstill {
-    pub(super) fn new(guest: Shared<dyn SourceGuest>) -> Self {
-        Standstill { guest, stands: Arc::default() }
+    pub(super) fn new(guest: Shared<dyn SourceGuest>, timeline: Arc<Timeline>) -> Self {
+        Standstill { guest, timeline, stands: Arc::default() }
     }
 
     /// True from the order to stop until the guest is known to run again. Who ends the migration meanwhile waits
@@ -41,6 +43,7 @@ impl Standstill {
         if !self.guest.with(|guest| guest.runs()) {
             return Ok(step(&self.guest));
         }
+        let begin = Instant::now();
         self.stands.store(true, Ordering::SeqCst);
         let stopped = self.guest.with(|guest| guest.pause());
         let done = stopped.map_err(Failure::from).and_then(|()| step(&self.guest));
@@ -57,6 +60,7 @@ impl Standstill {
             )
         })?;
         self.stands.store(false, Ordering::SeqCst);
+        self.timeline.part("precopy.standstill", begin.elapsed());
         Ok(done)
     }
 }

@@ -207,6 +207,10 @@ fn devices_go_on(machine: Machine, strategy: &str, link: &str) -> Result<Option<
     })?;
     let report = after.moved.source.clone();
     after.nothing_is_left()?;
+    // Its writes are collected only while it stands still.
+    let stood_still = report["phases_ms"]["precopy.standstill"].as_f64();
+    eprintln!("{} rounds, {stood_still:?} ms still in them", report["precopy_rounds"]);
+    ensure!(stood_still.is_some() == (strategy != "postcopy"), "{report}");
     Ok(Some(report))
 }
 

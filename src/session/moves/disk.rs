@@ -203,6 +203,8 @@ fn what_a_disk_writes_past_the_page_tables_arrives() {
         let method = Method { strategy, bandwidth_bytes_per_s, ..Method::default() };
         let moved = run_both(&source, &destination, method);
         assert_eq!(moved.sent.result, MigrationResult::Migrated);
+        let stood_still = |(part, ms)| part == "precopy.standstill" && ms > 0.0;
+        assert!(moved.sent.phases_ms.iter().any(stood_still), "{:?}", moved.sent.phases_ms);
         expect_whole(&destination);
         let (here, there) = (SourceGuest::memory(&source), SourceGuest::memory(&destination));
         let (mut was, mut is) = ([0; PAGE_SIZE_BYTES], [0; PAGE_SIZE_BYTES]);
