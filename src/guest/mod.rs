@@ -177,6 +177,11 @@ pub trait SourceGuest: Send {
         true
     }
 
+    /// Whether it runs at this moment: its owner may pause it, or let it run, at any time.
+    fn is_running(&mut self) -> Result<bool, GuestError> {
+        Ok(self.runs())
+    }
+
     /// The tracker that will follow the guest's writes, not armed yet. Called once per migration.
     ///
     /// A monitor without dirty tracking of its own hands the work to

@@ -48,6 +48,10 @@ impl SourceGuest for SharedGuest {
         self.lock().track(kind)
     }
 
+    fn is_running(&mut self) -> Result<bool, GuestError> {
+        self.lock().is_running()
+    }
+
     fn writes_past_page_tables(&mut self) -> Result<bool, GuestError> {
         self.lock().writes_past_page_tables()
     }

@@ -111,6 +111,12 @@ impl RoundSender {
         Ok(())
     }
 
+    /// True when writes are collected while the guest runs, by what its page tables tell.
+    pub(super) fn tracks_while_it_runs(&self) -> bool {
+        let tracker = self.tracker.as_ref();
+        self.standstill.is_none() && tracker.is_some_and(|tracker| !tracker.compares_content())
+    }
+
     /// Which tracker it is.
     pub(super) fn tracker_name(&self) -> Option<&'static str> {
         self.tracker.as_ref().map(|tracker| tracker.name())

@@ -130,13 +130,18 @@ fn check_that_its_owner_paused(state_dir: &Path, guest: &Whereabouts) -> Result<
     let (left, _) = journal::list(state_dir)?;
     let same = |left: &journal::Found| {
         let about = &left.about;
-        about.side == Side::Source && about.guest.runs && about.guest.process == guest.process
+        let is_it = about.guest.runs && about.guest.process == guest.process;
+        about.side == Side::Source && is_it && !left.records.has(journal::Entry::RunSource)
     };
     match left.iter().find(|left| guest.process.is_some() && same(left) && !left.is_owned()) {
         None => Ok(()),
         Some(left) => Err(Failure::new(
             "the guest stands still since a farfault that moved it has ended without a word",
-            format!("farfault send --resume {} lets it run on", left.about.migration),
+            format!(
+                "{}; or, if its owner has paused it since, remove {}",
+                super::resolve::advise(left).next,
+                left.directory.display()
+            ),
         )),
     }
 }
@@ -504,7 +509,7 @@ mod tests {
         let left = About { owner: dead, ..about.clone() };
         let journal = Journal::create(state.path(), &left).unwrap();
         let hint = check(&guest).unwrap_err().hint.unwrap();
-        assert!(hint.contains("send --resume 0123456789abcdef"), "{hint}");
+        assert!(hint.contains("farfault resolve 0123456789abcdef.source --run-source"), "{hint}");
         check(&other).expect("another guest");
         journal.own(&about).unwrap();
         check(&guest).expect("somebody works on it, and that is found out elsewhere");

@@ -1,6 +1,7 @@
 //! Moments of pre-copy in which the guest stands still: for its device state to be rehearsed, and for its
 //! writes to be collected where devices write past the page tables.
 
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
@@ -36,17 +37,23 @@ impl Standstill {
     ///
     /// # Errors
     /// When the guest does not run on.
+    ///
+    /// # Panics
+    /// When the step does; the guest runs on then.
     pub(super) fn during<T>(
         &self,
         step: impl FnOnce(&Shared<dyn SourceGuest>) -> Result<T, Failure>,
     ) -> Result<Result<T, Failure>, Failure> {
-        if !self.guest.with(|guest| guest.runs()) {
-            return Ok(step(&self.guest));
+        match self.guest.with(|guest| guest.is_running()) {
+            Ok(true) => {}
+            Ok(false) => return Ok(step(&self.guest)),
+            Err(error) => return Ok(Err(error.into())),
         }
         let begin = Instant::now();
         self.stands.store(true, Ordering::SeqCst);
         let stopped = self.guest.with(|guest| guest.pause());
-        let done = stopped.map_err(Failure::from).and_then(|()| step(&self.guest));
+        let step = || stopped.map_err(Failure::from).and_then(|()| step(&self.guest));
+        let done = catch_unwind(AssertUnwindSafe(step));
         let mut resumed = self.guest.with(|guest| guest.resume());
         for _ in 1..RESUME_ATTEMPTS {
             if resumed.is_err() {
@@ -61,6 +68,6 @@ impl Standstill {
         })?;
         self.stands.store(false, Ordering::SeqCst);
         self.timeline.part("precopy.standstill", begin.elapsed());
-        Ok(done)
+        Ok(done.unwrap_or_else(|panic| resume_unwind(panic)))
     }
 }

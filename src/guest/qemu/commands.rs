@@ -136,6 +136,9 @@ pub(super) struct BlockNode {
     pub(super) name: String,
     /// Its driver, such as `qcow2` or `file`.
     pub(super) drv: String,
+    /// Where its data is.
+    #[serde(default)]
+    pub(super) file: String,
     /// How it uses the host's page cache.
     pub(super) cache: Option<BlockCache>,
 }

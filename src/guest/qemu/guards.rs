@@ -1,6 +1,13 @@
 //! What forbids a move: devices and back ends whose writes to guest RAM cannot be seen from outside, and states
 //! in which there is nothing to move.
 
+use std::os::unix::fs::FileTypeExt;
+use std::path::{Path, PathBuf};
+
+use nix::sys::statfs::{
+    BTRFS_SUPER_MAGIC, EXT4_SUPER_MAGIC, FsType, NFS_SUPER_MAGIC, OVERLAYFS_SUPER_MAGIC,
+    TMPFS_MAGIC, XFS_SUPER_MAGIC, statfs,
+};
 use qapi::qmp::{ObjectPropertyInfo, qom_list};
 
 use super::commands::{BlockNode, QueryBlockNodes, QueryMigrate, QueryStatus};
@@ -24,6 +31,16 @@ const CONTAINERS: [&str; 2] = ["/machine/peripheral", "/machine/peripheral-anon"
 
 /// Container of the objects that the user added, such as back ends of devices.
 const OBJECTS: &str = "/objects";
+
+/// File systems of which a read without `O_DIRECT` is always a copy out of the page cache.
+const CACHED: [FsType; 6] = [
+    EXT4_SUPER_MAGIC,
+    XFS_SUPER_MAGIC,
+    BTRFS_SUPER_MAGIC,
+    TMPFS_MAGIC,
+    NFS_SUPER_MAGIC,
+    OVERLAYFS_SUPER_MAGIC,
+];
 
 const BY_HARDWARE: &str = "its hardware writes to guest RAM, and no page table tells of it";
 const BY_ANOTHER_PROCESS: &str = "another process writes to guest RAM through its own mapping";
@@ -144,8 +161,22 @@ fn unseen_node(nodes: &[BlockNode]) -> Option<(&BlockNode, &'static str)> {
 
 /// Whether disks may write to guest RAM past the page tables: into pages that the kernel has pinned at the start of a
 /// request. A page that was marked then, and has been collected and read since, is not marked again.
-pub(super) fn reads_disks_directly(qmp: &mut Qmp) -> Result<bool, QmpError> {
-    Ok(block_nodes(qmp)?.iter().any(is_direct) || devices(qmp)?.iter().any(passes_on))
+/// `pid` is QEMU's process.
+pub(super) fn reads_disks_directly(qmp: &mut Qmp, pid: u32) -> Result<bool, QmpError> {
+    let root = PathBuf::from(format!("/proc/{pid}/root"));
+    let past_the_cache = |node: &BlockNode| is_direct(node) || !is_cached(node, &root);
+    Ok(block_nodes(qmp)?.iter().any(past_the_cache) || devices(qmp)?.iter().any(passes_on))
+}
+
+/// Whether what a node opens, unless it asks for the contrary, is read through the host's page cache. On network file
+/// systems and FUSE that is for the mount to say, and QEMU does not know.
+fn is_cached(node: &BlockNode, root: &Path) -> bool {
+    if !FILE_DRIVERS.contains(&node.drv.as_str()) {
+        return true;
+    }
+    let path = root.join(node.file.trim_start_matches('/'));
+    let is_device = path.metadata().is_ok_and(|file| file.file_type().is_block_device());
+    is_device || statfs(&path).is_ok_and(|on| CACHED.contains(&on.filesystem_type()))
 }
 
 /// Whether a node reads past the host's page cache; one that does not tell is taken to do so if it could.
@@ -261,7 +292,12 @@ mod tests {
 
     fn node(drv: &str, direct: Option<bool>) -> BlockNode {
         let cache = direct.map(|direct| BlockCache { direct });
-        BlockNode { name: format!("node of {drv}"), drv: drv.to_owned(), cache }
+        BlockNode {
+            name: format!("node of {drv}"),
+            drv: drv.to_owned(),
+            file: String::new(),
+            cache,
+        }
     }
 
     #[test]
@@ -288,6 +324,18 @@ mod tests {
         assert!(is_direct(&node("file", Some(true))) && !is_direct(&node("file", Some(false))));
         assert!(is_direct(&node("host_device", None)) && is_direct(&node("host_cdrom", None)));
         assert!(!is_direct(&node("qcow2", None)) && !is_direct(&node("nbd", None)));
+    }
+
+    #[test]
+    fn a_file_on_a_file_system_that_is_not_known_to_use_the_page_cache_is_not_cached() {
+        let cached = |drv, file: &str| {
+            let node = BlockNode { file: file.to_owned(), ..node(drv, Some(false)) };
+            is_cached(&node, Path::new("/proc/self/root"))
+        };
+        assert!(cached("file", "/dev/shm"), "tmpfs");
+        assert!(!cached("file", "/proc/version"), "procfs");
+        assert!(!cached("file", "disk-with-a-relative-name"));
+        assert!(cached("nbd", ""), "it copies what a socket brings");
     }
 
     #[test]

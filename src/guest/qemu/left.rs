@@ -99,8 +99,9 @@ fn unregister(known: ProcessIdentity, ram: &[(RegionLayout, u64)]) -> Result<(),
     };
     for (region, address) in ram {
         match uffd.unregister(*address as *mut _, region.size_bytes as usize) {
-            // Nothing is mapped there any more.
-            Err(userfaultfd::Error::SystemError(errno)) if errno as i32 == libc::ENOMEM => {}
+            // Nothing is mapped there any more, or another farfault follows the guest's writes by now.
+            Err(userfaultfd::Error::SystemError(errno))
+                if [libc::ENOMEM, libc::EINVAL].contains(&(errno as i32)) => {}
             other => other.map_err(|error| failed(region, error))?,
         }
     }
@@ -118,8 +119,8 @@ fn shape(place: &Whereabouts) -> Shape {
     Shape { monitor: place.monitor.clone(), memory, properties: Default::default() }
 }
 
-/// Lets the guest, which has come here, run, and tells its network. A monitor that does not answer yet is asked again: it may be waiting for pages, which
-/// come when the other side is connected again.
+/// Lets the guest, which has come here, run, and tells its network. A monitor that does not answer yet is asked
+/// again: it may be waiting for pages, which come when the other side is connected again.
 ///
 /// # Errors
 /// The last one, when QEMU has ended or has not answered for ten minutes.

@@ -37,8 +37,10 @@ pub struct QemuSource {
     addresses: Vec<u64>,
     memory: Arc<GuestMemory>,
     shape: Shape,
-    /// False for a guest that its owner has paused: then it stays so.
+    /// False for a guest that its owner had paused: it is left so at the destination.
     was_running: bool,
+    /// From the order to stop a running guest until it runs again.
+    is_stopped_by_us: bool,
     whereabouts: Whereabouts,
     /// While the guest is paused for us.
     changed_settings: Option<SavedSettings>,
@@ -76,6 +78,7 @@ impl QemuSource {
             memory,
             shape,
             was_running,
+            is_stopped_by_us: false,
             whereabouts,
             changed_settings: None,
         })
@@ -162,12 +165,19 @@ impl SourceGuest for QemuSource {
     }
 
     fn writes_past_page_tables(&mut self) -> Result<bool, GuestError> {
-        Ok(guards::reads_disks_directly(&mut self.qmp)?)
+        let pid = self.pid();
+        Ok(guards::reads_disks_directly(&mut self.qmp, pid)?)
+    }
+
+    fn is_running(&mut self) -> Result<bool, GuestError> {
+        Ok(self.status()? == "running")
     }
 
     fn pause(&mut self) -> Result<(), GuestError> {
         // Before the stop and not between it and the save, where each millisecond is downtime.
         self.change_settings()?;
+        // Its owner may have stopped it, or let it run, since it was attached to.
+        self.is_stopped_by_us |= self.status()? == "running";
         // QEMU replies when all vCPUs stand still and all disk requests have ended.
         self.qmp.execute(&stop {})?;
         Ok(())
@@ -178,13 +188,14 @@ impl SourceGuest for QemuSource {
         device_state::save(&mut self.qmp)
     }
 
-    /// A guest that its owner had paused before the migration stays paused.
+    /// A guest that its owner has paused stays paused.
     fn resume(&mut self) -> Result<(), GuestError> {
         self.await_answer()?;
         self.cancel_migration()?;
-        if self.was_running && self.status()? != "running" {
+        if self.is_stopped_by_us && self.status()? != "running" {
             device_state::cont(&mut self.qmp)?;
         }
+        self.is_stopped_by_us = false;
         self.restore_settings();
         Ok(())
     }

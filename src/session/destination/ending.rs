@@ -2,12 +2,20 @@
 
 use super::*;
 
-/// The guest runs here with all its pages, and the source has not been told.
-pub(super) fn untold(path: &Path) -> String {
+/// The guest runs here with all its pages, and the source has not been told: keeps what tells so. Gives what a person
+/// should know.
+pub(super) fn keep_evidence(journal: &mut Journal) -> String {
+    let what = "the source does not know yet that the guest runs here with all its pages";
+    // Whoever takes over would trust in less, and serve a guest that needs nothing.
+    if let Err(failure) = journal.record(&DestinationRecord::Complete) {
+        journal.remove();
+        return format!("{what}, and nothing here tells so: {failure}");
+    }
+    // As large as a 2048th of the guest, and of no use any more.
+    let _ = std::fs::remove_file(journal.pages_path());
     format!(
-        "the source does not know yet that the guest runs here with all its pages: it is told by \
-         `farfault receive --resume` here and `farfault send --resume` there, by what is in {}",
-        path.display()
+        "{what}: it is told by `farfault receive --resume` here and `farfault send --resume` there, by what is in {}",
+        journal.path().display()
     )
 }
 
@@ -33,7 +41,8 @@ impl Session {
         match &outcome {
             // The source may be in doubt: who has to decide there finds the answer here.
             DestinationOutcome::Migrated if !self.machine.source_knows() => {
-                self.output.note(&untold(&path));
+                let kept = keep_evidence(&mut self.journal.lock().expect("no holder panics"));
+                self.output.note(&kept);
             }
             DestinationOutcome::Migrated | DestinationOutcome::Refused(_) => {
                 self.journal.lock().expect("no holder panics").remove();

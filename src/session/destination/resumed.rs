@@ -9,7 +9,7 @@
 use tokio::task::JoinHandle;
 
 use super::actions::serve;
-use super::ending::untold;
+use super::ending::keep_evidence;
 use super::*;
 use crate::guest::Whereabouts;
 use crate::guest::qemu::{LeftQemu, end, let_run_when_it_answers};
@@ -90,10 +90,7 @@ pub async fn resume_receive(
                 "the guest was ended here, where it never ran; on the source see `farfault status`"
                     .to_owned()
             } else if left.settle_alone().await? {
-                if !has(Entry::Complete) {
-                    journal.record(&DestinationRecord::Complete)?;
-                }
-                untold(&journal.path())
+                keep_evidence(&mut journal)
             } else {
                 format!("on the source: farfault send --resume {}", found.about.migration)
             };

@@ -179,6 +179,12 @@ impl Session {
         );
         self.tasks.spawn_blocking(move || {
             let freeze = |sender: &mut RoundSender| {
+                if sender.tracks_while_it_runs() && guest.with(|guest| guest.writes_past_page_tables())? {
+                    return Err(Failure::new(
+                        "the guest has got a disk past the page cache while its writes were followed: some may be missed",
+                        "begin anew: from the start farfault can do it",
+                    ));
+                }
                 let begin = Instant::now();
                 *stopped_at.lock().expect("no holder panics") = Some(begin);
                 guest.with(|guest| guest.pause())?;

@@ -239,11 +239,18 @@ fn a_disk_that_is_read_past_the_page_cache_is_told_from_others() {
             file.path().display()
         );
         let qemu = TestQemu::machine("q35", &disk);
-        assert_eq!(guards::reads_disks_directly(&mut qemu.qmp()).ok(), Some(direct), "{cache}");
+        assert_eq!(
+            guards::reads_disks_directly(&mut qemu.qmp(), qemu.child.id()).ok(),
+            Some(direct),
+            "{cache}"
+        );
         qemu.source().expect("either can be moved");
     }
     let diskless = TestQemu::machine("q35", "");
-    assert_eq!(guards::reads_disks_directly(&mut diskless.qmp()).ok(), Some(false));
+    assert_eq!(
+        guards::reads_disks_directly(&mut diskless.qmp(), diskless.child.id()).ok(),
+        Some(false)
+    );
 }
 
 #[test]

@@ -84,6 +84,27 @@ fn a_guest_that_its_owner_paused_stays_paused() {
 }
 
 #[test]
+fn what_its_owner_tells_a_guest_in_pre_copy_holds_after_a_moment_of_standing_still() {
+    if skip() {
+        return;
+    }
+    for (attached, told, then) in [("-S", "cont", true), ("", "stop", false)] {
+        let more = format!("{attached} -qmp unix:second,server=on,wait=off");
+        let qemu = TestQemu::machine("q35", &more);
+        let second = qemu.directory.path().join("second");
+        wait_until("the second monitor is there", || second.exists());
+        let mut owner = Qmp::connect(&second).expect("a second monitor");
+        let mut source = qemu.source().expect("it can be moved, running or paused");
+        owner.human(told).expect("QEMU obeys");
+        wait_until("it has done so", || (status(&mut owner) == "running") == then);
+        source.pause().expect("it stops");
+        assert_ne!(status(&mut owner), "running");
+        source.resume().expect("it is as it was");
+        assert_eq!(status(&mut owner) == "running", then, "{told}");
+    }
+}
+
+#[test]
 fn a_guest_moves_to_another_qemu() {
     if skip() {
         return;
