@@ -19,7 +19,7 @@ use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use nix::fcntl::{Flock, FlockArg};
 use serde::Serialize;
@@ -120,6 +120,7 @@ pub fn list(state_dir: &Path) -> Result<(Vec<Found>, Vec<Failure>), Failure> {
     for entry in entries.flatten().take(MAX_MIGRATIONS) {
         let name = entry.file_name();
         if Side::of_name(&name.to_string_lossy()).is_none() {
+            sweep(&entry);
             continue;
         }
         match open_found(&entry.path()) {
@@ -131,6 +132,16 @@ pub fn list(state_dir: &Path) -> Result<(Vec<Found>, Vec<Failure>), Failure> {
     }
     found.sort_by_key(|one| (one.about.begun_unix_ms, one.name()));
     Ok((found, failures))
+}
+
+/// Removes what somebody was killed over while he made or removed it.
+fn sweep(entry: &fs::DirEntry) {
+    let is_unfinished = entry.file_name().to_string_lossy().ends_with(UNFINISHED);
+    let touched = entry.metadata().and_then(|about| about.modified()).ok();
+    let age = touched.and_then(|touched| touched.elapsed().ok());
+    if is_unfinished && age.is_some_and(|age| age > UNFINISHED_FOR) {
+        let _ = fs::remove_dir_all(entry.path());
+    }
 }
 
 /// The one that `id` names: a migration's id, the beginning of it, or with `.source` or `.destination`
@@ -172,21 +183,29 @@ impl Journal {
     /// When the directory exists or cannot be made.
     pub fn create(state_dir: &Path, about: &About) -> Result<Self, Failure> {
         let directory = state_dir.join(about.name());
+        // Who is killed half way leaves nothing that looks like a migration.
+        let new = beside(&directory, UNFINISHED);
         let make = || {
             DirBuilder::new().recursive(true).mode(0o700).create(state_dir)?;
-            DirBuilder::new().mode(0o700).create(&directory)?;
+            if directory.exists() {
+                return Err(io::ErrorKind::AlreadyExists.into());
+            }
+            DirBuilder::new().mode(0o700).create(&new)?;
             let file = OpenOptions::new()
                 .append(true)
                 .create_new(true)
                 .mode(0o600)
-                .open(directory.join(JOURNAL))?;
-            about::write_json(&directory.join(ABOUT), about, true)?;
+                .open(new.join(JOURNAL))?;
+            about::write_json(&new.join(ABOUT), about, true)?;
+            let file = Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, e)| e)?;
             // The names must be on disk too.
-            File::open(&directory)?.sync_all()?;
+            File::open(&new)?.sync_all()?;
+            fs::rename(&new, &directory)?;
             File::open(state_dir)?.sync_all()?;
-            Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, e)| e.into())
+            Ok(file)
         };
         let file = make().map_err(|error: io::Error| {
+            let _ = fs::remove_dir_all(&new);
             Failure::new(
                 format!("the journal {} cannot be made: {error}", directory.display()),
                 "name a directory that can be written with --state-dir",
@@ -304,16 +323,19 @@ impl Journal {
             }
             _ => {}
         }
+        // Who is killed half way leaves nothing that looks like a migration.
+        let old = beside(&self.directory, UNFINISHED);
+        let directory =
+            if fs::rename(&self.directory, &old).is_ok() { &old } else { &self.directory };
         // By name: to look what is there takes a descriptor, and there may be none.
         for name in [JOURNAL, ABOUT, TAKEOVER, SOCKET] {
-            for path in [self.directory.join(name), self.directory.join(name).with_extension("new")]
-            {
+            for path in [directory.join(name), directory.join(name).with_extension("new")] {
                 let _ = fs::remove_file(path);
             }
         }
-        let removed = fs::remove_dir(&self.directory);
-        if let Err(error) = removed.or_else(|_| fs::remove_dir_all(&self.directory)) {
-            tracing::warn!("the journal {} stays behind: {error}", self.directory.display());
+        let removed = fs::remove_dir(directory);
+        if let Err(error) = removed.or_else(|_| fs::remove_dir_all(directory)) {
+            tracing::warn!("the journal {} stays behind: {error}", directory.display());
         }
     }
 }
@@ -330,6 +352,17 @@ pub fn remove_state(state_dir: &Path) {
 pub fn pages_path(directory: &Path) -> PathBuf {
     let name = directory.file_name().unwrap_or_default().to_string_lossy();
     Path::new(PAGES_DIRECTORY).join(format!("farfault-{name}.pages"))
+}
+
+/// The directory of a migration while it is made, and while it is removed.
+const UNFINISHED: &str = ".unfinished";
+/// Longer than either takes.
+const UNFINISHED_FOR: Duration = Duration::from_secs(60);
+
+fn beside(directory: &Path, suffix: &str) -> PathBuf {
+    let mut path = directory.as_os_str().to_owned();
+    path.push(suffix);
+    path.into()
 }
 
 fn unix_ms() -> u64 {

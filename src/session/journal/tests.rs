@@ -177,3 +177,16 @@ fn a_state_directory_is_removed_with_the_page_tables_of_its_migrations() {
     remove_state(directory.path());
     assert!(!pages_path(&side).exists() && !directory.path().exists());
 }
+
+#[test]
+fn who_is_killed_over_making_or_removing_a_journal_leaves_no_migration() {
+    let dir = tempfile::tempdir().unwrap();
+    let half = dir.path().join("aa01.source.unfinished");
+    fs::create_dir(&half).unwrap();
+    let (found, failures) = list(dir.path()).unwrap();
+    assert!(found.is_empty() && failures.is_empty() && half.exists(), "{failures:?}");
+    let long_ago = SystemTime::now() - UNFINISHED_FOR * 2;
+    File::open(&half).unwrap().set_modified(long_ago).unwrap();
+    list(dir.path()).unwrap();
+    assert!(!half.exists(), "nobody works on it any more");
+}
