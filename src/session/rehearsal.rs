@@ -33,8 +33,9 @@ pub(super) fn rehearse(
     link_bytes_per_s: u64,
 ) -> Result<Option<Rehearsed>, Failure> {
     let pays = guest.with(|guest| {
-        // A guest that its owner has paused has nothing to gain.
-        guest.runs() && rehearsal_pays(guest.has_small_state(), link_bytes_per_s)
+        // Of one that its owner has paused, since it was attached to perhaps, the state is taken once, at the freeze.
+        let runs = guest.is_running().unwrap_or(false);
+        runs && rehearsal_pays(guest.has_small_state(), link_bytes_per_s)
     });
     if !pays {
         return Ok(None);
