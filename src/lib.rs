@@ -66,6 +66,7 @@
 
 pub mod cli;
 pub mod codec;
+mod cores;
 pub mod engine;
 #[cfg(test)]
 mod fuzz_cases;

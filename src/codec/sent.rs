@@ -66,6 +66,8 @@ struct Shard {
     lines: LineStore,
     /// See [`Known::Distrusted`].
     distrusted: PageSet,
+    /// All pages of which any of these may know: of most of a large guest, none does.
+    known: PageSet,
 }
 
 /// Of the base cache's memory, one part in so many is for the index of its contents.
@@ -83,6 +85,7 @@ impl SentPages {
             bases: BaseCache::new(cached_bytes, shard_pages),
             lines: LineStore::new(lines_bytes, shard_pages),
             distrusted: PageSet::empty(shard_pages),
+            known: PageSet::empty(shard_pages),
         };
         let shards: Vec<_> = (0..SHARDS).map(|_| shard()).collect();
         let cached: usize = shards.iter().map(|shard| shard.bases.capacity()).sum();
@@ -99,6 +102,9 @@ impl SentPages {
     /// When the page is beyond the guest; so for all methods.
     pub fn recall(&self, page: PageIndex, into: &mut PageBytes) -> Known {
         let (shard, at) = self.read(page);
+        if !shard.known.contains(at) {
+            return Known::Nothing;
+        }
         if shard.distrusted.contains(at) {
             return Known::Distrusted;
         }
@@ -115,7 +121,8 @@ impl SentPages {
     /// True when `page` can go as a delta.
     pub fn knows(&self, page: PageIndex) -> bool {
         let (shard, at) = self.read(page);
-        !shard.distrusted.contains(at)
+        shard.known.contains(at)
+            && !shard.distrusted.contains(at)
             && (shard.bases.get(at).is_some() || shard.lines.get(at).is_some())
     }
 
@@ -152,8 +159,9 @@ impl SentPages {
         hash: Option<ContentHash>,
     ) {
         let (mut shard, at) = self.write(page);
-        let Shard { bases, lines, distrusted } = &mut *shard;
+        let Shard { bases, lines, distrusted, known } = &mut *shard;
         distrusted.remove(at);
+        known.insert(at);
         let evicted = |colder, version, bytes: &PageBytes| {
             if lines.is_on() {
                 lines.insert(colder, version, &LineFingerprint::of(bytes));
@@ -182,11 +190,14 @@ impl SentPages {
             let run_end = (at.0 / RUN_PAGES + 1) * RUN_PAGES;
             let run = PageRange::new(at.0, run_end.min(pages.end.0));
             let (mut shard, first) = self.write(at);
-            for local in PageRange::new(first.0, first.0 + run.len()).pages() {
-                shard.bases.forget(local);
-                shard.lines.forget(local);
-                shard.distrusted.remove(local);
+            let local = PageRange::new(first.0, first.0 + run.len());
+            let Shard { bases, lines, distrusted, known } = &mut *shard;
+            for page in known.iter_in(local) {
+                bases.forget(page);
+                lines.forget(page);
+                distrusted.remove(page);
             }
+            known.remove_range(local);
             at = run.end;
         }
     }
@@ -197,6 +208,7 @@ impl SentPages {
         shard.bases.forget(at);
         shard.lines.forget(at);
         shard.distrusted.insert(at);
+        shard.known.insert(at);
     }
 
     /// What is occupied now.

@@ -5,7 +5,7 @@
 //! it. So comparing two of them as numbers puts recency before frequency, and counting bits gives the
 //! frequency. Only chunks in which a page was ever dirty take memory and time.
 
-use crate::page::{PageIndex, PageSet};
+use crate::page::{PageIndex, PageRange, PageSet};
 
 /// Pages of one allocation: 4 MiB of guest memory.
 pub const CHUNK_PAGES: u64 = 1024;
@@ -34,9 +34,9 @@ impl Heat {
     pub fn end_interval(&mut self, dirty: &PageSet) {
         assert_eq!(self.chunks.len() as u64, dirty.pages().div_ceil(CHUNK_PAGES));
         self.intervals += 1;
-        let words = dirty.words().chunks(CHUNK / 64);
-        for (chunk, words) in self.chunks.iter_mut().zip(words) {
-            let any = words.iter().any(|word| *word != 0);
+        for (chunk, start) in self.chunks.iter_mut().zip((0..).step_by(CHUNK)) {
+            let pages = PageRange::new(start, start + CHUNK_PAGES);
+            let any = !dirty.is_empty_in(pages);
             let Some(histories) = (if any {
                 Some(chunk.get_or_insert_with(|| Box::new([0; CHUNK])))
             } else {
@@ -45,12 +45,8 @@ impl Heat {
                 continue;
             };
             histories.iter_mut().for_each(|history| *history >>= 1);
-            for (word, histories) in words.iter().zip(histories.chunks_mut(64)) {
-                let mut left = *word;
-                while left != 0 {
-                    histories[left.trailing_zeros() as usize] |= NEWEST;
-                    left &= left - 1;
-                }
+            for page in dirty.iter_in(pages) {
+                histories[(page.0 - start) as usize] |= NEWEST;
             }
             if !any && histories.iter().all(|history| *history == 0) {
                 *chunk = None;

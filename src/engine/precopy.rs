@@ -61,13 +61,13 @@ impl PrecopyPlan {
     /// stay as they are sent.
     pub fn begin_round(&mut self) {
         let pages = self.todo.pages();
-        self.todo = PageSet::empty(pages);
-        self.late = PageSet::empty(pages);
+        self.todo.clear();
+        self.late.clear();
         self.is_late = false;
-        self.sent_now = PageSet::empty(pages);
+        self.sent_now.clear();
         self.cursor = 0;
         if !std::mem::replace(&mut self.has_begun, true) {
-            self.todo = PageSet::full(pages);
+            self.todo.insert_range(PageRange::new(0, pages));
         } else {
             self.take_in(PageRange::new(0, pages));
             std::mem::swap(&mut self.todo, &mut self.dirty);
@@ -127,7 +127,7 @@ impl PrecopyPlan {
         let pages = self.found.pages();
         self.take_in(PageRange::new(0, pages));
         self.heat.end_interval(&self.fresh);
-        self.fresh = PageSet::empty(pages);
+        self.fresh.clear();
         self.put_hot_pages_late();
     }
 
@@ -156,13 +156,11 @@ impl PrecopyPlan {
     pub fn take(&mut self, chunk: PageRange, into: &mut Vec<PageIndex>) {
         self.take_in(chunk);
         into.clear();
-        into.extend(members(&self.todo, chunk));
-        for page in into.iter() {
-            self.todo.remove(*page);
-            self.dirty.remove(*page);
-            self.sent.insert(*page);
-            self.sent_now.insert(*page);
-        }
+        into.extend(self.todo.iter_in(chunk));
+        self.dirty.subtract_in(chunk, &self.todo);
+        self.sent.union_in(chunk, &self.todo);
+        self.sent_now.union_in(chunk, &self.todo);
+        self.todo.remove_range(chunk);
     }
 
     /// These pages, taken in the first round, are not sent now after all, but in the next one.
@@ -218,32 +216,17 @@ impl PrecopyPlan {
         unsent
     }
 
-    /// The guest is stopped and its last writes are collected: what the destination still needs.
-    /// `populated`: of [`Self::unsent`] those that are not holes now.
-    pub fn remainder(&self, populated: &PageSet) -> Remainder {
-        let mut need = self.unsent();
-        let mut zero = need.clone();
-        zero.subtract(populated);
-        need.subtract(&zero);
-        Remainder { need, zero }
-    }
-
     /// What was found in `range` is dirty.
     fn take_in(&mut self, range: PageRange) {
         if range.len() == self.found.pages() {
-            let found = PageSet::empty(range.len());
-            let found = std::mem::replace(&mut self.found, found);
-            self.dirty.union_with(&found);
-            self.fresh.union_with(&found);
+            self.dirty.union_with(&self.found);
+            self.fresh.union_with(&self.found);
+            self.found.clear();
             return;
         }
-        let mut at = range.start;
-        while let Some(page) = self.found.first_from(at).filter(|page| *page < range.end) {
-            self.found.remove(page);
-            self.dirty.insert(page);
-            self.fresh.insert(page);
-            at = PageIndex(page.0 + 1);
-        }
+        self.dirty.union_in(range, &self.found);
+        self.fresh.union_in(range, &self.found);
+        self.found.remove_range(range);
     }
 
     /// A copy that the destination has is the base of a restless page's last change; what it has none
@@ -270,15 +253,6 @@ impl PrecopyPlan {
     }
 }
 
-fn members(set: &PageSet, range: PageRange) -> impl Iterator<Item = PageIndex> {
-    let mut at = range.start;
-    std::iter::from_fn(move || {
-        let page = set.first_from(at).filter(|page| *page < range.end)?;
-        at = PageIndex(page.0 + 1);
-        Some(page)
-    })
-}
-
 /// What the destination still needs at the freeze.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Remainder {
@@ -286,6 +260,17 @@ pub struct Remainder {
     pub need: PageSet,
     /// Holes that the destination does not know to be zero.
     pub zero: PageSet,
+}
+
+impl Remainder {
+    /// The guest is stopped and its last writes are collected: of what is [`PrecopyPlan::unsent`], `populated` are
+    /// not holes now.
+    pub fn of(unsent: PageSet, populated: PageSet) -> Self {
+        let (mut need, mut zero) = (populated, unsent);
+        need.intersect_with(&zero);
+        zero.subtract(&need);
+        Remainder { need, zero }
+    }
 }
 
 #[cfg(test)]
@@ -389,7 +374,7 @@ mod tests {
             for hole in holes {
                 populated.remove(PageIndex(hole % pages));
             }
-            let remainder = plan.remainder(&populated);
+            let remainder = Remainder::of(plan.unsent(), populated.clone());
             for page in (0..pages).map(PageIndex) {
                 let current = model.sent[page.0 as usize] == Some(model.now[page.0 as usize]);
                 let told = remainder.need.contains(page) || remainder.zero.contains(page);
@@ -442,7 +427,7 @@ mod tests {
         assert_eq!((plan.dirty_pages(), plan.held_back_pages()), (1, 1));
         plan.found_mut().insert(PageIndex(9));
         assert_eq!(round_of(&mut plan, &[hot]), [9]);
-        let need = plan.remainder(&PageSet::full(8 * CHUNK_PAGES)).need;
+        let need = Remainder::of(plan.unsent(), PageSet::full(8 * CHUNK_PAGES)).need;
         assert_eq!(need.iter().collect::<Vec<_>>(), [PageIndex(hot)]);
     }
 

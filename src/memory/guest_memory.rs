@@ -21,7 +21,7 @@ mod region;
 /// Pages among which holes are looked for at a time: 4 MiB.
 const STRETCH_PAGES: u64 = 1024;
 /// So many pages of a stretch are looked up one by one.
-const FEW_PAGES: u32 = 32;
+const FEW_PAGES: u64 = 32;
 
 /// Whether an alias may be written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -274,10 +274,9 @@ impl GuestMemory {
             let start = first.0 / STRETCH_PAGES * STRETCH_PAGES;
             let stretch = PageRange::new(start, (start + STRETCH_PAGES).min(self.pages()));
             at = stretch.end;
-            let words = &pages.words()[(start / 64) as usize..at.0.div_ceil(64) as usize];
-            let members: u32 = words.iter().map(|word| word.count_ones()).sum();
-            if members > FEW_PAGES {
+            if pages.len_in(stretch) > FEW_PAGES {
                 self.for_each_populated_run(stretch, |run| found.insert_range(run))?;
+                found.intersect_in(stretch, pages);
                 continue;
             }
             let mut next = first;
@@ -291,7 +290,6 @@ impl GuestMemory {
                 }
             }
         }
-        found.intersect_with(pages);
         Ok(found)
     }
 

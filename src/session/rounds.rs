@@ -21,7 +21,7 @@ use crate::codec::ladder::CodecChoice;
 use crate::codec::{CodecCounts, SentLimits, SentPages};
 use crate::engine::Failure;
 use crate::engine::policy::RoundSummary;
-use crate::engine::precopy::PrecopyPlan;
+use crate::engine::precopy::{PrecopyPlan, Remainder};
 use crate::engine::pusher::PusherKind;
 use crate::memory::{DirtyTracker, GuestMemory, MemoryError, ReadWitness};
 use crate::page::{PageIndex, PageRange, PageSet, Version};
@@ -91,8 +91,8 @@ impl RoundSender {
         self.tracker.is_some()
     }
 
-    /// Follows the guest's writes from now on: before the first page is read. With `standstill` the tracker is armed
-    /// and asked only while the guest stands still ([`SourceGuest::writes_past_page_tables`]), unless it
+    /// Follows the guest's writes from now on: before the first page is read. With `standstill` the tracker is
+    /// asked only while the guest stands still ([`SourceGuest::writes_past_page_tables`]), unless it
     /// compares content.
     ///
     /// [`SourceGuest::writes_past_page_tables`]: crate::guest::SourceGuest::writes_past_page_tables
@@ -102,9 +102,11 @@ impl RoundSender {
         standstill: Option<Standstill>,
     ) -> Result<(), Failure> {
         self.standstill = standstill.filter(|_| !tracker.compares_content());
-        match &self.standstill {
-            None => tracker.arm()?,
-            Some(standstill) => standstill.during(|_| Ok(tracker.arm()?))??,
+        tracker.arm()?;
+        if let Some(standstill) = &self.standstill {
+            // What was on its way past the page tables when they were armed is in memory now; what begins later
+            // they tell of. Arming takes too long for a guest to stand still for it.
+            standstill.during(|_| Ok(()))??;
         }
         self.witness = tracker.witness();
         self.tracker = Some(tracker);
@@ -234,8 +236,9 @@ impl RoundSender {
         if let Some(tracker) = &mut self.tracker {
             tracker.collect(all, self.plan.found_mut())?;
         }
-        let populated = self.populated_of(&self.plan.unsent())?;
-        let remainder = self.plan.remainder(&populated);
+        let unsent = self.plan.unsent();
+        let populated = self.populated_of(&unsent)?;
+        let remainder = Remainder::of(unsent, populated);
         let (memory, sent) = (self.memory.clone(), self.sent.clone());
         let order = (self.plan.take_heat(), self.pusher);
         Ok(FrozenPages::new(memory, sent, version, remainder, order, self.counters.clone()))

@@ -1,6 +1,7 @@
 //! How much of this host a migration takes when the operator does not say.
 
 use crate::codec::SentLimits;
+use crate::cores::cores;
 
 /// Of the memory that is available when the migration begins, the base cache takes an eighth
 const BASE_CACHE_SHARE: u64 = 8;
@@ -19,7 +20,7 @@ pub fn default_limits() -> SentLimits {
 
 /// As many threads as this process may use at a time, up to eight.
 pub fn default_encoders() -> usize {
-    std::thread::available_parallelism().map_or(1, |cores| cores.get().min(MAX_ENCODERS))
+    cores().min(MAX_ENCODERS)
 }
 
 fn limits_of(available_bytes: u64) -> SentLimits {

@@ -6,7 +6,6 @@
 //! to be the link's other end by a key that only the two ends of the main connection have. A link ends with any
 //! of its connections: what was on its way there may be lost.
 
-use std::num::NonZero;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -21,6 +20,7 @@ use super::options::Connections;
 use super::proof::Claim;
 use super::quic::Peer;
 use super::ticket::Secret;
+use crate::cores::cores;
 
 /// Connections of a link, at most.
 pub(crate) const MAX_CONNECTIONS: u8 = 16;
@@ -68,8 +68,7 @@ pub(super) fn keep_wide(link: &Link, dialler: Dialler) {
 }
 
 fn most_by_itself() -> usize {
-    let cores = std::thread::available_parallelism().map_or(1, NonZero::get);
-    (cores / 2).clamp(1, MOST_BY_ITSELF)
+    (cores() / 2).clamp(1, MOST_BY_ITSELF)
 }
 
 /// Adds connections until there are `most`, each when those before carry `wanted_at` bytes a second on average.

@@ -8,10 +8,10 @@ use serde::{Deserialize, Serialize};
 
 use super::state::PackedState;
 use crate::guest::Shape;
-use crate::page::{PageIndex, PageSet, Version};
+use crate::page::{PageIndex, PageRange, PageSet, Version};
 
 /// Version of everything in this module. Both sides must speak the same.
-pub const PROTOCOL: u16 = 2;
+pub const PROTOCOL: u16 = 3;
 
 /// Most pages that one fault request may name.
 pub const MAX_REQUEST_PAGES: usize = 256;
@@ -282,29 +282,87 @@ impl PackedBytes {
     }
 }
 
-/// A page set as it travels: its bitmap, compressed.
+/// Pages of a stretch of a page set on the wire.
+const STRETCH_PAGES: u64 = 32768;
+
+/// No page of the stretch is a member,
+const NONE: u8 = 0;
+/// all are,
+const ALL: u8 = 1;
+/// or some: its words follow.
+const SOME: u8 = 2;
+
+/// A page set as it travels: for each stretch of 32,768 pages a byte that says which pages of it are members; and of the
+/// stretches of which some are, the words of the bitmap. So it takes what the pages in it take, however large the guest.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct PackedSet(PackedBytes);
+pub struct PackedSet {
+    /// Of the guest.
+    pages: u64,
+    stretches: PackedBytes,
+    words: PackedBytes,
+}
 
 impl PackedSet {
     /// Compresses.
     pub fn pack(set: &PageSet) -> Self {
-        let mut bytes = Vec::with_capacity(size_of_val(set.words()));
-        for word in set.words() {
-            bytes.extend_from_slice(&word.to_le_bytes());
+        let (mut kinds, mut bytes) = (Vec::new(), Vec::new());
+        for stretch in stretches(set.pages()) {
+            let kind = match () {
+                () if set.is_empty_in(stretch) => NONE,
+                () if set.gaps_in(stretch).next().is_none() => ALL,
+                () => SOME,
+            };
+            kinds.push(kind);
+            if kind == SOME {
+                for index in words_of(stretch) {
+                    bytes.extend_from_slice(&set.word(index).to_le_bytes());
+                }
+            }
         }
-        PackedSet(PackedBytes::pack(&bytes))
+        let (stretches, words) = (PackedBytes::pack(&kinds), PackedBytes::pack(&bytes));
+        PackedSet { pages: set.pages(), stretches, words }
     }
 
     /// The set, which must be of a guest of `pages` pages.
     pub fn unpack(&self, pages: u64) -> Result<PageSet, MessageError> {
-        let bytes = self.0.unpack(pages.div_ceil(64) * 8)?;
-        let (words, rest) = bytes.as_chunks::<8>();
-        let words = words.iter().map(|w| u64::from_le_bytes(*w)).collect();
-        PageSet::from_words(words, pages).filter(|_| rest.is_empty()).ok_or_else(|| {
-            MessageError::Malformed(format!("a page set that is not of {pages} pages"))
-        })
+        let other = || MessageError::Malformed(format!("a page set that is not of {pages} pages"));
+        if self.pages != pages {
+            return Err(other());
+        }
+        let kinds = self.stretches.unpack(pages.div_ceil(STRETCH_PAGES))?;
+        let bytes = self.words.unpack(pages.div_ceil(64) * 8)?;
+        unpacked(&kinds, &bytes, pages).ok_or_else(other)
     }
+}
+
+fn unpacked(kinds: &[u8], bytes: &[u8], pages: u64) -> Option<PageSet> {
+    let mut set = PageSet::empty(pages);
+    let (words, []) = bytes.as_chunks::<8>() else { return None };
+    let mut words = words.iter().map(|word| u64::from_le_bytes(*word));
+    if kinds.len() as u64 != pages.div_ceil(STRETCH_PAGES) {
+        return None;
+    }
+    for (kind, stretch) in kinds.iter().zip(stretches(pages)) {
+        match *kind {
+            NONE => {}
+            ALL => set.insert_range(stretch),
+            SOME => {
+                words_of(stretch).try_for_each(|index| set.insert_word(index, words.next()?))?
+            }
+            _ => return None,
+        }
+    }
+    words.next().is_none().then_some(set)
+}
+
+fn stretches(pages: u64) -> impl Iterator<Item = PageRange> {
+    let starts = (0..pages).step_by(STRETCH_PAGES as usize);
+    starts.map(move |start| PageRange::new(start, (start + STRETCH_PAGES).min(pages)))
+}
+
+/// Of the bitmap, those that hold a stretch.
+fn words_of(stretch: PageRange) -> std::ops::Range<usize> {
+    (stretch.start.0 / 64) as usize..stretch.end.0.div_ceil(64) as usize
 }
 
 /// Bytes that are not the message they should be.
@@ -360,6 +418,47 @@ mod tests {
         assert_eq!(back.zero.unpack(1000).unwrap().len(), 1000);
         assert_eq!(back.device_state.unpack(None).unwrap(), vec![7; 5000]);
         assert!(back.need.unpack(999).is_err(), "a set of another guest");
+    }
+
+    #[test]
+    fn a_page_set_takes_what_its_members_take_and_comes_back() {
+        let pages = 20 * STRETCH_PAGES + 100;
+        let mut some = PageSet::empty(pages);
+        some.insert_range(PageRange::new(7, 3 * STRETCH_PAGES + 5));
+        some.insert(PageIndex(pages - 1));
+        for (set, most) in [(PageSet::empty(pages), 60), (PageSet::full(pages), 60), (some, 300)] {
+            let packed = PackedSet::pack(&set);
+            assert!(encode(&packed).len() < most, "{packed:?}");
+            assert_eq!(packed.unpack(pages).unwrap(), set);
+            assert!(packed.unpack(pages - 1).is_err(), "a set of another guest");
+        }
+    }
+
+    #[test]
+    fn a_page_set_that_is_none_is_refused() {
+        let pages = STRETCH_PAGES + 100;
+        let set = |kinds: &[u8], bytes: &[u8]| {
+            let (stretches, words) = (PackedBytes::pack(kinds), PackedBytes::pack(bytes));
+            PackedSet { pages, stretches, words }.unpack(pages)
+        };
+        let last = [0xff; 16];
+        let mut beyond = last;
+        beyond[12] = 0x1f;
+        let mut within = last;
+        within[12..].copy_from_slice(&[0x0f, 0, 0, 0]);
+        assert_eq!(set(&[NONE, SOME], &within).unwrap().len(), 100);
+        for (kinds, bytes) in [
+            (&[NONE, SOME][..], &last[..]),
+            (&[NONE, SOME], &beyond),
+            (&[NONE, SOME], &within[..8]),
+            (&[NONE, SOME], &within[..15]),
+            (&[NONE, NONE], &within),
+            (&[NONE], &[]),
+            (&[NONE, NONE, NONE], &[]),
+            (&[NONE, 3], &[]),
+        ] {
+            assert!(set(kinds, bytes).is_err(), "{kinds:?} {bytes:?}");
+        }
     }
 
     #[test]

@@ -4,7 +4,7 @@
 //! [`PrecopyPlan`] while the guest runs, a [`Pusher`] afterwards.
 
 use crate::engine::heat::Heat;
-use crate::engine::precopy::PrecopyPlan;
+use crate::engine::precopy::{PrecopyPlan, Remainder};
 use crate::engine::pusher::{Pusher, PusherKind};
 use crate::page::{PageIndex, PageRange, PageSet, Version};
 use crate::wire::message::{Lacking, PackedSet};
@@ -119,7 +119,7 @@ impl SourcePages {
     pub(super) fn freeze(&mut self, version: Version) {
         assert!(self.round.is_none(), "the round is still being sent");
         self.collect(PageRange::new(0, PAGES));
-        let need = self.plan.remainder(&PageSet::full(PAGES)).need;
+        let need = Remainder::of(self.plan.unsent(), PageSet::full(PAGES)).need;
         let pusher = Pusher::new(need.clone(), Heat::new(PAGES), PusherKind::default());
         self.frozen = Some((version, need, pusher));
     }

@@ -8,15 +8,23 @@ use crate::page::{PageIndex, PageRange, PageSet};
 /// empty: 1/63 more memory than the bitmap alone.
 #[derive(Clone, Debug)]
 pub struct Unsent {
+    pages: PageSet,
+    /// Above it, the lowest first.
     levels: Vec<Vec<u64>>,
-    pages: u64,
-    left: u64,
 }
 
 impl Unsent {
     /// The members of `set`.
     pub fn new(set: &PageSet) -> Self {
-        let mut levels = vec![set.words().to_vec()];
+        let words_of_64 = (0..set.pages()).step_by(64 * 64);
+        let is_empty = |first| set.is_empty_in(PageRange::new(first, first + 64));
+        let summary = |first: u64| {
+            if set.is_empty_in(PageRange::new(first, first + 64 * 64)) {
+                return 0;
+            }
+            (0..64).fold(0, |sum, bit| sum | u64::from(!is_empty(first + bit * 64)) << bit)
+        };
+        let mut levels: Vec<Vec<u64>> = vec![words_of_64.map(summary).collect()];
         while levels.last().is_some_and(|level| level.len() > 1) {
             let below = levels.last().expect("just looked at");
             let summary = |words: &[u64]| {
@@ -25,45 +33,67 @@ impl Unsent {
             };
             levels.push(below.chunks(64).map(summary).collect());
         }
-        Unsent { levels, pages: set.pages(), left: set.len() }
+        Unsent { pages: set.clone(), levels }
     }
 
     /// How many members are left.
     pub fn len(&self) -> u64 {
-        self.left
+        self.pages.len()
     }
 
     /// True when none is left.
     pub fn is_empty(&self) -> bool {
-        self.left == 0
+        self.pages.is_empty()
     }
 
     /// Size of the guest.
     pub fn pages(&self) -> u64 {
-        self.pages
+        self.pages.pages()
     }
 
     /// True for a member; pages beyond the guest never are.
     pub fn contains(&self, page: PageIndex) -> bool {
-        page.0 < self.pages && self.levels[0][(page.0 / 64) as usize] >> (page.0 % 64) & 1 == 1
+        self.pages.contains(page)
     }
 
     /// Takes a page out; true when it was a member.
     pub fn remove(&mut self, page: PageIndex) -> bool {
-        if !self.contains(page) {
+        if !self.pages.remove(page) {
             return false;
         }
-        self.left -= 1;
-        let mut at = page.0;
+        let mut at = page.0 / 64;
+        let mut is_empty = self.pages.word(at as usize) == 0;
         for level in &mut self.levels {
-            let word = &mut level[(at / 64) as usize];
-            *word &= !(1 << (at % 64));
-            if *word != 0 {
+            if !is_empty {
                 break;
             }
+            let word = &mut level[(at / 64) as usize];
+            *word &= !(1 << (at % 64));
+            is_empty = *word == 0;
             at /= 64;
         }
         true
+    }
+
+    /// Word `index` of the bitmap, or of a level above it; one beyond the guest is empty. `None` above all levels.
+    fn word(&self, height: usize, index: u64) -> Option<u64> {
+        let index = index as usize;
+        match height.checked_sub(1) {
+            None if index < self.pages.word_count() => Some(self.pages.word(index)),
+            None => Some(0),
+            Some(above) => {
+                self.levels.get(above).map(|level| level.get(index).copied().unwrap_or(0))
+            }
+        }
+    }
+
+    /// From bit `at` of a level that has bits below it down to a page: to the lowest one, or to the highest one.
+    fn down(&self, height: usize, mut at: u64, bit_of: impl Fn(u64) -> u32) -> PageIndex {
+        for height in (0..height).rev() {
+            let word = self.word(height, at).expect("below a level there is another");
+            at = at * 64 + u64::from(bit_of(word));
+        }
+        PageIndex(at)
     }
 
     /// The first member at or after `from`.
@@ -72,9 +102,7 @@ impl Unsent {
         let mut height = 0;
         // Up until some word has a bit at or above `at`, then down to the lowest bit of each word.
         loop {
-            let level = self.levels.get(height)?;
-            let word = level.get((at / 64) as usize).copied().unwrap_or(0);
-            let ahead = word & (u64::MAX << (at % 64));
+            let ahead = self.word(height, at / 64)? & (u64::MAX << (at % 64));
             if ahead != 0 {
                 at = at / 64 * 64 + u64::from(ahead.trailing_zeros());
                 break;
@@ -82,19 +110,15 @@ impl Unsent {
             at = at / 64 + 1;
             height += 1;
         }
-        for level in self.levels[..height].iter().rev() {
-            at = at * 64 + u64::from(level[at as usize].trailing_zeros());
-        }
-        Some(PageIndex(at))
+        Some(self.down(height, at, u64::trailing_zeros))
     }
 
     /// The last member at or before `until`.
     pub fn last_until(&self, until: PageIndex) -> Option<PageIndex> {
-        let mut at = until.0.min(self.pages.checked_sub(1)?);
+        let mut at = until.0.min(self.pages().checked_sub(1)?);
         let mut height = 0;
         loop {
-            let level = self.levels.get(height)?;
-            let behind = level[(at / 64) as usize] & (u64::MAX >> (63 - at % 64));
+            let behind = self.word(height, at / 64)? & (u64::MAX >> (63 - at % 64));
             if behind != 0 {
                 at = at / 64 * 64 + 63 - u64::from(behind.leading_zeros());
                 break;
@@ -102,18 +126,12 @@ impl Unsent {
             at = (at / 64).checked_sub(1)?;
             height += 1;
         }
-        for level in self.levels[..height].iter().rev() {
-            at = at * 64 + 63 - u64::from(level[at as usize].leading_zeros());
-        }
-        Some(PageIndex(at))
+        Some(self.down(height, at, |word| 63 - word.leading_zeros()))
     }
 
-    /// How many members are in a run that begins and ends at multiples of 64 or at the guest's end.
+    /// How many members are in `run`.
     pub fn count_in(&self, run: PageRange) -> u64 {
-        let words = &self.levels[0];
-        let end = (run.end.0.div_ceil(64) as usize).min(words.len());
-        let start = ((run.start.0 / 64) as usize).min(end);
-        words[start..end].iter().map(|word| u64::from(word.count_ones())).sum()
+        self.pages.len_in(run)
     }
 }
 

@@ -50,8 +50,8 @@ impl DirtyLog {
         let base = slot.pages.start.0;
         let mut wanted = PageSet::empty(log.len() as u64 * 64);
         wanted.insert_range(PageRange::new(range.start.0 - base, range.end.0 - base));
-        for (word, wanted) in log.iter_mut().zip(wanted.words()) {
-            *word &= wanted;
+        for (index, word) in log.iter_mut().enumerate() {
+            *word &= wanted.word(index);
         }
         // KVM clears whole words of its bitmap, or up to the end of the slot.
         let first = (range.start.0 - base) / 64;
@@ -61,7 +61,9 @@ impl DirtyLog {
         ioctl::clear_dirty_log(&self.vm.fd, slot.id, first * 64, pages as u32, window)
             .map_err(|errno| failed("clear the log", errno.into()))?;
         // Only now: where clearing fails, the pages are still in KVM's log.
-        let Some(dirty) = PageSet::from_words(log, wanted.pages()) else { return Ok(()) };
+        let Some(dirty) = PageSet::from_words(log.into_iter(), wanted.pages()) else {
+            return Ok(());
+        };
         for run in dirty.runs() {
             into.insert_range(PageRange::new(base + run.start.0, base + run.end.0));
         }

@@ -17,6 +17,7 @@ mod word;
 use std::sync::atomic::{AtomicU16, Ordering, fence};
 
 use super::MemoryError;
+use crate::cores::cores;
 use crate::page::{PageIndex, PageRange, PageSet, Version};
 
 pub use file::PageTable;
@@ -185,14 +186,12 @@ impl PageTable {
     /// The pages outside `need` that are not simply held, in ascending order. Some nanoseconds for each page
     /// that is, and of a large guest several threads look: it stands still.
     fn odd_pages_outside(&self, need: &PageSet) -> Vec<PageIndex> {
-        let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        let threads = (self.words().len() / PAGES_A_THREAD).clamp(1, cores.min(MAX_THREADS));
+        let threads = (self.words().len() / PAGES_A_THREAD).clamp(1, cores().min(MAX_THREADS));
         let share = self.words().len().div_ceil(threads).next_multiple_of(64).max(64);
-        let parts = self.words().chunks(share).zip(need.words().chunks(share / 64));
-        let parts = parts.zip((0..).step_by(share));
+        let parts = self.words().chunks(share).zip((0..).step_by(share));
         std::thread::scope(|scope| {
             let mut others: Vec<_> = parts
-                .map(|((words, needed), first)| move || odd_pages(first, words, needed).collect())
+                .map(|(words, first)| move || odd_pages(first, words, need).collect())
                 .collect();
             let own = others.pop();
             let others: Vec<_> = others.into_iter().map(|look| scope.spawn(look)).collect();
@@ -366,14 +365,14 @@ impl PageTable {
     }
 }
 
-/// Those of `words`, the first of which is that of page `first`, that are neither simply held nor `needed`.
+/// Those of `words`, the first of which is that of page `first`, a multiple of 64, that are neither simply held nor in
+/// `need`.
 fn odd_pages<'a>(
     first: u64,
     words: &'a [AtomicU16],
-    needed: &'a [u64],
+    need: &'a PageSet,
 ) -> impl Iterator<Item = PageIndex> + 'a {
-    let chunks = (first..).step_by(64).zip(words.chunks(64).zip(needed));
-    chunks.flat_map(|(first, (words, needed))| {
+    (first..).step_by(64).zip(words.chunks(64)).flat_map(|(first, words)| {
         let odd = |word: &AtomicU16| word::oddity(word.load(Ordering::Acquire));
         let mut found = 0u64;
         if words.iter().fold(0, |all, word| all | odd(word)) != 0 {
@@ -381,7 +380,9 @@ fn odd_pages<'a>(
                 found |= u64::from(odd(word) != 0) << bit;
             }
         }
-        found &= !needed;
+        if found != 0 {
+            found &= !need.word((first / 64) as usize);
+        }
         std::iter::from_fn(move || {
             let bit = found.trailing_zeros();
             (found != 0).then(|| {

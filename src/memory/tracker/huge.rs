@@ -10,8 +10,9 @@ use std::sync::Arc;
 use userfaultfd::Uffd;
 
 use super::pagemap::Pagemap;
-use super::write_protect::{protect, unprotect};
+use super::write_protect::{protect, unprotect, watch};
 use super::{DirtyTracker, HashScan, ReadWitness};
+use crate::cores::cores;
 use crate::memory::sys::PagemapQuery;
 use crate::memory::{GuestMemory, MemoryError};
 use crate::page::{PageIndex, PageRange, PageSet};
@@ -62,8 +63,7 @@ impl HugeWriteProtect {
     fn compare(&self, runs: &[PageRange], into: &mut PageSet) -> Result<(), MemoryError> {
         let pieces: Vec<PageRange> = runs.iter().flat_map(|run| in_pieces(*run)).collect();
         let pages: u64 = pieces.iter().map(PageRange::len).sum();
-        let cores = std::thread::available_parallelism().map_or(1, usize::from) as u64;
-        let threads = (pages / PAGES_A_THREAD).clamp(1, cores) as usize;
+        let threads = (pages / PAGES_A_THREAD).clamp(1, cores() as u64) as usize;
         let changed_in = |pieces: &[PageRange]| {
             let mut changed: Vec<PageIndex> = Vec::new();
             for piece in pieces {
@@ -101,16 +101,18 @@ impl DirtyTracker for HugeWriteProtect {
 
     fn arm(&mut self) -> Result<(), MemoryError> {
         self.armed = true;
-        protect(&self.uffd, &self.guest)
+        watch(&self.uffd, &self.guest)?;
+        // All of it: the file does not tell holes from content.
+        protect(&self.uffd, &self.guest, PageRange::new(0, self.memory.pages()))
     }
 
     fn collect(&mut self, range: PageRange, into: &mut PageSet) -> Result<(), MemoryError> {
         let mut runs = Vec::new();
         for units in self.whole_units(range) {
             let written = PagemapQuery::WrittenToProtect;
-            self.guest.scan(written, units, |run| runs.push(run))?;
+            self.guest.scan(written, &[units], |run| runs.push(run))?;
             let (mut at, mut gaps) = (units.start, Vec::new());
-            self.guest.scan(PagemapQuery::Mapped, units, |run| {
+            self.guest.scan(PagemapQuery::Mapped, &[units], |run| {
                 gaps.push(PageRange { start: at, end: run.start });
                 at = run.end;
             })?;

@@ -4,6 +4,7 @@ mod hash_scan;
 mod huge;
 mod pagemap;
 mod reads;
+mod touched;
 mod write_protect;
 
 use std::fmt;

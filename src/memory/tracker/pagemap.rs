@@ -1,20 +1,20 @@
 //! What the kernel tells of a process's own page table over guest RAM.
 
 use std::fs::File;
+use std::ops::Range;
 use std::os::fd::AsFd;
 use std::path::PathBuf;
 
 use nix::errno::Errno;
 
+use super::huge::HUGE_PAGES;
+use crate::cores::cores;
 use crate::memory::sys::{self, PagemapQuery, ScannedRegion};
 use crate::memory::{MemoryError, MemoryLayout};
 use crate::page::{PAGE_SIZE_BYTES, PageRange};
 
 /// Runs that one call of the kernel tells (24 bytes each).
 const RUNS_PER_SCAN: usize = 4096;
-
-/// Of a huge page.
-const HUGE_BYTES: u64 = 2 << 20;
 
 /// A thread is worth starting for so many pages: 4 GiB, some milliseconds.
 const PAGES_A_THREAD: u64 = 1 << 20;
@@ -49,39 +49,46 @@ impl Pagemap {
         regions.zip(&self.addresses).map(|(r, address)| (r.name.as_str(), *address, r.size_bytes))
     }
 
-    /// Calls `visit` with the runs of pages in `range` that `query` asks for, in ascending order. A wide
-    /// range is scanned by several threads: at the freeze it is all of the guest, which stands still.
-    ///
-    /// [`PagemapQuery::WrittenToProtect`] may give pages beside `range` too, some of them twice: those of a huge page
-    /// that lies partly in it. Asked for a part, the kernel splits the huge page, which leaves nothing mapped of shared
-    /// memory, and forgets what was written.
+    /// The addresses of `range`, one piece for each region.
+    pub(super) fn addresses_of(&self, range: PageRange) -> impl Iterator<Item = Range<u64>> {
+        self.layout.split(range).map(|(region, piece)| {
+            let first = self.layout.range_of(region).start.0;
+            let at = |page: u64| self.addresses[region] + (page - first) * PAGE_SIZE_BYTES as u64;
+            at(piece.start.0)..at(piece.end.0)
+        })
+    }
+
+    /// Calls `visit` with the runs of pages in `ranges`, which ascend, that `query` asks for, in ascending order. What is
+    /// wide is scanned by several threads: at the freeze it is all of the guest, which stands still.
     pub(super) fn scan(
         &mut self,
         query: PagemapQuery,
-        range: PageRange,
-        visit: impl FnMut(PageRange),
+        ranges: &[PageRange],
+        mut visit: impl FnMut(PageRange),
     ) -> Result<(), MemoryError> {
-        let cores = std::thread::available_parallelism().map_or(1, usize::from) as u64;
-        let threads = (range.len() / PAGES_A_THREAD).clamp(1, cores.min(MAX_THREADS));
+        let pages: u64 = ranges.iter().map(PageRange::len).sum();
+        let threads = (pages / PAGES_A_THREAD).clamp(1, (cores() as u64).min(MAX_THREADS));
         if threads == 1 {
             let mut found = std::mem::take(&mut self.found);
-            let scanned = self.scan_part(query, range, &mut found, visit);
+            let mut scan =
+                |range: &PageRange| self.scan_part(query, *range, &mut found, &mut visit);
+            let scanned = ranges.iter().try_for_each(&mut scan);
             self.found = found;
             return scanned;
         }
-        // Of part of a huge page the kernel does not take the protection anew.
-        let share = range.len().div_ceil(threads).next_multiple_of(super::huge::HUGE_PAGES);
-        let part = |number: u64| {
-            let start = range.start.0 + number * share;
-            let part = PageRange::new(start.min(range.end.0), (start + share).min(range.end.0));
+        let shares = self.shares(ranges, pages.div_ceil(threads));
+        let scan_share = |share: &[PageRange]| {
             let mut found = vec![ScannedRegion::default(); RUNS_PER_SCAN];
             let mut runs = Vec::new();
-            self.scan_part(query, part, &mut found, |run| runs.push(run)).map(|()| runs)
+            for part in share {
+                self.scan_part(query, *part, &mut found, |run| runs.push(run))?;
+            }
+            Ok(runs)
         };
         let parts: Result<Vec<Vec<PageRange>>, MemoryError> = std::thread::scope(|scope| {
-            let part = &part;
+            let scan_share = &scan_share;
             let threads: Vec<_> =
-                (0..threads).map(|number| scope.spawn(move || part(number))).collect();
+                shares.iter().map(|share| scope.spawn(move || scan_share(share))).collect();
             let join = |thread: std::thread::ScopedJoinHandle<'_, _>| {
                 thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
             };
@@ -102,12 +109,7 @@ impl Pagemap {
             let (first, address) = (self.layout.range_of(region).start.0, self.addresses[region]);
             let address_of = |page: u64| address + (page - first) * PAGE_SIZE_BYTES as u64;
             let page_at = |at: u64| first + (at - address) / PAGE_SIZE_BYTES as u64;
-            let (mut at, mut end) = (address_of(piece.start.0), address_of(piece.end.0));
-            if query == PagemapQuery::WrittenToProtect {
-                let region_end = address_of(self.layout.range_of(region).end.0);
-                at = (at / HUGE_BYTES * HUGE_BYTES).max(address);
-                end = end.next_multiple_of(HUGE_BYTES).min(region_end);
-            }
+            let (mut at, end) = (address_of(piece.start.0), address_of(piece.end.0));
             while at < end {
                 let scanned = sys::pagemap_scan(self.file.as_fd(), at, end, query, found);
                 let (runs, reached) = scanned.map_err(|source| match source {
@@ -125,5 +127,33 @@ impl Pagemap {
             }
         }
         Ok(())
+    }
+
+    /// Divides `ranges` into shares of about `share_pages` pages.
+    fn shares(&self, ranges: &[PageRange], share_pages: u64) -> Vec<Vec<PageRange>> {
+        let (mut shares, mut share, mut room) = (Vec::new(), Vec::new(), share_pages);
+        for range in ranges {
+            let mut rest = *range;
+            while rest.len() > room {
+                let cut = self.huge_page_from(rest.start.0 + room).min(rest.end.0);
+                share.push(PageRange::new(rest.start.0, cut));
+                shares.push(std::mem::take(&mut share));
+                (rest, room) = (PageRange::new(cut, rest.end.0), share_pages);
+            }
+            room -= rest.len();
+            share.push(rest);
+        }
+        shares.push(share);
+        shares
+    }
+
+    /// The first page from `page` on where nobody's huge page is cut. Of a part of one the kernel does not take the
+    /// protection anew, or it splits it.
+    fn huge_page_from(&self, page: u64) -> u64 {
+        let mut behind = self.layout.split(PageRange::new(page, self.layout.pages()));
+        let Some((region, rest)) = behind.next() else { return page };
+        let first = self.layout.range_of(region).start.0;
+        let at = self.addresses[region] / PAGE_SIZE_BYTES as u64 + (page - first);
+        (page + at.next_multiple_of(HUGE_PAGES) - at).min(rest.end.0)
     }
 }

@@ -68,7 +68,7 @@ impl ReadWatch {
         }
         let ReadWatch { alias, pages, .. } = self;
         let mut gap = range.start;
-        alias.scan(PagemapQuery::MappedSingly, range, |run| {
+        alias.scan(PagemapQuery::MappedSingly, &[range], |run| {
             pages.take(PageRange { start: gap, end: run.start }, into);
             gap = run.end;
         })?;
@@ -134,10 +134,16 @@ impl ReadWitness for ReadPages {
 
     /// What was read, and was still in the alias's page table when that was last looked at.
     fn known_populated(&self, pages: &PageSet) -> PageSet {
-        let words = self.0.iter().map(|word| word.load(Ordering::Relaxed));
-        let read = PageSet::from_words(words.collect(), pages.pages());
-        let mut known = read.expect("no page beyond the guest was read");
-        known.intersect_with(pages);
+        let mut known = PageSet::empty(pages.pages());
+        for run in pages.runs() {
+            for (word, first, mask) in self.words(run) {
+                let mut read = word.load(Ordering::Relaxed) & mask;
+                while read != 0 {
+                    known.insert(PageIndex(first + u64::from(read.trailing_zeros())));
+                    read &= read - 1;
+                }
+            }
+        }
         known
     }
 

@@ -3,10 +3,15 @@
 //!
 //! The first write to a protected page, in user or kernel mode, only removes its protection; the guest
 //! does not wait for anybody. A scan finds the unprotected pages and protects them again in one
-//! step. What it cannot see is a page that became a hole (a balloon gave it back), and stays protected,
+//! step. Only where something was ever touched ([`Touched`]): so arming and scanning take a time, and page tables a
+//! memory, that grow with what the guest has touched, not with its size. Of 2 MiB in which a first page has come to be
+//! since, a scan reports all once.
+//!
+//! What it cannot see is a page that became a hole (a balloon gave it back), and stays protected,
 //! even when the guest reads it and so fills it with zeros. [`ReadWatch`] finds those among the pages
 //! that were read; a page that was sent as a hole is zero until it is written.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use libc::c_void;
@@ -15,6 +20,7 @@ use userfaultfd::{FeatureFlags, RegisterMode, Uffd};
 
 use super::pagemap::Pagemap;
 use super::reads::ReadWatch;
+use super::touched::Touched;
 use super::{DirtyTracker, ReadWitness};
 use crate::memory::sys::{self, PagemapQuery};
 use crate::memory::userfault::{errno, register};
@@ -32,7 +38,9 @@ pub const TRACK_FEATURES: FeatureFlags = FeatureFlags::from_bits_retain(
 /// See the module's text.
 pub struct WriteProtect {
     uffd: Uffd,
+    memory: Arc<GuestMemory>,
     guest: Pagemap,
+    touched: Touched,
     reads: ReadWatch,
     armed: bool,
 }
@@ -50,7 +58,9 @@ impl WriteProtect {
         uffd: Uffd,
     ) -> Result<Self, MemoryError> {
         let guest = Pagemap::open(&pid.to_string(), memory.layout(), addresses)?;
-        Ok(WriteProtect { uffd, guest, reads: ReadWatch::new(memory)?, armed: false })
+        let touched = Touched::nothing_of(&memory, addresses);
+        let reads = ReadWatch::new(Arc::clone(&memory))?;
+        Ok(WriteProtect { uffd, memory, guest, touched, reads, armed: false })
     }
 }
 
@@ -61,12 +71,18 @@ impl DirtyTracker for WriteProtect {
 
     fn arm(&mut self) -> Result<(), MemoryError> {
         self.armed = true;
-        protect(&self.uffd, &self.guest)
+        watch(&self.uffd, &self.guest)?;
+        let all = PageRange::new(0, self.memory.pages());
+        self.touched.take_in(&self.memory, all)?;
+        let touched = self.touched.within(&self.memory, all);
+        touched.iter().try_for_each(|run| protect(&self.uffd, &self.guest, *run))
     }
 
     fn collect(&mut self, range: PageRange, into: &mut PageSet) -> Result<(), MemoryError> {
+        self.touched.take_in(&self.memory, range)?;
+        let touched = self.touched.within(&self.memory, range);
         let written = PagemapQuery::WrittenToProtect;
-        self.guest.scan(written, range, |run| into.insert_range(run))?;
+        self.guest.scan(written, &touched, |run| into.insert_range(run))?;
         self.reads.collect(range, into)
     }
 
@@ -82,11 +98,18 @@ impl DirtyTracker for WriteProtect {
     }
 }
 
-/// From here on the guest's first write to each page is seen.
-pub(super) fn protect(uffd: &Uffd, guest: &Pagemap) -> Result<(), MemoryError> {
+/// Registers all of the guest's RAM. Nothing of it is protected yet.
+pub(super) fn watch(uffd: &Uffd, guest: &Pagemap) -> Result<(), MemoryError> {
     for (name, address, size_bytes) in guest.regions() {
         register(uffd, name, "track", address, size_bytes, RegisterMode::WRITE_PROTECT)?;
-        let protected = uffd.write_protect(address as *mut c_void, size_bytes as usize);
+    }
+    Ok(())
+}
+
+/// From here on the guest's first write to each page of `range` is seen.
+pub(super) fn protect(uffd: &Uffd, guest: &Pagemap, range: PageRange) -> Result<(), MemoryError> {
+    for Range { start, end } in guest.addresses_of(range) {
+        let protected = uffd.write_protect(start as *mut c_void, (end - start) as usize);
         protected.map_err(|error| MemoryError::Userfault {
             action: "write-protect guest RAM",
             source: errno(&error),

@@ -16,7 +16,7 @@ impl Session {
         if self.lanes_of.replace(on_link.number) == Some(on_link.number) {
             return;
         }
-        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let cores = crate::cores::cores();
         let bulk = std::iter::repeat_n(Lane::Push, cores.min(MAX_BULK_APPLIERS));
         for lane in bulk.chain([Lane::FaultReply, Lane::Bundle]) {
             let applier = Applier {

@@ -9,7 +9,7 @@ use super::network::{FlightSent, Network, PageMessage, PageSent};
 use super::plan::Plan;
 use crate::engine::heat::Heat;
 use crate::engine::policy::RoundSummary;
-use crate::engine::precopy::PrecopyPlan;
+use crate::engine::precopy::{PrecopyPlan, Remainder};
 use crate::engine::pusher::{Pusher, PusherKind, Wanted};
 use crate::engine::source::*;
 use crate::engine::{Failure, MigrationPhase};
@@ -298,7 +298,7 @@ impl Source {
     fn freeze(&mut self, version: Version) {
         self.runs = false;
         self.collect();
-        let remainder = self.plan.remainder(&self.populated);
+        let remainder = Remainder::of(self.plan.unsent(), self.populated.clone());
         let pusher = Pusher::new(remainder.need.clone(), Heat::new(self.pages()), self.pusher);
         let (need, zero) = (remainder.need, remainder.zero);
         self.frozen = Some(Frozen { version, need, zero, pusher });

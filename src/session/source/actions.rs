@@ -303,7 +303,7 @@ impl Session {
         let fault_pace = Arc::new(Pace::new(1, Some(rate)));
         let reader = move || PageReader::new(Purpose::Fault, codecs, fault_pace.clone());
         let (answers, bundles) = Answers::new(on_link.link.clone(), frozen.clone());
-        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let cores = crate::cores::cores();
         for _ in 0..cores.clamp(*ANSWERERS.start(), *ANSWERERS.end()) {
             let (answers, happened) = (answers.clone(), self.happened.clone());
             let (on_link, reader) = (on_link.clone(), reader());

@@ -145,7 +145,7 @@ fn a_flight_that_is_none_is_refused() {
         (flight(last, &all, &all), "both"),
         // Of these nothing has come, and nothing is to come.
         (flight(last, &none, &none), "page"),
-        (flight(last, &other, &none), "bytes"),
+        (flight(last, &other, &none), "a page set that is not of"),
         (Bytes::from_static(&[0xff; 300]), "malformed"),
     ];
     for (flight, word) in cases {
