@@ -191,8 +191,8 @@ pub trait SourceGuest: Send {
 
     /// True when devices may write into RAM past the page tables while the guest runs: into pages that the kernel has
     /// pinned for a request. Such a write may come after the page was collected and read, and no later collection tells
-    /// of it. So what [`Self::track`] gives is then armed and asked only while the guest stands still, when no
-    /// request is under way.
+    /// of it. So the guest then stands still for a moment, when no request is under way, behind the arming of what
+    /// [`Self::track`] gives, and whenever that is asked.
     fn writes_past_page_tables(&mut self) -> Result<bool, GuestError> {
         Ok(false)
     }

@@ -11,7 +11,7 @@ use rustls::pki_types::{CertificateDer, PrivatePkcs8KeyDer, ServerName, UnixTime
 use rustls::{CertificateError, DigitallySignedStruct, Error, SignatureScheme};
 
 /// The protocol that both ends must speak.
-const ALPN: &[u8] = b"farfault/1";
+const ALPN: &[u8] = b"farfault/2";
 /// Sent as SNI and ignored: the fingerprint identifies the receiver.
 pub(super) const SERVER_NAME: &str = "farfault";
 

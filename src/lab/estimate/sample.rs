@@ -84,6 +84,8 @@ impl Sample {
             let scan = Instant::now();
             let mut now = PageSet::empty(memory.pages());
             tracker.collect(all, &mut now)?;
+            // Around a first page all is reported.
+            let now = memory.populated_of(&now)?;
             written.union_with(&now);
             later.union_with(&now);
             curve.push((begin.elapsed().as_secs_f64(), written.len()));
@@ -92,7 +94,9 @@ impl Sample {
                 let hot = Copies::of(&memory, evenly(&written, HOT_SAMPLE_PAGES), &populated);
                 early = Some((written.clone(), hot));
                 // What was written before its copy was made is in it.
-                tracker.collect(all, &mut written)?;
+                let mut since = PageSet::empty(memory.pages());
+                tracker.collect(all, &mut since)?;
+                written.union_with(&memory.populated_of(&since)?);
                 later = PageSet::empty(memory.pages());
             }
             let pause = SCAN_EVERY.max(scan.elapsed() * 4).saturating_sub(scan.elapsed());

@@ -68,8 +68,11 @@ pub(super) fn run(
     };
     let mut source = Guest::prepare(&place, "source", &spec)?;
     source.start(place.a().name(), &[])?;
-    wait_for("the guest to boot and to begin its work", BOOT_LIMIT, || Ok(source.log.last_beat()))
-        .with_context(|| source.errors())?;
+    wait_for("the guest to boot and to begin its work", BOOT_LIMIT, || {
+        source.must_run()?;
+        Ok(source.log.last_beat())
+    })
+    .with_context(|| source.errors())?;
     let estimate = estimate(scenario, cell, &place, &source)?;
     pause(BEFORE)?;
     let mut destination = Guest::prepare(&place, "destination", &spec)?;

@@ -206,13 +206,19 @@ impl Guest {
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(File::create(&self.errors)?);
         self.process = Some(Guarded::spawn(&self.name, &mut command)?);
         wait_for("QEMU to open its monitor", BOOT_TIMEOUT, || {
-            if let Some(process) = &mut self.process
-                && process.ended()?.is_some()
-            {
-                bail!("QEMU has ended: {}", self.errors());
-            }
+            self.must_run()?;
             Ok(self.monitor.exists().then_some(()))
         })
+    }
+
+    /// An error that says why, once QEMU has ended, if it was started here.
+    pub fn must_run(&mut self) -> Result<()> {
+        if let Some(process) = &mut self.process
+            && process.ended()?.is_some()
+        {
+            bail!("QEMU has ended: {}", self.errors());
+        }
+        Ok(())
     }
 
     /// The whole command line, the program first.

@@ -137,11 +137,8 @@ impl ReadWitness for ReadPages {
         let mut known = PageSet::empty(pages.pages());
         for run in pages.runs() {
             for (word, first, mask) in self.words(run) {
-                let mut read = word.load(Ordering::Relaxed) & mask;
-                while read != 0 {
-                    known.insert(PageIndex(first + u64::from(read.trailing_zeros())));
-                    read &= read - 1;
-                }
+                let read = word.load(Ordering::Relaxed) & mask;
+                known.insert_word((first / 64) as usize, read).expect("it is of the run");
             }
         }
         known

@@ -366,6 +366,31 @@ fn huge_pages_do_not_hide_a_hole() {
 }
 
 #[test]
+fn a_huge_page_that_came_and_was_split_between_two_looks_is_reported() {
+    if !nix::unistd::geteuid().is_root() {
+        eprintln!("*** SKIPPED: not root ***");
+        return;
+    }
+    let memory = huge_memory();
+    let mut guest = TestGuest::start(&memory);
+    let mut tracker = tracker(TrackerKind::WriteProtect, &memory, &guest);
+    tracker.witness().unwrap().saw_holes(PageRange::new(0, 1024));
+    guest.write(PageIndex(3), 1);
+    assert_eq!(memory.populated(PageRange::new(0, 1024)).unwrap().len(), 512, "a huge page");
+    // The kernel splits it, and leaves nothing of it in the guest's page table.
+    memory.punch_hole(PageRange::new(4, 5)).unwrap();
+    let mut collect = || {
+        let mut dirty = PageSet::empty(1024);
+        tracker.collect(PageRange::new(0, 1024), &mut dirty).unwrap();
+        dirty
+    };
+    assert!(collect().contains(PageIndex(3)));
+    assert!(collect().is_empty());
+    guest.write(PageIndex(3), 2);
+    assert_eq!(collect().iter().collect::<Vec<_>>(), [PageIndex(3)]);
+}
+
+#[test]
 fn write_tracking_can_be_taken_up_again() {
     let (memory, mut guest) = guest();
     (0..10).for_each(|page| guest.write(PageIndex(page), 1));

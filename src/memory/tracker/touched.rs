@@ -1,7 +1,7 @@
 //! Which parts of guest RAM can have anything to be seen in a page table.
 //!
-//! The kernel takes what was never touched for written, and protecting it fills page tables with nothing but marks: 2
-//! MiB for a GiB of guest, and the time to look at them ever after. So what is neither in the file nor was ever
+//! Protecting what was never touched fills page tables with nothing but marks: 2 MiB for a GiB of guest, and the time to
+//! look at them ever after; and so does a scan of it, on kernels that take it for written. So what is neither in the file nor was ever
 //! found there is left out. It is looked for anew in each collection, as far as it may have come to be since: that
 //! takes a time that grows with the number of gaps, and no time in a guest all of which was touched.
 
@@ -16,7 +16,7 @@ pub(super) struct Touched {
     units: PageSet,
 }
 
-/// Asked for a part of a huge page, the kernel splits it, which leaves nothing mapped of shared memory, and forgets
+/// The units of a region. Asked for a part of a huge page, the kernel splits it, which leaves nothing mapped of shared memory, and forgets
 /// what was written. So these are what it is asked for.
 struct RegionUnits {
     pages: PageRange,
@@ -64,12 +64,14 @@ impl Touched {
         Touched { regions, units: PageSet::empty(first_unit) }
     }
 
-    /// Takes in what has come to be there in `range`, or in the units at its ends.
+    /// Takes in what has come to be there in `range`, or in the units at its ends, and gives the units that are new, as far
+    /// as they are the guest's.
     pub(super) fn take_in(
         &mut self,
         memory: &GuestMemory,
         range: PageRange,
-    ) -> Result<(), MemoryError> {
+    ) -> Result<Vec<PageRange>, MemoryError> {
+        let mut new = Vec::new();
         for (number, piece) in memory.layout().split(range) {
             let region = &self.regions[number];
             let gaps: Vec<PageRange> = self.units.gaps_in(region.units_of(piece)).collect();
@@ -77,11 +79,16 @@ impl Touched {
                 while let Some(page) = memory.first_populated(region.pages_of(gap))? {
                     let unit = region.unit_of(page);
                     self.units.insert(PageIndex(unit));
+                    let pages = region.pages_of(PageRange::new(unit, unit + 1));
+                    match new.last_mut() {
+                        Some(PageRange { end, .. }) if *end == pages.start => *end = pages.end,
+                        _ => new.push(pages),
+                    }
                     gap.start = PageIndex(unit + 1);
                 }
             }
         }
-        Ok(())
+        Ok(new)
     }
 
     /// What of `range` was touched, and of the units at its ends: whole units as far as they are the guest's, each piece in
@@ -141,13 +148,19 @@ mod tests {
                 }
                 let start = start.index(pages as usize) as u64;
                 let range = PageRange::new(start, (start + length).min(pages));
-                touched.take_in(&memory, range).unwrap();
+                let before: Vec<u64> =
+                    touched.within(&memory, range).iter().flat_map(PageRange::pages).map(|page| page.0).collect();
+                let new = touched.take_in(&memory, range).unwrap();
+                let mut all: Vec<u64> =
+                    new.iter().flat_map(PageRange::pages).map(|page| page.0).chain(before).collect();
+                all.sort_unstable();
                 let within: Vec<u64> =
                     touched.within(&memory, range).iter().flat_map(|run| run.start.0..run.end.0).collect();
                 let units: std::collections::BTreeSet<_> = range.pages().map(|page| unit_of(page.0)).collect();
                 let expected: Vec<u64> = (0..pages)
                     .filter(|page| units.contains(&unit_of(*page)) && there.contains(&unit_of(*page)))
                     .collect();
+                prop_assert_eq!(&all, &expected);
                 prop_assert_eq!(within, expected);
             }
         }

@@ -4,8 +4,9 @@
 //! The first write to a protected page, in user or kernel mode, only removes its protection; the guest
 //! does not wait for anybody. A scan finds the unprotected pages and protects them again in one
 //! step. Only where something was ever touched ([`Touched`]): so arming and scanning take a time, and page tables a
-//! memory, that grow with what the guest has touched, not with its size. Of 2 MiB in which a first page has come to be
-//! since, a scan reports all once.
+//! memory, that grow with what the guest has touched, not with its size. All of 2 MiB in which a first page has come to be
+//! since is protected, and reported once, whatever the page table says: it may have had the page by way of a huge page, and
+//! have lost it again with what it knew of writes. Where pages were protected there are no huge ones.
 //!
 //! What it cannot see is a page that became a hole (a balloon gave it back), and stays protected,
 //! even when the guest reads it and so fills it with zeros. [`ReadWatch`] finds those among the pages
@@ -64,6 +65,15 @@ impl WriteProtect {
     }
 }
 
+impl WriteProtect {
+    /// Protects what was not touched before, and gives it.
+    fn protect_new(&mut self, range: PageRange) -> Result<Vec<PageRange>, MemoryError> {
+        let new = self.touched.take_in(&self.memory, range)?;
+        new.iter().try_for_each(|run| protect(&self.uffd, &self.guest, *run))?;
+        Ok(new)
+    }
+}
+
 impl DirtyTracker for WriteProtect {
     fn name(&self) -> &'static str {
         "write-protect"
@@ -72,14 +82,12 @@ impl DirtyTracker for WriteProtect {
     fn arm(&mut self) -> Result<(), MemoryError> {
         self.armed = true;
         watch(&self.uffd, &self.guest)?;
-        let all = PageRange::new(0, self.memory.pages());
-        self.touched.take_in(&self.memory, all)?;
-        let touched = self.touched.within(&self.memory, all);
-        touched.iter().try_for_each(|run| protect(&self.uffd, &self.guest, *run))
+        self.protect_new(PageRange::new(0, self.memory.pages()))?;
+        Ok(())
     }
 
     fn collect(&mut self, range: PageRange, into: &mut PageSet) -> Result<(), MemoryError> {
-        self.touched.take_in(&self.memory, range)?;
+        self.protect_new(range)?.into_iter().for_each(|run| into.insert_range(run));
         let touched = self.touched.within(&self.memory, range);
         let written = PagemapQuery::WrittenToProtect;
         self.guest.scan(written, &touched, |run| into.insert_range(run))?;
