@@ -20,8 +20,10 @@ const INTERVAL: Duration = Duration::from_millis(500);
 /// Of a guest so large that a look takes long, looks take no more than this share of the time.
 const LOOKING: u32 = 20;
 
-/// Runs of holes that are told together.
+/// Runs of holes that are told together,
 const MAX_HOLE_RUNS: usize = 1024;
+/// and about so many pages of them: finding more, 4 GiB, would keep the looks at the guest's writes waiting.
+const MAX_HOLE_PAGES: u64 = 1 << 20;
 
 /// Pages for one thread to send.
 #[derive(Debug, Default)]
@@ -76,7 +78,10 @@ impl<'a> Desk<'a> {
         self.look_when_due()?;
         task.pages.clear();
         task.holes.clear();
-        while self.begun.pages.len() < BATCH_PAGES && self.begun.holes.len() < MAX_HOLE_RUNS {
+        while self.begun.pages.len() < BATCH_PAGES
+            && self.begun.holes.len() < MAX_HOLE_RUNS
+            && self.begun.holes.iter().map(PageRange::len).sum::<u64>() < MAX_HOLE_PAGES
+        {
             let Some(chunk) = self.plan.next_chunk() else { break };
             if let Some(tracker) = self.tracker.as_mut().filter(|_| !self.at_rest) {
                 tracker.collect(chunk, self.plan.found_mut())?;
