@@ -118,9 +118,9 @@ pub(super) fn watch(uffd: &Uffd, guest: &Pagemap) -> Result<(), MemoryError> {
 pub(super) fn protect(uffd: &Uffd, guest: &Pagemap, range: PageRange) -> Result<(), MemoryError> {
     for Range { start, end } in guest.addresses_of(range) {
         let protected = uffd.write_protect(start as *mut c_void, (end - start) as usize);
-        protected.map_err(|error| MemoryError::Userfault {
-            action: "write-protect guest RAM",
-            source: errno(&error),
+        protected.map_err(|error| match errno(&error) {
+            Errno::ESRCH => MemoryError::ProcessGone,
+            source => MemoryError::Userfault { action: "write-protect guest RAM", source },
         })?;
     }
     Ok(())
