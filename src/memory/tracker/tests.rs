@@ -377,7 +377,7 @@ fn a_huge_page_that_came_and_was_split_between_two_looks_is_reported() {
     tracker.witness().unwrap().saw_holes(PageRange::new(0, 1024));
     guest.write(PageIndex(3), 1);
     assert_eq!(memory.populated(PageRange::new(0, 1024)).unwrap().len(), 512, "a huge page");
-    // The kernel splits it, and leaves nothing of it in the guest's page table.
+    // The kernel splits it, and leaves nothing of it in the guest's page table; some kernels take that for unwritten.
     memory.punch_hole(PageRange::new(4, 5)).unwrap();
     let mut collect = || {
         let mut dirty = PageSet::empty(1024);
