@@ -1,9 +1,9 @@
 //! Which parts of guest RAM can have anything to be seen in a page table.
 //!
 //! Protecting what was never touched fills page tables with nothing but marks: 2 MiB for a GiB of guest, and the time to
-//! look at them ever after; and so does a scan of it, on kernels that take it for written. So what is neither in the file nor was ever
-//! found there is left out. It is looked for anew in each collection, as far as it may have come to be since: that
-//! takes a time that grows with the number of gaps, and no time in a guest all of which was touched.
+//! look at them ever after; and so does a scan of it, on kernels that take it for written. So what is neither in the
+//! file nor was ever found there is left out. It is looked for anew in each collection, as far as it may have come to be
+//! since: that takes a time that grows with the number of gaps, and no time in a guest all of which was touched.
 
 use super::huge::HUGE_PAGES;
 use crate::memory::{GuestMemory, MemoryError};
@@ -16,8 +16,8 @@ pub(super) struct Touched {
     units: PageSet,
 }
 
-/// The units of a region. Asked for a part of a huge page, the kernel splits it, which leaves nothing mapped of shared memory, and forgets
-/// what was written. So these are what it is asked for.
+/// The units of a region. Asked for a part of a huge page, the kernel splits it, which leaves nothing mapped of shared
+/// memory, and forgets what was written. So these are what it is asked for.
 struct RegionUnits {
     pages: PageRange,
     /// Pages by which the region begins behind the begin of its first unit.
