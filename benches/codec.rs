@@ -2,8 +2,9 @@
 //!
 //! The pages are those in `target/corpus`, which `tools/build-guest-with redis`, `tools/build-guest-with python` and
 //! `cargo run --release -p farfault-corpus` make, or in the directory that `FARFAULT_CORPORA` names: `NAME.full`
-//! (pages), `NAME.old` and `NAME.new` (the same pages before and after a change), each a plain sequence of
-//! pages. Where there are none, the pages are made up, and the tables say so.
+//! (pages), `NAME.old` and `NAME.new` (the same pages before and after a change), and `NAME.guest` (all pages of
+//! the guest that are not zero, each content once), each a plain sequence of pages. Where there are none, the pages
+//! are made up, and the tables say so.
 //!
 //! `cargo bench --bench codec` prints all tables; `cargo bench --bench codec -- zstd:1 scan` only the rows
 //! whose name has one of the words in it. A speed is the best of up to `PASSES` passes over a whole corpus, in
@@ -16,10 +17,13 @@ use std::time::{Duration, Instant};
 
 use farfault::codec::delta::{DeltaPacker, WordMask};
 use farfault::codec::pack::Compressor;
-use farfault::codec::{CodecChoice, DeltaCodec, LineFingerprint, is_zero, xbzrle};
+use farfault::codec::{
+    CodecChoice, DeltaCodec, Kin, KinFinder, LineFingerprint, PageCodec, SentLimits, SentPages,
+    is_zero, xbzrle,
+};
 use farfault::page::{PAGE_SIZE_BYTES, PageBytes, PageIndex, Version};
 use farfault::wire::limits::MAX_PAGES_PER_FRAME;
-use farfault::wire::{DecodeScratch, Frame, FrameEncoder, PageToSend};
+use farfault::wire::{DecodeScratch, DecodedPage, Frame, FrameEncoder, PageToSend};
 use xxhash_rust::xxh3::xxh3_64;
 
 /// Of which the best counts: other things run on the machine.
@@ -67,6 +71,20 @@ const CHANGED: [&str; 17] = [
     "zstd:15/zstd-old:15",
 ];
 
+/// In the order in which a guest's first copies go, where some are kin of others.
+const GUESTS: [&str; 10] = [
+    "lz4/off",
+    "zstd:1/off",
+    "zstd-kin:1/off",
+    "zstd:3/off",
+    "zstd-kin:3/off",
+    "zstd-kin:4/off",
+    "zstd:6/off",
+    "zstd-kin:6/off",
+    "zstd:9/off",
+    "zstd-kin:9/off",
+];
+
 /// For replies to faults.
 const WHOLE_SINGLE: [&str; 5] = ["raw/off", "lz4/off", "zstd:-3/off", "zstd:1/off", "zstd:3/off"];
 const CHANGED_SINGLE: [&str; 4] =
@@ -78,6 +96,7 @@ struct Corpus {
     full: Vec<PageBytes>,
     old: Vec<PageBytes>,
     new: Vec<PageBytes>,
+    guest: Vec<PageBytes>,
 }
 
 fn corpora() -> Vec<Corpus> {
@@ -102,7 +121,8 @@ fn corpora() -> Vec<Corpus> {
             bytes.as_chunks::<PAGE_SIZE_BYTES>().0.to_vec()
         };
         let name = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
-        let corpus = Corpus { name, full: pages("full"), old: pages("old"), new: pages("new") };
+        let (full, guest) = (pages("full"), pages("guest"));
+        let corpus = Corpus { name, full, old: pages("old"), new: pages("new"), guest };
         assert_eq!(corpus.old.len(), corpus.new.len(), "{}: pairs", corpus.name);
         corpus
     };
@@ -134,7 +154,7 @@ fn made_up() -> Corpus {
             page[at..at + 8].copy_from_slice(&random.u64(..1 << 20).to_le_bytes());
         }
     }
-    Corpus { name: "made-up".to_owned(), old: full.clone(), new, full }
+    Corpus { name: "made-up".to_owned(), old: full.clone(), new, guest: full.clone(), full }
 }
 
 /// The pairs that do not go whole: where at most three quarters of the words have changed.
@@ -142,7 +162,7 @@ fn changed_in_words(corpus: &Corpus) -> Corpus {
     let most = WordMask::UNITS_PER_PAGE * 3 / 4;
     let pairs = corpus.old.iter().zip(&corpus.new);
     let (old, new) = pairs.filter(|(old, new)| WordMask::between(old, new).count() <= most).unzip();
-    Corpus { name: corpus.name.clone(), full: Vec::new(), old, new }
+    Corpus { name: corpus.name.clone(), full: Vec::new(), old, new, guest: Vec::new() }
 }
 
 /// What became of a corpus, or of all.
@@ -214,7 +234,7 @@ fn through_frames(
     let encode_s = best(|| {
         wire.clear();
         for batch in send.chunks(together) {
-            encoder.encode(NOW, batch, &mut wire);
+            encoder.encode(NOW, batch, &Kin::default(), &mut wire);
         }
     });
     let mut scratch = DecodeScratch::default();
@@ -230,7 +250,7 @@ fn through_frames(
             let decoded = decoded.expect("our own frame");
             if check {
                 for (position, entry) in frame.pages().enumerate() {
-                    if let farfault::wire::DecodedPage::Bytes(bytes) = decoded.get(position) {
+                    if let DecodedPage::Bytes(bytes) = decoded.get(position) {
                         assert!(*bytes == pages[entry.page.0 as usize], "{choice}: another page");
                     }
                 }
@@ -247,6 +267,56 @@ fn through_frames(
         encode_s,
         decode_s,
         bare_s: bare(choice, pages, bases, together),
+    }
+}
+
+/// As a first round does, with all that is remembered of it: once, since a guest is large.
+fn through_first_round(choice: CodecChoice, pages: &[PageBytes]) -> Done {
+    let limits = SentLimits { base_cache_bytes: 2 << 30, lines_bytes: 0 };
+    let sent = SentPages::new(limits, pages.len() as u64);
+    let (mut encoder, mut finder) = (FrameEncoder::new(choice), KinFinder::default());
+    let (mut wire, with_kin) = (Vec::new(), matches!(choice.page, PageCodec::ZstdKin { .. }));
+    let send = to_send(pages, None);
+    let begin = Instant::now();
+    for batch in send.chunks(MAX_PAGES_PER_FRAME) {
+        finder.begin();
+        for page in batch {
+            match with_kin {
+                true => finder.look_at(page.bytes),
+                false => finder.pass_over(),
+            }
+        }
+        let kin = finder.find(&sent, |_, _| true);
+        encoder.encode(NOW, batch, kin, &mut wire);
+        for (position, page) in batch.iter().enumerate() {
+            sent.remember(page.page, NOW, page.bytes, None, finder.anchors_of(position));
+            finder.sent(page.page);
+        }
+    }
+    let encode_s = begin.elapsed().as_secs_f64();
+    let (mut scratch, mut rest) = (DecodeScratch::default(), wire.as_slice());
+    let mut decode_s = 0.0;
+    while !rest.is_empty() {
+        let begin = Instant::now();
+        let (frame, left) = Frame::parse(rest, u64::MAX).expect("our own frame");
+        let decoded = frame.decode(&mut scratch, |_, base, into| {
+            *into = pages[base.page.0 as usize];
+            true
+        });
+        let decoded = decoded.expect("our own frame");
+        decode_s += begin.elapsed().as_secs_f64();
+        for (position, entry) in frame.pages().enumerate() {
+            let right = DecodedPage::Bytes(&pages[entry.page.0 as usize]);
+            assert!(decoded.get(position) == right, "{choice}: another page");
+        }
+        rest = left;
+    }
+    Done {
+        input_bytes: pages.len() * PAGE_SIZE_BYTES,
+        coded_bytes: wire.len(),
+        encode_s,
+        decode_s,
+        bare_s: bare(choice, pages, &[], MAX_PAGES_PER_FRAME),
     }
 }
 
@@ -416,6 +486,13 @@ fn main() {
         println!();
     };
     table("whole pages, 64 together", &corpora, &WHOLE, MAX_PAGES_PER_FRAME);
+    head("whole guests, 64 pages together", &corpora, false);
+    for name in GUESTS.iter().filter(|name| wanted(name)) {
+        let choice = name.parse().expect("a codec choice");
+        let code = |corpus: &Corpus| through_first_round(choice, &corpus.guest);
+        row(name, &corpora.iter().map(code).collect::<Vec<_>>(), None);
+    }
+    println!();
     table("whole pages, one by one", &corpora, &WHOLE_SINGLE, 1);
     deltas("changed pages, 64 together", &corpora, &CHANGED, MAX_PAGES_PER_FRAME);
     let in_words: Vec<_> = corpora.iter().map(changed_in_words).collect();

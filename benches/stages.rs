@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use farfault::codec::CodecChoice;
+use farfault::codec::Kin;
 use farfault::memory::{GuestMapping, GuestMemory, MemoryLayout, RegionLayout, TrackerKind};
 use farfault::page::{PAGE_SIZE_BYTES, PageBytes, PageIndex, PageRange, PageSet, Version};
 use farfault::wire::limits::MAX_PAGES_PER_FRAME;
@@ -241,5 +242,5 @@ fn encode_chunk(
     let to_send = chunk.pages().zip(pages);
     let to_send: Vec<_> =
         to_send.map(|(page, bytes)| PageToSend { page, bytes, base: None }).collect();
-    encoder.encode(Version(1), &to_send, frame);
+    encoder.encode(Version(1), &to_send, &Kin::default(), frame);
 }

@@ -1,4 +1,4 @@
-//! Where a content was sent before: from the hash of a page to pages that have it.
+//! Where a content was sent before: from the hash of a page, or of a stretch of one, to pages that have it.
 //!
 //! The hash only proposes. Whoever asks compares the bytes of the page that is named with the
 //! ones at hand, so what is forgotten, outdated or mistaken here costs a chance, never a wrong page.

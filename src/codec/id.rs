@@ -40,6 +40,8 @@ pub enum CodecId {
     Copy = 12,
     /// Runs of changed bytes, as QEMU codes them: for comparison in experiments.
     Xbzrle = 13,
+    /// Whole pages, together in one zstd frame, with pages like them that the other side holds as its prefix.
+    ZstdKin = 14,
 }
 
 /// What the frames of a codec carry.
@@ -72,11 +74,13 @@ pub enum Packing {
     Zstd,
     /// As zstd frames, of which the one with the new words has the old words as prefix.
     ZstdOld,
+    /// As one zstd frame, with other pages as prefix.
+    ZstdKin,
 }
 
 impl CodecId {
     /// Every codec, in the order of the numbers on the wire.
-    pub const ALL: [CodecId; 14] = [
+    pub const ALL: [CodecId; 15] = [
         CodecId::Zero,
         CodecId::Unchanged,
         CodecId::Raw,
@@ -91,6 +95,7 @@ impl CodecId {
         CodecId::LinesZstd,
         CodecId::Copy,
         CodecId::Xbzrle,
+        CodecId::ZstdKin,
     ];
 
     /// The codec with this number on the wire.
@@ -125,6 +130,7 @@ impl CodecId {
             CodecId::LinesZstd => "lines-zstd",
             CodecId::Copy => "copy",
             CodecId::Xbzrle => "xbzrle",
+            CodecId::ZstdKin => "zstd-kin",
         }
     }
 
@@ -133,7 +139,7 @@ impl CodecId {
         match self {
             CodecId::Zero => Content::Zero,
             CodecId::Unchanged => Content::Unchanged,
-            CodecId::Raw | CodecId::Lz4 | CodecId::Zstd => Content::Whole,
+            CodecId::Raw | CodecId::Lz4 | CodecId::Zstd | CodecId::ZstdKin => Content::Whole,
             CodecId::Delta | CodecId::DeltaLz4 => Content::Words,
             CodecId::DeltaZstd | CodecId::DeltaZstdOld => Content::Words,
             CodecId::Lines | CodecId::LinesLz4 | CodecId::LinesZstd => Content::Lines,
@@ -148,6 +154,7 @@ impl CodecId {
             CodecId::Lz4 | CodecId::DeltaLz4 | CodecId::LinesLz4 => Packing::Lz4,
             CodecId::Zstd | CodecId::DeltaZstd | CodecId::LinesZstd => Packing::Zstd,
             CodecId::DeltaZstdOld => Packing::ZstdOld,
+            CodecId::ZstdKin => Packing::ZstdKin,
             _ => Packing::Plain,
         }
     }

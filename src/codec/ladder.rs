@@ -31,6 +31,11 @@ pub enum PageCodec {
         /// zstd's own number.
         level: i32,
     },
+    /// The same, with pages like them as the prefix where there are some ([`super::kin`]).
+    ZstdKin {
+        /// zstd's own number.
+        level: i32,
+    },
 }
 
 /// How pages with a base are coded.
@@ -63,7 +68,7 @@ impl PageCodec {
         match self {
             PageCodec::Raw => Compression::None,
             PageCodec::Lz4 => Compression::Lz4,
-            PageCodec::Zstd { level } => Compression::Zstd { level },
+            PageCodec::Zstd { level } | PageCodec::ZstdKin { level } => Compression::Zstd { level },
         }
     }
 }
@@ -99,6 +104,7 @@ impl fmt::Display for CodecChoice {
             PageCodec::Raw => f.write_str("raw/")?,
             PageCodec::Lz4 => f.write_str("lz4/")?,
             PageCodec::Zstd { level } => write!(f, "zstd:{level}/")?,
+            PageCodec::ZstdKin { level } => write!(f, "zstd-kin:{level}/")?,
         }
         match self.delta {
             DeltaCodec::Off => f.write_str("off"),
@@ -114,8 +120,8 @@ impl fmt::Display for CodecChoice {
 /// A codec choice that was not understood.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "no codec {text:?}: write PAGES or PAGES/DELTAS, where PAGES is raw, lz4 or zstd:LEVEL and DELTAS is \
-     off, plain, lz4, zstd:LEVEL, zstd-old:LEVEL or xbzrle, with levels from -7 to 19"
+    "no codec {text:?}: write PAGES or PAGES/DELTAS, where PAGES is raw, lz4, zstd:LEVEL or zstd-kin:LEVEL and \
+     DELTAS is off, plain, lz4, zstd:LEVEL, zstd-old:LEVEL or xbzrle, with levels from -7 to 19"
 )]
 pub struct ParseCodecError {
     text: String,
@@ -139,13 +145,16 @@ fn parse_choice(text: &str) -> Option<CodecChoice> {
         ("raw", None) => PageCodec::Raw,
         ("lz4", None) => PageCodec::Lz4,
         ("zstd", Some(level)) => PageCodec::Zstd { level },
+        ("zstd-kin", Some(level)) => PageCodec::ZstdKin { level },
         _ => return None,
     };
     let delta = match delta.map(split_level) {
         None => match page {
             PageCodec::Raw => DeltaCodec::Plain,
             PageCodec::Lz4 => DeltaCodec::Lz4,
-            PageCodec::Zstd { level } => DeltaCodec::ZstdOld { level },
+            PageCodec::Zstd { level } | PageCodec::ZstdKin { level } => {
+                DeltaCodec::ZstdOld { level }
+            }
         },
         Some(delta) => match delta? {
             ("off", None) => DeltaCodec::Off,
@@ -167,7 +176,7 @@ fn split_level(text: &str) -> Option<(&str, Option<i32>)> {
 }
 
 /// What a codec does to pages of 4,096 bytes.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 struct Rung<C> {
     codec: C,
     /// Bytes that are left of each.
@@ -190,6 +199,17 @@ const PAGES: [Rung<PageCodec>; 6] = [
     rung(PageCodec::Zstd { level: 3 }, 0.339, 310.0, 1_200.0),
     rung(PageCodec::Zstd { level: 6 }, 0.329, 110.0, 1_310.0),
     rung(PageCodec::Zstd { level: 9 }, 0.323, 60.0, 1_310.0),
+];
+
+/// The same in pre-copy, where there may be kin.
+const PAGES_WITH_KIN: [Rung<PageCodec>; 7] = [
+    PAGES[0],
+    PAGES[1],
+    PAGES[2],
+    rung(PageCodec::ZstdKin { level: 3 }, 0.308, 200.0, 1_200.0),
+    rung(PageCodec::ZstdKin { level: 5 }, 0.304, 113.0, 1_310.0),
+    rung(PageCodec::ZstdKin { level: 6 }, 0.297, 81.0, 1_310.0),
+    rung(PageCodec::ZstdKin { level: 7 }, 0.294, 65.0, 1_310.0),
 ];
 
 /// How fast a core tries another codec than none.
@@ -238,6 +258,7 @@ const AVERAGE_OVER_BYTES: f64 = (8 << 20) as f64;
 /// Chooses codecs.
 #[derive(Clone, Debug)]
 pub struct Ladder {
+    pages: &'static [Rung<PageCodec>],
     current: CodecChoice,
     /// Time that encoding takes here, over what the tables say.
     slowness: f64,
@@ -293,15 +314,25 @@ impl Bulk {
 
 impl Default for Ladder {
     fn default() -> Self {
-        let current = CodecChoice {
-            page: PAGES[PAGES.len() - 1].codec,
-            delta: DELTAS[DELTAS.len() - 1].codec,
-        };
-        Ladder { current, slowness: 1.0, page_bulk: Bulk::default(), fading: 0.0, delta_bulk: 1.0 }
+        Ladder::of(&PAGES)
     }
 }
 
 impl Ladder {
+    /// One that takes it that there are pages like those to be coded.
+    pub fn with_kin() -> Self {
+        Ladder::of(&PAGES_WITH_KIN)
+    }
+
+    fn of(pages: &'static [Rung<PageCodec>]) -> Self {
+        let current = CodecChoice {
+            page: pages[pages.len() - 1].codec,
+            delta: DELTAS[DELTAS.len() - 1].codec,
+        };
+        let page_bulk = Bulk::default();
+        Ladder { pages, current, slowness: 1.0, page_bulk, fading: 0.0, delta_bulk: 1.0 }
+    }
+
     /// Takes note of what one core did in `encode_time` with `choice`.
     pub fn observe(&mut self, choice: CodecChoice, counts: &CodecCounts, encode_time: Duration) {
         let of = |content: Content| {
@@ -312,7 +343,7 @@ impl Ladder {
         };
         let (page_input, page_coded) = of(Content::Whole);
         let (delta_input, delta_coded) = of(Content::Words);
-        let page = find(&PAGES, |codec| codec == choice.page);
+        let page = find(self.pages, |codec| codec == choice.page);
         let delta = find(&DELTAS, |codec| codec == choice.delta);
         let scanned = of(Content::Zero).0 + of(Content::Unchanged).0;
         let mut expected_s = scanned / (SCAN_MB_PER_S * 1e6);
@@ -340,7 +371,7 @@ impl Ladder {
         self.fading = (TRIAL_MB_PER_S * speed / link_bytes_per_s / RAW_FADES).min(1.0);
         let speed = HEADROOM * speed;
         self.current = CodecChoice {
-            page: best(&PAGES, self.current.page, |rung| {
+            page: best(self.pages, self.current.page, |rung| {
                 let ratio = self.page_bulk.left_of(rung.ratio);
                 (rung.encode_mb_per_s * speed).min(link_bytes_per_s / ratio)
             }),

@@ -7,6 +7,7 @@
 //! | [`bases`] | the bounded store of those older versions |
 //! | [`lines`] | fingerprints of sent pages, for which there is no room in that store |
 //! | [`copies`] | contents by their hash |
+//! | [`kin`] | pages that share stretches of bytes with others |
 //! | [`sent`] | the account of what was sent, made of the last three |
 //! | [`pack`] | compression of whole pages or deltas, up to 64 pages together |
 //! | [`ladder`] | which codec for which link |
@@ -20,6 +21,7 @@ pub mod blob;
 pub mod copies;
 pub mod delta;
 mod id;
+pub mod kin;
 pub mod ladder;
 pub mod lines;
 pub mod pack;
@@ -33,6 +35,7 @@ mod zstandard;
 pub use bases::BaseCache;
 pub use copies::CopyIndex;
 pub use id::{CodecCounts, CodecId, Content, Packing};
+pub use kin::{Kin, KinFinder};
 pub use ladder::{CodecChoice, DeltaCodec, PageCodec};
 pub use lines::{LineFingerprint, LineStore};
 pub use sent::{ContentHash, Known, SentLimits, SentMemory, SentPages};

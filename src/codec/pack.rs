@@ -79,6 +79,25 @@ impl Compressor {
         coded.len() < masks.len() + words.len()
     }
 
+    /// Codes whole pages into `coded`, with zstd and with kin as prefix, pages that the other side holds: these are
+    /// the first `kin_bytes` of `block`. [`Packing::Plain`] as for [`Self::pack`].
+    pub fn pack_with_kin(
+        &mut self,
+        block: &[u8],
+        kin_bytes: usize,
+        level: i32,
+        coded: &mut Vec<u8>,
+    ) -> Packing {
+        // Side by side in memory, so that zstd takes both for one stretch, which it searches a third faster than
+        // a dictionary at another place.
+        let (kin, plain) = block.split_at(kin_bytes);
+        match (self.zstd.encode(plain, kin, level, coded), kin) {
+            (true, []) => Packing::Zstd,
+            (true, _) => Packing::ZstdKin,
+            (false, _) => Packing::Plain,
+        }
+    }
+
     fn part<'a>(&'a mut self, plain: &'a [u8], prefix: &[u8], level: i32) -> &'a [u8] {
         let shrunk = self.zstd.encode(plain, prefix, level, &mut self.part);
         if shrunk { &self.part } else { plain }
@@ -124,8 +143,23 @@ impl Decompressor {
                 _ => Err(DecodeError::Block { codec, expected_bytes: plain.len() }),
             },
             Packing::Zstd => self.zstd.decode(coded, &[], plain, codec),
-            Packing::Plain | Packing::ZstdOld => panic!("{codec} is not one compressed block"),
+            Packing::Plain | Packing::ZstdOld | Packing::ZstdKin => {
+                panic!("{codec} is not one compressed block by itself")
+            }
         }
+    }
+
+    /// Decodes what [`Compressor::pack_with_kin`] made with this `kin`, which must fill `plain` exactly.
+    ///
+    /// # Errors
+    /// When it does not, or is no such block.
+    pub fn unpack_with_kin(
+        &mut self,
+        coded: &[u8],
+        kin: &[u8],
+        plain: &mut [u8],
+    ) -> Result<(), DecodeError> {
+        self.zstd.decode(coded, kin, plain, CodecId::ZstdKin)
     }
 
     /// Decodes the masks of what [`Compressor::pack_with_old`] made. Gives the coded words, for

@@ -4,7 +4,8 @@
 //!
 //! * the [`BaseCache`] has the exact bytes of some pages, those that change most;
 //! * the [`LineStore`] has fingerprints of the others, also of a page that lost its place in the cache;
-//! * the [`CopyIndex`] finds a page of the cache by its content.
+//! * a [`CopyIndex`] finds a page of the cache by its content, and another one pages that share stretches
+//!   of bytes with it ([`super::kin`]).
 //!
 //! The account is in shards, each with its own lock, and neighbouring runs of pages are in different ones:
 //! threads that encode different parts of the guest hardly ever meet.
@@ -14,8 +15,9 @@ use std::sync::{RwLock, RwLockReadGuard, RwLockWriteGuard};
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::copies::CopyIndex;
+use super::kin::Anchor;
 use super::{BaseCache, LineFingerprint, LineStore};
-use crate::page::{PageBytes, PageIndex, PageRange, PageSet, Version};
+use crate::page::{PAGE_SIZE_BYTES, PageBytes, PageIndex, PageRange, PageSet, Version};
 
 const SHARDS: u64 = 16;
 /// Neighbours that share a shard: as many as a chunk of the line store has.
@@ -52,12 +54,15 @@ pub struct SentMemory {
     pub lines_bytes: u64,
     /// The index of contents.
     pub copies_bytes: u64,
+    /// The index of stretches.
+    pub kin_bytes: u64,
 }
 
 /// The account of what was sent; see the module.
 pub struct SentPages {
     shards: Vec<RwLock<Shard>>,
     copies: CopyIndex,
+    kin: CopyIndex,
     guest_pages: u64,
 }
 
@@ -70,8 +75,10 @@ struct Shard {
     known: PageSet,
 }
 
-/// Of the base cache's memory, one part in so many is for the index of its contents.
+/// Of the base cache's memory, one part in so many is for the index of its contents,
 const COPIES_SHARE: usize = 500;
+/// and one in so many for that of its anchors: eight for each page, half of what a page has.
+const KIN_SHARE: usize = 64;
 
 impl SentPages {
     /// The account of a guest of which nothing was sent. Memory is taken as it is needed, apart from that
@@ -79,7 +86,9 @@ impl SentPages {
     pub fn new(limits: SentLimits, guest_pages: u64) -> Self {
         let shard_pages = guest_pages.div_ceil(RUN_PAGES * SHARDS) * RUN_PAGES;
         let copies_bytes = limits.base_cache_bytes / COPIES_SHARE;
-        let cached_bytes = (limits.base_cache_bytes - copies_bytes) / SHARDS as usize;
+        let kin_bytes = limits.base_cache_bytes / KIN_SHARE;
+        let cached_bytes = limits.base_cache_bytes - copies_bytes - kin_bytes;
+        let cached_bytes = cached_bytes / SHARDS as usize;
         let lines_bytes = limits.lines_bytes / SHARDS as usize;
         let shard = || Shard {
             bases: BaseCache::new(cached_bytes, shard_pages),
@@ -89,9 +98,11 @@ impl SentPages {
         };
         let shards: Vec<_> = (0..SHARDS).map(|_| shard()).collect();
         let cached: usize = shards.iter().map(|shard| shard.bases.capacity()).sum();
+        let anchors = cached * PAGE_SIZE_BYTES / KIN_SHARE / size_of::<u64>();
         SentPages {
             shards: shards.into_iter().map(RwLock::new).collect(),
             copies: CopyIndex::new(cached.min(copies_bytes / size_of::<u64>())),
+            kin: CopyIndex::new(anchors),
             guest_pages,
         }
     }
@@ -149,14 +160,38 @@ impl SentPages {
         )
     }
 
+    /// True when pages may be found by their stretches.
+    pub fn finds_kin(&self) -> bool {
+        self.kin.memory_bytes() > 0
+    }
+
+    /// Pages that may have this anchor.
+    pub fn pages_with(&self, anchor: Anchor) -> impl Iterator<Item = PageIndex> {
+        self.kin.find(anchor.0)
+    }
+
+    /// Appends the bytes of `page` to `into`, if they are known and wanted in their version, which is given.
+    pub fn append_bytes(
+        &self,
+        page: PageIndex,
+        is_wanted: impl Fn(Version) -> bool,
+        into: &mut Vec<u8>,
+    ) -> Option<Version> {
+        let (shard, at) = self.read(page);
+        let (version, bytes) = shard.bases.get(at).filter(|(version, _)| is_wanted(*version))?;
+        into.extend_from_slice(bytes);
+        Some(version)
+    }
+
     /// `page` was just sent with these bytes, which are not all zero, as this version. With a hash it
-    /// may be the original of copies from now on.
+    /// may be the original of copies from now on, with anchors the kin of others.
     pub fn remember(
         &self,
         page: PageIndex,
         version: Version,
         bytes: &PageBytes,
         hash: Option<ContentHash>,
+        anchors: &[Anchor],
     ) {
         let (mut shard, at) = self.write(page);
         let Shard { bases, lines, distrusted, known } = &mut *shard;
@@ -171,6 +206,9 @@ impl SentPages {
             lines.forget(at);
             if let Some(ContentHash(hash)) = hash {
                 self.copies.insert(hash, page);
+            }
+            for Anchor(hash) in anchors {
+                self.kin.insert(*hash, page);
             }
         } else if lines.is_on() {
             lines.insert(at, version, &LineFingerprint::of(bytes));
@@ -213,8 +251,11 @@ impl SentPages {
 
     /// What is occupied now.
     pub fn memory(&self) -> SentMemory {
-        let mut memory =
-            SentMemory { copies_bytes: self.copies.memory_bytes() as u64, ..SentMemory::default() };
+        let mut memory = SentMemory {
+            copies_bytes: self.copies.memory_bytes() as u64,
+            kin_bytes: self.kin.memory_bytes() as u64,
+            ..SentMemory::default()
+        };
         for shard in &self.shards {
             let shard = shard.read().expect("no holder panics");
             memory.base_cache_bytes += shard.bases.memory_bytes() as u64;

@@ -18,6 +18,8 @@ pub struct AccountFigures {
     pub lines_bytes: u64,
     /// The index by which copies are found.
     pub copies_bytes: u64,
+    /// The index by which pages are found that share stretches of bytes with others.
+    pub kin_bytes: u64,
     /// Duplicates that were put off from the first round to the second.
     pub put_off_pages: u64,
     /// Pages that were left to the freeze when pre-copy ended, since the guest writes to them all the time.
@@ -28,8 +30,8 @@ impl AccountFigures {
     /// With what the account occupies.
     #[must_use]
     pub fn occupying(self, memory: SentMemory) -> Self {
-        let SentMemory { base_cache_bytes, lines_bytes, copies_bytes } = memory;
-        AccountFigures { base_cache_bytes, lines_bytes, copies_bytes, ..self }
+        let SentMemory { base_cache_bytes, lines_bytes, copies_bytes, kin_bytes } = memory;
+        AccountFigures { base_cache_bytes, lines_bytes, copies_bytes, kin_bytes, ..self }
     }
 }
 
@@ -37,10 +39,11 @@ impl fmt::Display for AccountFigures {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "{} of pages, {} of lines, {} of copies",
+            "{} of pages, {} of lines, {} of copies, {} of kin",
             format_bytes(self.base_cache_bytes),
             format_bytes(self.lines_bytes),
             format_bytes(self.copies_bytes),
+            format_bytes(self.kin_bytes),
         )?;
         if self.put_off_pages > 0 {
             write!(f, "; {} duplicates put off", self.put_off_pages)?;
@@ -58,9 +61,15 @@ mod tests {
 
     #[test]
     fn a_person_reads_what_is_kept_and_what_was_not_sent_twice() {
-        let memory = SentMemory { base_cache_bytes: 8 << 20, lines_bytes: 0, copies_bytes: 2048 };
+        let memory = SentMemory {
+            base_cache_bytes: 8 << 20,
+            lines_bytes: 0,
+            copies_bytes: 2048,
+            kin_bytes: 1 << 20,
+        };
         let mut figures = AccountFigures { encoders: 2, ..Default::default() }.occupying(memory);
-        assert_eq!(figures.to_string(), "8.0 MiB of pages, 0 B of lines, 2.0 KiB of copies");
+        let expected = "8.0 MiB of pages, 0 B of lines, 2.0 KiB of copies, 1.0 MiB of kin";
+        assert_eq!(figures.to_string(), expected);
         (figures.put_off_pages, figures.held_back_pages) = (5, 7);
         assert!(figures.to_string().ends_with("; 5 duplicates put off; 7 hot pages held back"));
     }

@@ -7,9 +7,9 @@ use std::sync::{Arc, OnceLock, RwLock};
 use crate::codec::CodecCounts;
 use crate::engine::Failure;
 use crate::memory::{Claim, FaultServer, GuestMemory, MemoryError, PageState, PageTable, Stage};
-use crate::page::{PageIndex, PageRange, PageSet, Version};
+use crate::page::{PageBytes, PageIndex, PageRange, PageSet, Version};
 use crate::report::Counters;
-use crate::wire::{Base, DecodeScratch, DecodedPage, Frame, FrameError};
+use crate::wire::{Base, BaseFor, DecodeScratch, DecodedPage, Frame, FrameError};
 
 /// What one message has brought.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -18,6 +18,9 @@ pub(super) struct Applied {
     pub(super) version: Version,
     /// Pages that must be sent whole: a checksum did not match, or the base is not here.
     pub(super) rejected: Vec<PageIndex>,
+    /// Where in the message a frame begins that builds on pages which have not come yet; it and what follows
+    /// were left alone.
+    pub(super) waits_from: Option<usize>,
 }
 
 /// A message that cannot be applied, which ends the migration.
@@ -113,10 +116,12 @@ impl Arrivals {
         switchover.is_some() && self.remaining.load(Ordering::Acquire) == 0
     }
 
-    /// Applies a push message or a fault reply.
+    /// Applies a push message or a fault reply. Before the switchover it may wait for pages that others bring:
+    /// see [`Applied::waits_from`].
     pub(super) fn apply(
         &self,
         message: &[u8],
+        may_wait: bool,
         scratch: &mut DecodeScratch,
     ) -> Result<Applied, ApplyError> {
         let switchover = self.switchover.read().expect("no holder panics");
@@ -130,6 +135,10 @@ impl Arrivals {
             applied.version = frame.version();
             if switchover.is_some_and(|version| frame.version() != version) {
                 return Err(ApplyError::Version(frame.version()));
+            }
+            if may_wait && switchover.is_none() && !self.has_kin_of(&frame) {
+                applied.waits_from = Some(message.len() - rest.len());
+                break;
             }
             let mut counts = CodecCounts::default();
             counts.add(frame.codec(), frame.page_count(), frame.len_bytes() as u64);
@@ -149,6 +158,17 @@ impl Arrivals {
             return Err(ApplyError::Mixed);
         }
         Ok(applied)
+    }
+
+    /// True when the pages are here on which the first frame of a message builds.
+    pub(super) fn is_ready(&self, message: &[u8]) -> bool {
+        let parsed = Frame::parse(message, self.memory.pages());
+        // What cannot be read is refused when it is applied.
+        parsed.map_or(true, |(frame, _)| self.has_kin_of(&frame))
+    }
+
+    fn has_kin_of(&self, frame: &Frame<'_>) -> bool {
+        frame.kin().all(|kin| self.is_kin_there(kin))
     }
 
     fn apply_frame(
@@ -182,11 +202,17 @@ impl Arrivals {
         if claims.iter().all(Option::is_none) {
             return Ok(());
         }
-        let base_of = |position: usize, base: Base, into: &mut crate::page::PageBytes| {
-            let Some((page, _)) = claims[position] else { return false };
+        let base_of = |used_by: BaseFor, base: Base, into: &mut PageBytes| {
+            let is_wanted = match used_by {
+                BaseFor::Page(position) => claims[position].is_some(),
+                BaseFor::Frame => self.is_kin_there(base),
+            };
+            if !is_wanted {
+                return false;
+            }
             let read = self.memory.try_read_page(base.page, into);
             if let Err(error) = &read {
-                tracing::warn!(%error, "page {page} is asked for whole: what it builds on is gone");
+                tracing::warn!(%error, "pages are asked for again: page {} is gone", base.page);
             }
             read.is_ok()
         };
@@ -267,6 +293,14 @@ impl Arrivals {
         };
         // A page of zeros may be a hole, which reading would fill.
         whole && !(state.zero && base.page != page) && state.version == base.version
+    }
+
+    /// The same of what all pages of a frame build on. Until the switchover nothing replaces it while the frame may be
+    /// on its way; whatever comes of it is held against the frame's checksum, which covers every byte of the pages.
+    fn is_kin_there(&self, kin: Base) -> bool {
+        let state = self.table.state(kin.page);
+        let whole = state.stage == Stage::Stale || state.is_complete();
+        whole && !state.zero && state.version == kin.version
     }
 
     /// Makes `run` zero. Whether a page has content is asked of its file, not of the table: a page that an

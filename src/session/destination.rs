@@ -16,11 +16,10 @@ use self::asking::{AskReceiver, AskSender, Asked, ask_queue};
 use super::arrivals::Arrivals;
 use super::control::Verdict;
 use super::journal::{About, Journal, Side};
+use super::ledger::{Noted, RoundLedger, Unapplied};
 use super::links::{Heard, Links, OnLink, until, until_quiet};
 use super::rounds::ms;
-use super::{
-    Noted, PROGRESS_INTERVAL, ProgressMeter, RoundLedger, Shared, StopSignals, Timeline, blocking,
-};
+use super::{PROGRESS_INTERVAL, ProgressMeter, Shared, StopSignals, Timeline, blocking};
 use crate::engine::destination::*;
 use crate::engine::{Failure, MigrationPhase};
 use crate::guest::{DestinationGuest, Shape};

@@ -25,10 +25,8 @@ use self::journal::Journal;
 use crate::engine::{Failure, MigrationPhase};
 use crate::guest::GuestError;
 use crate::memory::MemoryError;
-use crate::page::{PageIndex, Version};
 use crate::report::{Counters, Output, PhaseTimes, Progress, TraceFile};
 use crate::transport::LinkError;
-use crate::wire::message::MAX_REJECTED_PAGES;
 
 use links::Links;
 
@@ -39,6 +37,7 @@ mod desk;
 pub mod destination;
 mod frozen;
 pub mod journal;
+mod ledger;
 mod links;
 mod pace;
 mod reader;
@@ -267,170 +266,6 @@ impl StopSignals {
             asked = self.cancels.recv() => asked,
         };
         StopRequest(asked)
-    }
-}
-
-/// Most pages that are asked for again after pre-copy. A source that sends more of them spoilt is
-/// broken or hostile, and must not fill the queue of requests.
-const MAX_ASKED_AGAIN: usize = 1 << 20;
-
-/// Counts the messages of pre-copy rounds at the destination: a round is done when as many have been
-/// applied as the source says there are, in whatever order.
-#[derive(Debug, Default)]
-struct RoundLedger {
-    acknowledged: Version,
-    applied: u64,
-    rejected: Vec<PageIndex>,
-    awaited: Option<u64>,
-    closed: bool,
-    /// Pages asked for again since pre-copy is over.
-    asked_again: usize,
-    /// The last in which a round was ended.
-    outage: u32,
-}
-
-/// What follows from a message.
-#[derive(Debug, PartialEq, Eq)]
-enum Noted {
-    /// Nothing yet.
-    Waiting,
-    /// The round is done but for these pages.
-    RoundDone(Version, Vec<PageIndex>),
-    /// Pre-copy is over: these pages must be asked for again.
-    AskAgain(Vec<PageIndex>),
-    /// A message of a round that is over or has not begun.
-    OutOfTurn,
-    /// So many pages could not be applied that something must be broken, or hostile.
-    Spoilt(usize),
-}
-
-impl RoundLedger {
-    /// The round whose messages may come now; none after the last that there can be.
-    fn current(&self) -> Option<Version> {
-        self.acknowledged.next()
-    }
-
-    /// A message was applied, except for its rejected pages.
-    fn note(&mut self, version: Version, rejected: Vec<PageIndex>) -> Noted {
-        if self.closed {
-            self.asked_again += rejected.len();
-            if self.asked_again > MAX_ASKED_AGAIN {
-                return Noted::Spoilt(self.asked_again);
-            }
-            return Noted::AskAgain(rejected);
-        }
-        if Some(version) != self.current() {
-            return Noted::OutOfTurn;
-        }
-        self.applied += 1;
-        self.rejected.extend(rejected);
-        if self.rejected.len() > MAX_REJECTED_PAGES {
-            return Noted::Spoilt(self.rejected.len());
-        }
-        self.done()
-    }
-
-    /// The source says how many messages a round has.
-    fn expect(&mut self, round: Version, messages: u64) -> Noted {
-        if self.closed || Some(round) != self.current() {
-            return Noted::OutOfTurn;
-        }
-        self.awaited = Some(messages);
-        self.done()
-    }
-
-    /// The round ends without its last messages, which were lost with the link, in this outage. An
-    /// acknowledgement that was lost may make the source name a round that is over: that is as well. False
-    /// when it is neither of the two. What is done late, for an outage before the last, changes nothing.
-    fn end(&mut self, round: Version, outage: u32) -> bool {
-        if outage < self.outage {
-            return true;
-        }
-        if self.closed || (round != self.acknowledged && Some(round) != self.current()) {
-            return false;
-        }
-        *self = RoundLedger { acknowledged: round, outage, ..RoundLedger::default() };
-        true
-    }
-
-    /// Whether a switchover to `version` may come now, or again: it is what would be the next round.
-    fn may_close_at(&self, version: Version) -> bool {
-        self.current() == Some(version)
-    }
-
-    /// The switchover has come. Messages of the last version that were faster than the flight have been
-    /// counted as those of a round; the pages they could not bring must be asked for again.
-    fn close(&mut self) -> Vec<PageIndex> {
-        self.closed = true;
-        std::mem::take(&mut self.rejected)
-    }
-
-    fn done(&mut self) -> Noted {
-        let Some(round) = self.current().filter(|_| self.awaited == Some(self.applied)) else {
-            return Noted::Waiting;
-        };
-        let rejected = std::mem::take(&mut self.rejected);
-        let outage = self.outage;
-        *self = RoundLedger { acknowledged: round, outage, ..RoundLedger::default() };
-        Noted::RoundDone(round, rejected)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_round_is_done_when_its_last_message_is_applied_in_whatever_order() {
-        let mut ledger = RoundLedger::default();
-        let page = PageIndex(7);
-        assert_eq!(ledger.note(Version(1), vec![]), Noted::Waiting);
-        assert_eq!(ledger.expect(Version(1), 2), Noted::Waiting);
-        let done = ledger.note(Version(1), vec![page]);
-        assert_eq!(done, Noted::RoundDone(Version(1), vec![page]));
-        assert_eq!(ledger.note(Version(2), vec![]), Noted::Waiting);
-        assert_eq!(ledger.note(Version(1), vec![]), Noted::OutOfTurn);
-        assert_eq!(ledger.expect(Version(2), 1), Noted::RoundDone(Version(2), vec![]));
-        let empty = ledger.expect(Version(3), 0);
-        assert_eq!(empty, Noted::RoundDone(Version(3), vec![]), "a round may be empty");
-    }
-
-    #[test]
-    fn a_round_that_is_cut_short_counts_as_over() {
-        let mut ledger = RoundLedger::default();
-        ledger.note(Version(1), vec![PageIndex(3)]);
-        assert!(!ledger.end(Version(2), 1), "a round that has not begun");
-        assert!(ledger.end(Version(1), 1));
-        assert!(ledger.end(Version(1), 2), "asked again after another outage");
-        ledger.note(Version(2), vec![]);
-        assert!(ledger.end(Version(1), 1), "a late answer to the first outage");
-        let second = ledger.expect(Version(2), 1);
-        assert_eq!(second, Noted::RoundDone(Version(2), vec![]), "nothing is left of the first");
-        ledger.close();
-        assert!(!ledger.end(Version(2), 3), "pre-copy is over");
-    }
-
-    #[test]
-    fn more_spoilt_pages_than_damage_explains_end_the_migration() {
-        let pages = |count| vec![PageIndex(1); count];
-        let mut ledger = RoundLedger::default();
-        assert_eq!(ledger.note(Version(1), pages(MAX_REJECTED_PAGES)), Noted::Waiting);
-        let count = MAX_REJECTED_PAGES + 1;
-        assert_eq!(ledger.note(Version(1), pages(1)), Noted::Spoilt(count));
-        ledger.close();
-        let most = ledger.note(Version(1), pages(MAX_ASKED_AGAIN));
-        assert_eq!(most, Noted::AskAgain(pages(MAX_ASKED_AGAIN)));
-        assert_eq!(ledger.note(Version(1), pages(1)), Noted::Spoilt(MAX_ASKED_AGAIN + 1));
-    }
-
-    #[test]
-    fn a_page_rejected_around_the_switchover_is_asked_for_again() {
-        let mut ledger = RoundLedger::default();
-        ledger.note(Version(1), vec![PageIndex(1)]);
-        assert_eq!(ledger.close(), vec![PageIndex(1)]);
-        let late = ledger.note(Version(1), vec![PageIndex(2)]);
-        assert_eq!(late, Noted::AskAgain(vec![PageIndex(2)]));
-        assert_eq!(ledger.expect(Version(1), 0), Noted::OutOfTurn);
     }
 }
 

@@ -6,7 +6,9 @@ use std::time::{Duration, Instant};
 use super::pace::Pace;
 use super::remembering::Remembering;
 use crate::codec::ladder::{CodecChoice, DeltaCodec, Ladder, PageCodec};
-use crate::codec::{CodecCounts, ContentHash, Known, LineFingerprint, SentPages, is_zero};
+use crate::codec::{
+    CodecCounts, ContentHash, Kin, KinFinder, Known, LineFingerprint, SentPages, is_zero,
+};
 use crate::memory::GuestMemory;
 use crate::page::{PAGE_SIZE_BYTES, PageBytes, PageIndex, PageRange, PageSet, Version};
 use crate::transport::Lane;
@@ -71,6 +73,7 @@ pub(super) struct PageReader {
     bases: Box<[PageBytes]>,
     went: Vec<Went>,
     put_off: Vec<PageIndex>,
+    kin: KinFinder,
     encoder: FrameEncoder,
     left_over: Vec<u8>,
     ladder: Ladder,
@@ -82,6 +85,10 @@ impl PageReader {
     /// `fixed` is the operator's choice of codecs; without it they follow the link's rate, as `pace` has it.
     pub(super) fn new(purpose: Purpose, fixed: Option<CodecChoice>, pace: Arc<Pace>) -> Self {
         let pages = || vec![[0; PAGE_SIZE_BYTES]; BATCH_PAGES].into_boxed_slice();
+        let ladder = match purpose {
+            Purpose::Round => Ladder::with_kin(),
+            Purpose::Push | Purpose::Fault => Ladder::default(),
+        };
         PageReader {
             purpose,
             fixed,
@@ -89,9 +96,10 @@ impl PageReader {
             bases: pages(),
             went: Vec::new(),
             put_off: Vec::new(),
+            kin: KinFinder::default(),
             encoder: FrameEncoder::default(),
             left_over: Vec::new(),
-            ladder: Ladder::default(),
+            ladder,
             pace,
             remembering: Remembering::default(),
         }
@@ -121,8 +129,13 @@ impl PageReader {
             && (choice.page == PageCodec::Raw || !self.remembering.pays());
         // Nothing is gained by it where one page goes, and a copy may have to be asked for again.
         let may_copy = self.purpose != Purpose::Fault;
+        let has_kin = self.purpose == Purpose::Round
+            && !only_code
+            && matches!(choice.page, PageCodec::ZstdKin { .. })
+            && against.is_some_and(|against| against.sent.finds_kin());
         let start = message.len();
-        let PageReader { copies, bases, went, put_off, encoder, left_over, .. } = self;
+        let PageReader { copies, bases, went, put_off, kin, encoder, left_over, .. } = self;
+        kin.begin();
         encoder.set_choice(choice);
         went.clear();
         put_off.clear();
@@ -140,11 +153,13 @@ impl PageReader {
             if only_code || is_zero(bytes) {
                 went.push(Went::AndIsForgotten);
                 plain.push(to_send);
+                kin.pass_over();
                 continue;
             }
             let Some(Against { sent, sending }) = against else {
                 went.push(Went::Otherwise(None));
                 plain.push(to_send);
+                kin.pass_over();
                 continue;
             };
             let known = sent.recall(page, base);
@@ -157,11 +172,13 @@ impl PageReader {
                     let original = Base { page: page_there, version };
                     copied.push(CopyToSend { page, bytes, original });
                     went.push(Went::AsCopy);
+                    kin.pass_over();
                     continue;
                 }
                 if first && sent.original_of(page, bytes, hash, |_| true).is_some() {
                     put_off.push(page);
                     went.push(Went::PutOff);
+                    kin.pass_over();
                     continue;
                 }
             }
@@ -171,15 +188,29 @@ impl PageReader {
                 Known::Lines(base, old) if choice.delta != DeltaCodec::Off => {
                     let changed = old.changed(&LineFingerprint::of(bytes));
                     if changed.count() <= MAX_DELTA_LINES {
+                        kin.pass_over();
                         lines.push(LinesToSend { page, bytes, base, changed });
                         continue;
                     }
                 }
                 Known::Lines(..) | Known::Nothing | Known::Distrusted => {}
             }
+            match has_kin && to_send.base.is_none() {
+                true => kin.look_at(bytes),
+                false => kin.pass_over(),
+            }
             plain.push(to_send);
         }
-        let mut counts = encoder.encode(version, &plain, message);
+        let none = Kin::default();
+        let kin = match against {
+            Some(Against { sent, sending }) if has_kin => kin.find(sent, |page, known| {
+                // What went earlier in the first round went whole, so it arrives; it stays until the next round. Of
+                // later rounds only what was there before them is certain to be and to stay.
+                !sending.contains(page) || first && known == version
+            }),
+            _ => &none,
+        };
+        let mut counts = encoder.encode(version, &plain, kin, message);
         let encode_time = begin.elapsed();
         self.ladder.observe(choice, &counts, encode_time);
         // Pages of zeros take next to nothing, and would hide what others do.
@@ -207,13 +238,16 @@ impl PageReader {
         mut saw: impl FnMut(PageIndex, &PageBytes),
     ) {
         let (begin, mut remembered) = (Instant::now(), 0);
-        for ((page, bytes), went) in pages.iter().zip(&self.copies).zip(&self.went) {
+        let batch = pages.iter().zip(&self.copies).zip(&self.went).enumerate();
+        for (position, ((page, bytes), went)) in batch {
             match *went {
                 Went::AndIsForgotten => sent.forget(PageRange::new(page.0, page.0 + 1)),
                 // The original stays the one that is found: this round's other copies are of it too.
-                Went::AsCopy => sent.remember(*page, version, bytes, None),
+                Went::AsCopy => sent.remember(*page, version, bytes, None, &[]),
                 Went::Otherwise(hash) => {
-                    sent.remember(*page, version, bytes, hash);
+                    let anchors = self.kin.anchors_of(position);
+                    sent.remember(*page, version, bytes, hash, anchors);
+                    self.kin.sent(*page);
                     remembered += 1;
                 }
                 Went::PutOff => continue,

@@ -9,6 +9,9 @@ const SENT_AGAIN: f64 = 0.25;
 const TRIAL_EVERY: u32 = 64;
 /// How much of what was found before counts, beside a new batch.
 const KEEP: f64 = 0.75;
+/// A batch that took more than so many times as long as those before counts for no more: the thread may have been
+/// waiting for a processor.
+const MOST_AT_ONCE: f64 = 4.0;
 
 /// What a thread that sends has found a page of the first round to take, in seconds of that thread.
 ///
@@ -45,7 +48,10 @@ impl Remembering {
 fn average(value: &mut f64, pages: usize, whole_s: f64) {
     if pages > 0 {
         let found = whole_s / pages as f64;
-        *value = if *value == 0.0 { found } else { KEEP * *value + (1.0 - KEEP) * found };
+        *value = match *value {
+            0.0 => found,
+            before => KEEP * before + (1.0 - KEEP) * found.min(MOST_AT_ONCE * before),
+        };
     }
 }
 
@@ -74,6 +80,17 @@ mod tests {
         assert_eq!(remembered(9, 1_400, 125e6), 640, "1 Gbit/s");
         assert_eq!(remembered(70, 1_300, 12.5e6), 640, "100 Mbit/s");
         assert_eq!(remembered(4, 2_000, 1.25e9), 10, "10 Gbit/s: those for trial");
+    }
+
+    #[test]
+    fn a_thread_that_waits_for_a_processor_now_and_then_goes_on_remembering() {
+        let mut remembering = Remembering::default();
+        for batch in 0..100 {
+            assert!(remembering.pays(), "batch {batch}");
+            remembering.sent(64, Duration::from_millis(2), 64 * 1_300, 12.5e6);
+            let ms = if batch % 10 == 9 { 20 } else { 0 };
+            remembering.remembered(64, Duration::from_micros(1000 * ms + 64 * 3));
+        }
     }
 
     #[test]

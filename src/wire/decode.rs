@@ -1,7 +1,7 @@
 //! The pages of a frame.
 
 use super::error::FrameError;
-use super::frame::{Base, Frame};
+use super::frame::{Base, BaseFor, Frame};
 use super::limits::MAX_PAGES_PER_FRAME;
 use crate::codec::delta::{LineMask, PackedDeltas, WordMask};
 use crate::codec::pack::Decompressor;
@@ -13,6 +13,7 @@ pub struct DecodeScratch {
     pages: Box<[PageBytes]>,
     packed: Vec<u8>,
     old_words: Vec<u8>,
+    kin: Vec<PageBytes>,
     outcomes: Vec<Outcome>,
     decompressor: Decompressor,
 }
@@ -23,6 +24,7 @@ impl Default for DecodeScratch {
             pages: vec![[0; PAGE_SIZE_BYTES]; MAX_PAGES_PER_FRAME].into_boxed_slice(),
             packed: Vec::new(),
             old_words: Vec::new(),
+            kin: Vec::new(),
             outcomes: Vec::with_capacity(MAX_PAGES_PER_FRAME),
             decompressor: Decompressor::default(),
         }
@@ -100,8 +102,8 @@ impl<'a> DecodedPages<'a> {
 impl<'a> Frame<'a> {
     /// Decodes the pages.
     ///
-    /// `base_of` is called for each page that builds on another content, in turn, with the page's position and
-    /// that base: it writes the base's content into the buffer it is given and says true, or says false when
+    /// `base_of` is called for each content that a page builds on, in turn, or that all of them build on
+    /// together: it writes the base's content into the buffer it is given and says true, or says false when
     /// that content is no longer there or the page is not wanted. The others are decoded all the same,
     /// unless the codec needs all bases ([`crate::codec::CodecId::needs_all_bases`]): then keep what a page was before it
     /// is replaced for as long as such a frame may be on its way, or ask for its pages again.
@@ -112,12 +114,12 @@ impl<'a> Frame<'a> {
     pub fn decode<'s>(
         &self,
         scratch: &'s mut DecodeScratch,
-        mut base_of: impl FnMut(usize, Base, &mut PageBytes) -> bool,
+        mut base_of: impl FnMut(BaseFor, Base, &mut PageBytes) -> bool,
     ) -> Result<DecodedPages<'s>, FrameError>
     where
         'a: 's,
     {
-        let DecodeScratch { pages, packed, old_words, outcomes, decompressor } = scratch;
+        let DecodeScratch { pages, packed, old_words, kin, outcomes, decompressor } = scratch;
         let pages = &mut pages[..self.page_count().min(MAX_PAGES_PER_FRAME as u64) as usize];
         let codec = self.codec();
         outcomes.clear();
@@ -127,7 +129,7 @@ impl<'a> Frame<'a> {
             Content::Copy => {
                 for (position, (bytes, entry)) in pages.iter_mut().zip(self.pages()).enumerate() {
                     let base = entry.base.expect("parsing gave each copy its original");
-                    let there = base_of(position, base, bytes);
+                    let there = base_of(BaseFor::Page(position), base, bytes);
                     outcomes.push(self.outcome(position, entry.page, there, bytes));
                 }
                 Decoded::Built(pages, outcomes)
@@ -135,6 +137,20 @@ impl<'a> Frame<'a> {
             Content::Whole if codec.packing() == Packing::Plain => {
                 self.check(self.body)?;
                 Decoded::Whole(self.body.as_chunks::<PAGE_SIZE_BYTES>().0)
+            }
+            Content::Whole if codec.packing() == Packing::ZstdKin => {
+                kin.clear();
+                for base in self.kin() {
+                    kin.push([0; PAGE_SIZE_BYTES]);
+                    let bytes = kin.last_mut().expect("one was pushed");
+                    if !base_of(BaseFor::Frame, base, bytes) {
+                        return Err(FrameError::BaseMissing { page: base.page });
+                    }
+                }
+                let plain = pages.as_flattened_mut();
+                decompressor.unpack_with_kin(self.body, kin.as_flattened(), plain)?;
+                self.check(pages.as_flattened())?;
+                Decoded::Whole(pages)
             }
             Content::Whole => {
                 decompressor.unpack(codec, self.body, pages.as_flattened_mut())?;
@@ -193,13 +209,13 @@ impl<'a> Frame<'a> {
         masks: &[u8],
         pages: &mut [PageBytes],
         old_words: &mut Vec<u8>,
-        base_of: &mut impl FnMut(usize, Base, &mut PageBytes) -> bool,
+        base_of: &mut impl FnMut(BaseFor, Base, &mut PageBytes) -> bool,
     ) -> Result<(), FrameError> {
         old_words.clear();
         let (masks, _) = masks.as_chunks::<{ WordMask::BYTES }>();
         for (position, (entry, mask)) in self.pages().zip(masks).enumerate() {
             let base = entry.base.expect("parsing gave each page of a delta its base");
-            if !base_of(position, base, &mut pages[position]) {
+            if !base_of(BaseFor::Page(position), base, &mut pages[position]) {
                 return Err(FrameError::BaseMissing { page: entry.page });
             }
             WordMask::from_bytes(*mask).gather(&pages[position], old_words);
@@ -213,14 +229,14 @@ impl<'a> Frame<'a> {
         packed: &[u8],
         pages: &mut [PageBytes],
         outcomes: &mut Vec<Outcome>,
-        mut base_of: impl FnMut(usize, Base, &mut PageBytes) -> bool,
+        mut base_of: impl FnMut(BaseFor, Base, &mut PageBytes) -> bool,
     ) -> Result<(), FrameError> {
         self.check(packed)?;
         let deltas = PackedDeltas::<MASK, UNIT>::parse(packed, pages.len())?;
         for (position, (delta, entry)) in deltas.iter().zip(self.pages()).enumerate() {
             let bytes = &mut pages[position];
             let base = entry.base.expect("parsing gave each page of a delta its base");
-            let there = base_of(position, base, bytes);
+            let there = base_of(BaseFor::Page(position), base, bytes);
             if there {
                 delta.apply(bytes);
             }
@@ -234,14 +250,14 @@ impl<'a> Frame<'a> {
         &self,
         pages: &mut [PageBytes],
         outcomes: &mut Vec<Outcome>,
-        mut base_of: impl FnMut(usize, Base, &mut PageBytes) -> bool,
+        mut base_of: impl FnMut(BaseFor, Base, &mut PageBytes) -> bool,
     ) -> Result<(), FrameError> {
         self.check(self.body)?;
         let codings = xbzrle::unpack(self.body, pages.len())?;
         for (position, (coding, entry)) in codings.zip(self.pages()).enumerate() {
             let bytes = &mut pages[position];
             let base = entry.base.expect("parsing gave each page of a delta its base");
-            let there = base_of(position, base, bytes);
+            let there = base_of(BaseFor::Page(position), base, bytes);
             if there {
                 xbzrle::decode(coding, bytes).ok_or(DecodeError::Run)?;
             }

@@ -5,6 +5,7 @@ use super::limits::{MAX_PAGES_PER_FRAME, MAX_RUNS_PER_FRAME};
 use super::page_list;
 use super::write::FrameParts;
 use crate::codec::delta::{DeltaPacker, LineMask, UnitMask, WordMask};
+use crate::codec::kin::Kin;
 use crate::codec::ladder::PageCodec;
 use crate::codec::pack::{Compression, Compressor};
 use crate::codec::xbzrle::RunPacker;
@@ -62,8 +63,11 @@ pub struct FrameEncoder {
     old_words: Vec<u8>,
     runs: Runs,
     whole: Vec<PageIndex>,
-    /// The content of `whole`, page after page, unless it goes as it is.
+    /// What `whole` builds on, and its content, page after page, unless it goes as it is.
     block: Vec<u8>,
+    kin_bytes: usize,
+    kin: Vec<Base>,
+    kin_runs: Vec<PageRange>,
     copies: Listed,
     coder: Coder,
 }
@@ -111,19 +115,22 @@ impl FrameEncoder {
 
     /// Appends to `out` the frames, at most one of each kind, that give `pages` their content, which
     /// is that of `version`. Each page is in exactly one of them; a page whose content is
-    /// that of its base is told as unchanged, for a few bits. Gives pages and bytes by codec.
+    /// that of its base is told as unchanged, for a few bits. Whole pages build on `kin` where the choice is
+    /// [`PageCodec::ZstdKin`]: the caller knows that these do not change at the other side between their arrival
+    /// and that of this frame. Gives pages and bytes by codec.
     ///
     /// # Panics
     /// When there are more than [`MAX_PAGES_PER_FRAME`] pages, when they do not ascend, or when a base is
-    /// not older than `version`.
+    /// not older than `version`, or kin newer.
     pub fn encode(
         &mut self,
         version: Version,
         pages: &[PageToSend<'_>],
+        kin: &Kin,
         out: &mut Vec<u8>,
     ) -> CodecCounts {
         check_batch(version, pages.iter().map(|page| page.page));
-        self.sort(version, pages);
+        self.sort(version, pages, kin);
         let mut counts = CodecCounts::default();
         if !self.zero.is_empty() {
             page_list::collect(self.zero.iter().copied(), &mut self.coder.runs);
@@ -132,7 +139,7 @@ impl FrameEncoder {
         self.coder.put_list(CodecId::Unchanged, version, &self.unchanged, out, &mut counts);
         self.put_words(version, out, &mut counts);
         self.put_runs(version, out, &mut counts);
-        self.put_whole(version, pages, out, &mut counts);
+        self.put_whole(version, pages, kin, out, &mut counts);
         counts
     }
 
@@ -207,7 +214,7 @@ impl FrameEncoder {
     }
 
     /// Decides for each page how it goes.
-    fn sort(&mut self, version: Version, pages: &[PageToSend<'_>]) {
+    fn sort(&mut self, version: Version, pages: &[PageToSend<'_>], kin: &Kin) {
         self.zero.clear();
         self.unchanged.clear();
         self.words.clear();
@@ -216,6 +223,10 @@ impl FrameEncoder {
         self.runs.packer.clear();
         self.whole.clear();
         self.block.clear();
+        if matches!(self.choice.page, PageCodec::ZstdKin { .. }) {
+            self.block.extend_from_slice(&kin.bytes);
+        }
+        self.kin_bytes = self.block.len();
         for &PageToSend { page, bytes, base } in pages {
             if is_zero(bytes) {
                 self.zero.push(page);
@@ -292,6 +303,7 @@ impl FrameEncoder {
         &mut self,
         version: Version,
         pages: &[PageToSend<'_>],
+        kin: &Kin,
         out: &mut Vec<u8>,
         counts: &mut CodecCounts,
     ) {
@@ -308,11 +320,26 @@ impl FrameEncoder {
             let length = frame.write_pages(pages.map(|page| page.bytes), out);
             return counts.add(CodecId::Raw, count, length as u64);
         }
-        let packing = compressor.pack(&self.block, self.choice.page.compression(), coded);
+        let packing = match self.choice.page {
+            PageCodec::ZstdKin { level } => {
+                compressor.pack_with_kin(&self.block, self.kin_bytes, level, coded)
+            }
+            other => compressor.pack(&self.block, other.compression(), coded),
+        };
+        self.kin.clear();
+        self.kin_runs.clear();
+        if packing == Packing::ZstdKin {
+            let bases = kin.pages.iter().map(|&(page, version)| Base { page, version });
+            self.kin.extend(bases);
+            page_list::collect(self.kin.iter().map(|base| base.page), &mut self.kin_runs);
+        }
+        assert!(self.kin.iter().all(|kin| kin.version <= version), "kin of a later version");
         let codec = codec_of(Content::Whole, packing);
+        let plain = &self.block[self.kin_bytes..];
         let frame = FrameParts {
-            decoded: &self.block,
-            body: if packing == Packing::Plain { &self.block } else { coded },
+            kin: (&self.kin, &self.kin_runs),
+            decoded: plain,
+            body: if packing == Packing::Plain { plain } else { coded },
             ..FrameParts::new(codec, version, runs)
         };
         counts.add(codec, count, frame.write(out) as u64);

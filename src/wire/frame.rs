@@ -10,6 +10,7 @@
 //! | version | of the content of all pages here, 1 to [`Version::MAX`] |
 //! | pages | number of runs; for each its distance to the one before, times two, plus one if it is longer than a page; then if so, its length less two |
 //! | base | where pages build on other contents: the version of all bases, or 0 and then that of each; for copies then the page that each is a copy of |
+//! | kin | where whole pages build on others together: those pages, as runs; then the version of all, or 0 and then that of each |
 //! | units | deltas only: number of changed words or lines; of runs, the bytes of all codings |
 //! | checks | deltas and copies: for each page the low 4 bytes of the xxh3-64 of its content, seeded with its index; all 8 for deltas of lines and copies |
 //! | body length | where there is a body |
@@ -35,6 +36,7 @@ use super::limits::{MAX_BODY_BYTES, MAX_PAGES_PER_FRAME};
 use super::page_list::PageList;
 use super::varint;
 use crate::codec::delta::{LineMask, WordMask};
+use crate::codec::kin::MAX_KIN_PAGES;
 use crate::codec::{CodecId, Content, Packing, xbzrle};
 use crate::page::{PAGE_SIZE_BYTES, PageBytes, PageIndex, PageRange, Version};
 
@@ -50,6 +52,15 @@ pub struct Base {
     pub page: PageIndex,
     /// Which content of it.
     pub version: Version,
+}
+
+/// For what a base is wanted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BaseFor {
+    /// For the page at this position of the frame.
+    Page(usize),
+    /// For all of its pages together.
+    Frame,
 }
 
 /// A page of a frame.
@@ -68,6 +79,7 @@ pub struct Frame<'a> {
     version: Version,
     pages: PageList<'a>,
     bases: Bases<'a>,
+    kin: Option<(PageList<'a>, Bases<'a>)>,
     units: usize,
     checks: &'a [u8],
     header_hash: u64,
@@ -103,6 +115,14 @@ impl<'a> Frame<'a> {
             true => Bases::take(&mut rest, content, &pages, version, guest_pages)?,
             false => Bases::NONE,
         };
+        let kin = match codec.packing() {
+            Packing::ZstdKin => {
+                let kin = PageList::take(&mut rest, guest_pages, MAX_KIN_PAGES as u64)?;
+                let versions = Versions::take(&mut rest, kin.pages(), version.0)?;
+                Some((kin, Bases { versions, originals: None }))
+            }
+            _ => None,
+        };
         let units = take_units(&mut rest, content, pages.pages())?;
         let checks_len = match content {
             Content::Zero => 0,
@@ -114,6 +134,7 @@ impl<'a> Frame<'a> {
             version,
             pages,
             bases,
+            kin,
             units,
             checks,
             header_hash: 0,
@@ -156,6 +177,14 @@ impl<'a> Frame<'a> {
         self.runs()
             .flat_map(|run| run.pages())
             .map(move |page| FramePage { page, base: bases.next(page) })
+    }
+
+    /// The contents that all pages of the frame build on together, ascending; not of its own pages.
+    pub fn kin(&self) -> impl Iterator<Item = Base> + use<'a> {
+        self.kin.into_iter().flat_map(|(pages, mut bases)| {
+            let pages = pages.runs().flat_map(|run| run.pages());
+            pages.filter_map(move |page| bases.next(page))
+        })
     }
 
     /// The pages as ascending runs.
@@ -229,6 +258,29 @@ enum Versions<'a> {
     Each(&'a [u8]),
 }
 
+impl<'a> Versions<'a> {
+    /// Takes the versions of so many contents, each at most `max`.
+    fn take(rest: &mut &'a [u8], contents: u64, max: u16) -> Result<Self, FrameError> {
+        let checked = |found: u64| match found {
+            0 => Err(FrameError::Version { field: "base version", found }),
+            found if found > u64::from(max) => {
+                Err(FrameError::Version { field: "base version", found })
+            }
+            found => Ok(Version(found as u16)),
+        };
+        Ok(match take_number(rest, "base version")? {
+            0 => {
+                let coded = *rest;
+                for _ in 0..contents {
+                    checked(take_number(rest, "base version")?)?;
+                }
+                Versions::Each(&coded[..coded.len() - rest.len()])
+            }
+            uniform => Versions::Uniform(checked(uniform)?),
+        })
+    }
+}
+
 impl<'a> Bases<'a> {
     const NONE: Bases<'static> = Bases { versions: Versions::None, originals: None };
 
@@ -241,23 +293,7 @@ impl<'a> Bases<'a> {
     ) -> Result<Self, FrameError> {
         // A delta builds on an older content; a copy may be of a page that was sent just now.
         let max = if content == Content::Copy { version.0 } else { version.0 - 1 };
-        let checked = |found: u64| match found {
-            0 => Err(FrameError::Version { field: "base version", found }),
-            found if found > u64::from(max) => {
-                Err(FrameError::Version { field: "base version", found })
-            }
-            found => Ok(Version(found as u16)),
-        };
-        let versions = match take_number(rest, "base version")? {
-            0 => {
-                let coded = *rest;
-                for _ in 0..pages.pages() {
-                    checked(take_number(rest, "base version")?)?;
-                }
-                Versions::Each(&coded[..coded.len() - rest.len()])
-            }
-            uniform => Versions::Uniform(checked(uniform)?),
-        };
+        let versions = Versions::take(rest, pages.pages(), max)?;
         let mut bases = Bases { versions, originals: None };
         if content == Content::Copy {
             let coded = *rest;

@@ -6,8 +6,9 @@ use serde::de::DeserializeOwned;
 
 use super::limits::MAX_PAGES_PER_FRAME;
 use super::message::{FaultRequest, Flight, PackedSet, ToDestination, ToSource, decode, encode};
-use super::{DecodeScratch, DecodedPage, Frame};
+use super::{BaseFor, DecodeScratch, DecodedPage, Frame};
 use crate::codec::delta::{LineMask, PackedDeltas, WordMask};
+use crate::codec::kin::MAX_KIN_PAGES;
 use crate::codec::pack::Decompressor;
 use crate::codec::{CodecId, Content, Packing, blob, xbzrle};
 use crate::guest::Shape;
@@ -35,9 +36,13 @@ pub fn fuzz_frames(data: &[u8]) -> bool {
         assert!(pages.iter().all(|p| p.page.0 < GUEST_PAGES));
         assert!(pages.iter().all(|p| p.base.is_some() == content.has_bases()));
         assert!(pages.iter().filter_map(|p| p.base).all(|b| b.page.0 < GUEST_PAGES));
-        let decoded = frame.decode(&mut scratch, |position, base, bytes: &mut PageBytes| {
+        let kin: Vec<_> = frame.kin().collect();
+        assert!(kin.len() <= MAX_KIN_PAGES && kin.is_sorted_by(|a, b| a.page < b.page));
+        assert!(kin.iter().all(|kin| kin.page.0 < GUEST_PAGES && kin.version <= frame.version()));
+        let decoded = frame.decode(&mut scratch, |used_by, base, bytes: &mut PageBytes| {
             *bytes = [base.page.0 as u8; PAGE_SIZE_BYTES];
-            position % 7 != 3
+            used_by == BaseFor::Frame
+                || matches!(used_by, BaseFor::Page(position) if position % 7 != 3)
         });
         if let Ok(decoded) = decoded {
             for position in 0..pages.len() {
@@ -69,6 +74,7 @@ pub fn fuzz_bodies(data: &[u8]) -> bool {
                 let coded = decompressor.unpack_masks(body, masks);
                 coded.and_then(|coded| decompressor.unpack_words(coded, &old, words))
             }
+            Packing::ZstdKin => decompressor.unpack_with_kin(body, &[b'k'; 10_000], &mut plain),
             Packing::Lz4 | Packing::Zstd => decompressor.unpack(codec, body, &mut plain),
         };
         if unpacked.is_ok() {

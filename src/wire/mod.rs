@@ -32,4 +32,4 @@ pub use crate::codec::{CodecChoice, CodecCounts, DeltaCodec, PageCodec};
 pub use decode::{DecodeScratch, DecodedPage, DecodedPages};
 pub use encode::{CopyToSend, FrameEncoder, LinesToSend, PageToSend};
 pub use error::FrameError;
-pub use frame::{Base, Frame, FramePage};
+pub use frame::{Base, BaseFor, Frame, FramePage};

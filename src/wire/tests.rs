@@ -12,7 +12,7 @@ use crate::codec::delta::{DeltaPacker, LineMask, UnitMask};
 use crate::codec::pack::{Compression, Compressor};
 use crate::codec::test_pages::{noise_of, page_and_change, page_of};
 use crate::codec::xbzrle::{LENGTH_BYTES, RunPacker};
-use crate::codec::{CodecId, Content, LineFingerprint, Packing};
+use crate::codec::{CodecId, Content, Kin, LineFingerprint, Packing};
 use crate::page::{PAGE_SIZE_BYTES, PageBytes, PageIndex, PageRange, Version};
 
 mod refusals;
@@ -32,8 +32,32 @@ fn encode(choice: CodecChoice, pages: &[Sent]) -> (Vec<u8>, CodecCounts) {
         })
         .collect();
     let mut out = Vec::new();
-    let counts = FrameEncoder::new(choice).encode(NOW, &pages, &mut out);
+    let counts = FrameEncoder::new(choice).encode(NOW, &pages, &kin(), &mut out);
     (out, counts)
+}
+
+/// What whole pages may build on: pages like them at the end of the guest.
+const KIN: [(u64, u16); 3] = [(GUEST_PAGES - 9, 9), (GUEST_PAGES - 8, 3), (GUEST_PAGES - 1, 8)];
+
+fn kin() -> Kin {
+    Kin {
+        pages: KIN.map(|(page, version)| (PageIndex(page), Version(version))).to_vec(),
+        bytes: KIN.map(|(page, _)| page_of(page)).concat(),
+    }
+}
+
+/// Of the page that builds on a base of its own.
+fn position(used_by: BaseFor) -> usize {
+    match used_by {
+        BaseFor::Page(position) => position,
+        BaseFor::Frame => panic!("no codec here builds on the same base with all pages"),
+    }
+}
+
+/// Gives the bytes of one of them.
+fn is_kin(base: Base, into: &mut PageBytes) -> bool {
+    *into = page_of(base.page.0);
+    KIN.contains(&(base.page.0, base.version.0))
 }
 
 /// Decodes all frames as a destination would that holds the bases of `pages`.
@@ -49,7 +73,10 @@ fn decode(wire: &[u8], pages: &[Sent]) -> (BTreeMap<u64, PageBytes>, CodecCounts
         assert_eq!(frame.version(), NOW);
         counts.add(frame.codec(), frame.page_count(), frame.len_bytes() as u64);
         let decoded = frame
-            .decode(&mut scratch, |_, base, into| {
+            .decode(&mut scratch, |used_by, base, into| {
+                if used_by == BaseFor::Frame {
+                    return is_kin(base, into);
+                }
                 assert_eq!(held[&base.page.0].0, base.version);
                 *into = held[&base.page.0].1;
                 true
@@ -72,7 +99,12 @@ fn decode(wire: &[u8], pages: &[Sent]) -> (BTreeMap<u64, PageBytes>, CodecCounts
 }
 
 fn choices() -> impl Strategy<Value = CodecChoice> {
-    let page = [PageCodec::Raw, PageCodec::Lz4, PageCodec::Zstd { level: 1 }];
+    let page = [
+        PageCodec::Raw,
+        PageCodec::Lz4,
+        PageCodec::Zstd { level: 1 },
+        PageCodec::ZstdKin { level: 3 },
+    ];
     let delta = [
         DeltaCodec::Off,
         DeltaCodec::Plain,
@@ -228,9 +260,9 @@ fn a_delta_can_be_decoded_without_some_of_its_pages() {
     assert_eq!(frame.codec(), CodecId::DeltaLz4);
     let mut scratch = DecodeScratch::default();
     let decoded = frame
-        .decode(&mut scratch, |position, base, into| {
+        .decode(&mut scratch, |used_by, base, into| {
             *into = pages[base.page.0 as usize].2.unwrap().1;
-            position % 2 == 0
+            position(used_by).is_multiple_of(2)
         })
         .unwrap();
     for (position, (_, new, _)) in pages.iter().enumerate() {
@@ -255,9 +287,9 @@ fn a_wrong_base_is_found_for_its_page_alone() {
     let (frame, _) = Frame::parse(&wire, GUEST_PAGES).unwrap();
     let mut scratch = DecodeScratch::default();
     let decoded = frame
-        .decode(&mut scratch, |position, base, into| {
+        .decode(&mut scratch, |used_by, base, into| {
             *into = pages[base.page.0 as usize].2.unwrap().1;
-            into[4000] ^= u8::from(position == 2);
+            into[4000] ^= u8::from(position(used_by) == 2);
             true
         })
         .unwrap();
@@ -333,9 +365,9 @@ fn a_delta_with_old_words_needs_every_base_as_it_was() {
     let (frame, _) = Frame::parse(&wire, GUEST_PAGES).unwrap();
     let mut scratch = DecodeScratch::default();
     let mut decode_with = |change: fn(usize, &mut PageBytes) -> bool| {
-        let base_of = |position: usize, _: Base, into: &mut PageBytes| {
+        let base_of = |used_by: BaseFor, _: Base, into: &mut PageBytes| {
             *into = old;
-            change(position, into)
+            change(position(used_by), into)
         };
         let decoded = frame.decode(&mut scratch, base_of)?;
         Ok([decoded.get(0), decoded.get(1)].map(|page| page == DecodedPage::Bytes(&new)))
@@ -408,11 +440,11 @@ fn a_copy_is_checked_against_its_original() {
     let (frame, _) = Frame::parse(&wire, GUEST_PAGES).unwrap();
     let mut scratch = DecodeScratch::default();
     let decoded = frame
-        .decode(&mut scratch, |position, base, into| {
+        .decode(&mut scratch, |used_by, base, into| {
             assert_eq!(base, original);
             *into = page;
-            into[1] ^= u8::from(position == 1);
-            position != 2
+            into[1] ^= u8::from(position(used_by) == 1);
+            position(used_by) != 2
         })
         .unwrap();
     assert_eq!(decoded.get(0), DecodedPage::Bytes(&page));
@@ -440,4 +472,38 @@ fn frames_of_the_largest_kind_fit_the_limit() {
     let (wire, counts) = encode(choice, &pages);
     assert_eq!(counts.pages(CodecId::Delta), 64);
     assert!(wire.len() <= MAX_FRAME_BYTES, "{}", wire.len());
+}
+
+#[test]
+fn pages_that_are_like_others_are_told_by_them() {
+    let pages: Vec<Sent> =
+        (0..4).map(|page| (page, page_of(GUEST_PAGES - 9 + page), None)).collect();
+    let coded = |page| encode(CodecChoice { page, delta: DeltaCodec::Off }, &pages);
+    let (alone, _) = coded(PageCodec::Zstd { level: 3 });
+    let (wire, counts) = coded(PageCodec::ZstdKin { level: 3 });
+    assert_eq!(counts.pages(CodecId::ZstdKin), 4);
+    assert!(wire.len() < alone.len(), "{} and {} bytes", wire.len(), alone.len());
+    assert_eq!(decode(&wire, &pages).0.len(), 4);
+    let (frame, _) = Frame::parse(&wire, GUEST_PAGES).unwrap();
+    let named: Vec<_> = frame.kin().map(|base| (base.page.0, base.version.0)).collect();
+    assert_eq!(named, KIN);
+}
+
+#[test]
+fn without_its_kin_or_with_another_page_in_place_of_it_a_frame_is_refused() {
+    let pages = [(5, page_of(GUEST_PAGES - 8), None)];
+    let choice = CodecChoice { page: PageCodec::ZstdKin { level: 3 }, delta: DeltaCodec::Off };
+    let (wire, _) = encode(choice, &pages);
+    let (frame, _) = Frame::parse(&wire, GUEST_PAGES).unwrap();
+    let mut scratch = DecodeScratch::default();
+    let missing = PageIndex(GUEST_PAGES - 8);
+    let without =
+        frame.decode(&mut scratch, |_, base, into| is_kin(base, into) && base.page != missing);
+    assert_eq!(without.err(), Some(FrameError::BaseMissing { page: missing }));
+    let other = frame.decode(&mut scratch, |_, base, into| {
+        let known = is_kin(base, into);
+        into[2000..].fill(b'?');
+        known
+    });
+    assert!(matches!(other, Err(FrameError::Checksum | FrameError::Body(_))));
 }

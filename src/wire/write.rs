@@ -14,6 +14,8 @@ pub(super) struct FrameParts<'a> {
     pub(super) runs: &'a [PageRange],
     /// The base of each page; empty for a codec without.
     pub(super) bases: &'a [Base],
+    /// What all pages build on, and these as runs; empty for a codec without.
+    pub(super) kin: (&'a [Base], &'a [PageRange]),
     /// Changed units in all, for a delta.
     pub(super) units: usize,
     /// The check of each page, where it has one.
@@ -30,6 +32,7 @@ impl<'a> FrameParts<'a> {
             version,
             runs,
             bases: &[],
+            kin: (&[], &[]),
             units: 0,
             checks: &[],
             decoded: &[],
@@ -73,7 +76,15 @@ impl<'a> FrameParts<'a> {
         out.extend_from_slice(&[MAGIC, FORMAT, self.codec.to_wire()]);
         varint::put(out, u64::from(self.version.0));
         page_list::put(out, self.runs);
-        self.put_bases(out);
+        put_versions(self.bases, out);
+        if content == Content::Copy {
+            self.bases.iter().for_each(|base| varint::put(out, base.page.0));
+        }
+        let (kin, runs) = self.kin;
+        if !kin.is_empty() {
+            page_list::put(out, runs);
+            put_versions(kin, out);
+        }
         if matches!(content, Content::Words | Content::Lines | Content::Runs) {
             varint::put(out, self.units as u64);
         }
@@ -84,17 +95,14 @@ impl<'a> FrameParts<'a> {
             varint::put(out, body_len as u64);
         }
     }
+}
 
-    fn put_bases(&self, out: &mut Vec<u8>) {
-        let Some((first, others)) = self.bases.split_first() else { return };
-        if others.iter().all(|other| other.version == first.version) {
-            varint::put(out, u64::from(first.version.0));
-        } else {
-            varint::put(out, 0);
-            self.bases.iter().for_each(|base| varint::put(out, u64::from(base.version.0)));
-        }
-        if self.codec.content() == Content::Copy {
-            self.bases.iter().for_each(|base| varint::put(out, base.page.0));
-        }
+fn put_versions(bases: &[Base], out: &mut Vec<u8>) {
+    let Some((first, others)) = bases.split_first() else { return };
+    if others.iter().all(|other| other.version == first.version) {
+        varint::put(out, u64::from(first.version.0));
+    } else {
+        varint::put(out, 0);
+        bases.iter().for_each(|base| varint::put(out, u64::from(base.version.0)));
     }
 }

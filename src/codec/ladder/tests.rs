@@ -27,6 +27,16 @@ fn the_slower_the_link_the_denser_the_codec() {
 }
 
 #[test]
+fn in_pre_copy_dense_codecs_build_on_kin() {
+    let page = |mbit: f64| Ladder::with_kin().choose(mbit * MBIT, 1).page;
+    assert_eq!(page(25.0), PageCodec::ZstdKin { level: 7 });
+    assert_eq!(page(200.0), PageCodec::ZstdKin { level: 5 });
+    assert_eq!(page(350.0), PageCodec::ZstdKin { level: 3 });
+    assert_eq!(page(1_200.0), PageCodec::Zstd { level: 1 });
+    assert_eq!(page(25_000.0), PageCodec::Raw);
+}
+
+#[test]
 fn more_cores_afford_denser_codecs() {
     let mut ladder = Ladder::default();
     assert_eq!(ladder.choose(1_200.0 * MBIT, 1).page, PageCodec::Zstd { level: 1 });

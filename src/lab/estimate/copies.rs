@@ -5,7 +5,7 @@ use std::ops::Add;
 use std::time::{Duration, Instant};
 
 use crate::codec::ladder::Ladder;
-use crate::codec::{CodecCounts, CodecId};
+use crate::codec::{CodecCounts, CodecId, Kin};
 use crate::memory::GuestMemory;
 use crate::page::{PAGE_SIZE_BYTES, PageBytes, PageIndex, PageSet, Version};
 use crate::wire::limits::MAX_PAGES_PER_FRAME;
@@ -54,7 +54,7 @@ impl Copies {
             let mut frames = Vec::new();
             let begin = Instant::now();
             encoder.set_choice(choice);
-            let counts = encoder.encode(Version(2), &to_send, &mut frames);
+            let counts = encoder.encode(Version(2), &to_send, &Kin::default(), &mut frames);
             let time = begin.elapsed();
             ladder.observe(choice, &counts, time);
             costs = costs + Costs { counts, time };

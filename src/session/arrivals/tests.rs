@@ -1,7 +1,8 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::codec::BaseCache;
+use crate::codec::test_pages::page_of;
+use crate::codec::{BaseCache, CodecChoice, Kin, PageCodec};
 use crate::memory::{MemoryLayout, RegionLayout};
 use crate::page::{PAGE_SIZE_BYTES, PageBytes};
 use crate::wire::{CopyToSend, FrameEncoder, PageToSend};
@@ -50,7 +51,7 @@ impl World {
                 base: self.bases.get(PageIndex(*page)).filter(|_| !whole),
             })
             .collect();
-        self.encoder.encode(Version(version), &list, &mut out);
+        self.encoder.encode(Version(version), &list, &Kin::default(), &mut out);
         out
     }
 
@@ -68,7 +69,7 @@ impl World {
     }
 
     fn apply(&mut self, message: &[u8]) -> Result<Applied, ApplyError> {
-        self.arrivals.apply(message, &mut self.scratch)
+        self.arrivals.apply(message, true, &mut self.scratch)
     }
 
     fn at_destination(&self, page: u64) -> PageBytes {
@@ -319,4 +320,71 @@ proptest! {
             prop_assert!(world.table.state(PageIndex(page)).is_complete());
         }
     }
+}
+
+/// Frames of one page each that build on version 1 of others; page and those that it builds on.
+fn kin_frames(world: &World, version: u16, frames: &[(u64, Vec<u64>)]) -> Vec<Vec<u8>> {
+    let page = PageCodec::ZstdKin { level: 3 };
+    let mut encoder = FrameEncoder::new(CodecChoice { page, ..CodecChoice::default() });
+    let frame = |(page, kin): &(u64, Vec<u64>)| {
+        let kin = Kin {
+            pages: kin.iter().map(|page| (PageIndex(*page), Version(1))).collect(),
+            bytes: kin.iter().flat_map(|page| world.source[*page as usize]).collect(),
+        };
+        let bytes = &world.source[*page as usize];
+        let (page, mut out) = (PageIndex(*page), Vec::new());
+        let page = PageToSend { page, bytes, base: None };
+        encoder.encode(Version(version), &[page], &kin, &mut out);
+        out
+    };
+    frames.iter().map(frame).collect()
+}
+
+#[test]
+fn a_frame_waits_for_its_kin_and_what_stands_before_it_does_not() {
+    let mut world = World::new();
+    for page in 0..4 {
+        world.source[page as usize] = page_of(page + 1);
+    }
+    let frames = kin_frames(&world, 1, &[(0, vec![]), (1, vec![0, 3]), (3, vec![])]);
+    let message = [&frames[0][..], &frames[1]].concat();
+    let applied = world.apply(&message).unwrap();
+    assert_eq!((applied.waits_from, applied.rejected), (Some(frames[0].len()), vec![]));
+    assert_eq!(world.at_destination(0), world.source[0]);
+    assert_eq!(world.table.state(PageIndex(1)).stage, Stage::Absent);
+    assert!(!world.arrivals.is_ready(&frames[1]));
+    world.apply(&frames[2]).unwrap();
+    assert!(world.arrivals.is_ready(&frames[1]));
+    assert_eq!(world.apply(&frames[1]).unwrap().waits_from, None);
+    assert_eq!(world.at_destination(1), world.source[1]);
+}
+
+#[test]
+fn a_frame_that_may_not_wait_for_its_kin_is_rejected() {
+    let mut world = World::new();
+    world.source[0] = page_of(1);
+    world.source[1] = page_of(2);
+    let frame = &kin_frames(&world, 1, &[(1, vec![0])])[0];
+    let applied = world.arrivals.apply(frame, false, &mut world.scratch).unwrap();
+    assert_eq!((applied.waits_from, applied.rejected), (None, vec![PageIndex(1)]));
+    let others: Vec<u64> = (2..PAGES).collect();
+    world.send(1, &others);
+    world.arrivals.switch_over(Version(2), &World::set_of(&[0, 1]), &World::set_of(&[])).unwrap();
+    let frame = &kin_frames(&world, 2, &[(1, vec![0])])[0];
+    let applied = world.apply(frame).unwrap();
+    assert_eq!((applied.waits_from, applied.rejected), (None, vec![PageIndex(1)]));
+}
+
+#[test]
+fn kin_that_the_guest_has_written_to_since_gives_no_wrong_page() {
+    let mut world = World::new();
+    world.source[0] = page_of(1);
+    world.source[1] = page_of(1);
+    world.source[1][7] = b'!';
+    world.send(1, &World::all());
+    world.arrivals.switch_over(Version(2), &World::set_of(&[1]), &World::set_of(&[])).unwrap();
+    let frame = &kin_frames(&world, 2, &[(1, vec![0])])[0];
+    world.memory.write_page(PageIndex(0), &page_of(2)).unwrap();
+    assert_eq!(world.apply(frame).unwrap().rejected, vec![PageIndex(1)]);
+    assert_eq!(world.table.state(PageIndex(1)).stage, Stage::Stale);
 }

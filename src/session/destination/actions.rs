@@ -1,6 +1,6 @@
 //! What the machine asks for, carried out.
 
-use super::lanes::{again, tell_round};
+use super::lanes::{Application, again, tell_round};
 use super::*;
 
 /// A refusal gets so long to reach the source before the link is closed.
@@ -17,8 +17,13 @@ impl Session {
             }
             DestinationAction::AwaitRound { round, messages } => {
                 let noted = self.ledger.lock().expect("no holder panics").expect(round, messages);
-                if let Err(failure) = tell_round(noted, &self.happened, &self.asked) {
-                    self.fail(failure);
+                match noted {
+                    Noted::Apply(waiting) => self.apply_now(waiting),
+                    noted => {
+                        if let Err(failure) = tell_round(noted, &self.happened, &self.asked) {
+                            self.fail(failure);
+                        }
+                    }
                 }
             }
             DestinationAction::CollectPages { outage, of } => self.collect_pages(outage, of),
@@ -165,6 +170,22 @@ impl Session {
         });
     }
 
+    /// Applies messages that have waited for pages which were rejected.
+    fn apply_now(&mut self, messages: Vec<Unapplied>) {
+        let prepared = self.prepared.lock().expect("no holder panics");
+        let Some(arrivals) = prepared.as_ref().map(|prepared| prepared.arrivals.clone()) else {
+            return;
+        };
+        drop(prepared);
+        let (application, happened) = (self.application(arrivals), self.happened.clone());
+        self.tasks.spawn(async move {
+            let apply = move || application.apply(messages, &mut DecodeScratch::default());
+            if let Err(failure) = blocking(apply).await {
+                let _ = happened.send(Happened::Event(DestinationEvent::Failed(failure)));
+            }
+        });
+    }
+
     /// Looks up what the source must know of pages after an outage, when nothing is being applied.
     fn collect_pages(&mut self, outage: u32, of: PagesOf) {
         let (prepared, ledger) = (self.prepared.clone(), self.ledger.clone());
@@ -263,9 +284,17 @@ impl Session {
                 if let Some(trace) = &mut *trace.lock().expect("no holder panics") {
                     trace.missing(&need);
                 }
-                for page in ledger.lock().expect("no holder panics").close() {
+                let (rejected, waiting) = ledger.lock().expect("no holder panics").close();
+                for page in rejected {
                     asked.send(again(page));
                 }
+                let application = Application {
+                    arrivals: arrivals.clone(),
+                    ledger: ledger.clone(),
+                    asked: asked.clone(),
+                    happened: happened.clone(),
+                };
+                application.apply(waiting, &mut DecodeScratch::default())?;
                 journal.lock().expect("no holder panics").keep(&keep);
                 timeline.part("offer.switch_over", begin.elapsed());
                 if missing == 0 {

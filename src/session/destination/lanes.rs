@@ -19,19 +19,22 @@ impl Session {
         let cores = crate::cores::cores();
         let bulk = std::iter::repeat_n(Lane::Push, cores.min(MAX_BULK_APPLIERS));
         for lane in bulk.chain([Lane::FaultReply, Lane::Bundle]) {
-            let applier = Applier {
-                lane,
-                on_link: on_link.clone(),
-                arrivals: arrivals.clone(),
-                ledger: self.ledger.clone(),
-                asked: self.asked.clone(),
-                happened: self.happened.clone(),
-            };
+            let application = self.application(arrivals.clone());
+            let applier = Applier { lane, on_link: on_link.clone(), application };
             if let Err(failure) = applier.start(Handle::current()) {
                 self.fail(failure);
             }
         }
         self.tasks.spawn(ask(on_link, self.asking.clone(), self.counters.clone()));
+    }
+
+    pub(super) fn application(&self, arrivals: Arc<Arrivals>) -> Application {
+        Application {
+            arrivals,
+            ledger: self.ledger.clone(),
+            asked: self.asked.clone(),
+            happened: self.happened.clone(),
+        }
     }
 }
 
@@ -40,10 +43,7 @@ impl Session {
 struct Applier {
     lane: Lane,
     on_link: OnLink,
-    arrivals: Arc<Arrivals>,
-    ledger: Arc<Mutex<RoundLedger>>,
-    asked: AskSender,
-    happened: mpsc::UnboundedSender<Happened>,
+    application: Application,
 }
 
 impl Applier {
@@ -54,9 +54,9 @@ impl Applier {
                 let mut scratch = DecodeScratch::default();
                 // The link's end is told by the control lane.
                 while let Ok(message) = handle.block_on(self.on_link.link.recv(self.lane)) {
-                    if let Err(failure) = self.apply(message, &mut scratch) {
-                        let event = DestinationEvent::Failed(failure);
-                        let _ = self.happened.send(Happened::Event(event));
+                    let message = Unapplied { message, rejected: Vec::new(), may_wait: true };
+                    if let Err(failure) = self.application.apply(vec![message], &mut scratch) {
+                        self.application.tell(DestinationEvent::Failed(failure));
                         return;
                     }
                 }
@@ -64,18 +64,54 @@ impl Applier {
             .map(drop)
             .map_err(|error| Failure::plain(format!("no thread could be started: {error}")))
     }
+}
 
-    fn apply(&self, message: Bytes, scratch: &mut DecodeScratch) -> Result<(), Failure> {
-        let was_complete = self.arrivals.is_complete();
-        let applied = self.arrivals.apply(&message, scratch)?;
-        let mut ledger = self.ledger.lock().expect("no holder panics");
-        let noted = ledger.note(applied.version, applied.rejected);
-        drop(ledger);
-        tell_round(noted, &self.happened, &self.asked)?;
-        if !was_complete && self.arrivals.is_complete() {
-            let _ = self.happened.send(Happened::Event(DestinationEvent::PagesComplete));
+/// What applying messages takes, and whom it tells.
+#[derive(Clone)]
+pub(super) struct Application {
+    pub(super) arrivals: Arc<Arrivals>,
+    pub(super) ledger: Arc<Mutex<RoundLedger>>,
+    pub(super) asked: AskSender,
+    pub(super) happened: mpsc::UnboundedSender<Happened>,
+}
+
+impl Application {
+    /// Applies messages, and those that have waited for them.
+    pub(super) fn apply(
+        &self,
+        mut messages: Vec<Unapplied>,
+        scratch: &mut DecodeScratch,
+    ) -> Result<(), Failure> {
+        let is_ready = |message: &[u8]| self.arrivals.is_ready(message);
+        while let Some(Unapplied { message, mut rejected, may_wait }) = messages.pop() {
+            let was_complete = self.arrivals.is_complete();
+            let applied = self.arrivals.apply(&message, may_wait, scratch)?;
+            rejected.extend(applied.rejected);
+            let mut ledger = self.ledger.lock().expect("no holder panics");
+            // Also for some frames of a message, when it waits before the others.
+            messages.extend(ledger.take_ready(is_ready));
+            let noted = match applied.waits_from {
+                Some(at) => {
+                    let message = message.slice(at..);
+                    let unapplied = Unapplied { message, rejected, may_wait };
+                    ledger.put_aside(applied.version, unapplied, is_ready)
+                }
+                None => ledger.note(applied.version, rejected),
+            };
+            drop(ledger);
+            match noted {
+                Noted::Apply(more) => messages.extend(more),
+                noted => tell_round(noted, &self.happened, &self.asked)?,
+            }
+            if !was_complete && self.arrivals.is_complete() {
+                self.tell(DestinationEvent::PagesComplete);
+            }
         }
         Ok(())
+    }
+
+    fn tell(&self, event: DestinationEvent) {
+        let _ = self.happened.send(Happened::Event(event));
     }
 }
 
@@ -85,7 +121,8 @@ pub(super) fn tell_round(
     asked: &AskSender,
 ) -> Result<(), Failure> {
     match noted {
-        Noted::Waiting => {}
+        // Whoever is told to apply messages does so.
+        Noted::Waiting | Noted::Apply(_) => {}
         Noted::RoundDone(round, rejected) => {
             let event = DestinationEvent::RoundApplied { round, rejected };
             let _ = happened.send(Happened::Event(event));
@@ -168,5 +205,104 @@ async fn ask(
             }
         }
         gathered.clear();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::codec::test_pages::page_of;
+    use crate::codec::{CodecChoice, Kin, PageCodec};
+    use crate::memory::{GuestMemory, MemoryLayout, RegionLayout};
+    use crate::page::{PAGE_SIZE_BYTES, PageBytes};
+    use crate::wire::{FrameEncoder, PageToSend};
+
+    const PAGES: u64 = 200;
+
+    fn content(page: PageIndex) -> PageBytes {
+        page_of(page.0 + 1)
+    }
+
+    /// As two encoders make them: each frame builds on pages that went before it, by whichever encoder, in
+    /// messages that may end later.
+    fn messages(frames: &[(usize, Vec<prop::sample::Index>, bool)]) -> Vec<Bytes> {
+        let page = PageCodec::ZstdKin { level: 1 };
+        let mut encoder = FrameEncoder::new(CodecChoice { page, ..CodecChoice::default() });
+        let (mut open, mut done) = ([Vec::new(), Vec::new()], Vec::new());
+        for (at, (by, kin, is_last)) in frames.iter().enumerate() {
+            let mut kin: Vec<u64> =
+                kin.iter().filter(|_| at > 0).map(|kin| kin.index(at) as u64).collect();
+            kin.sort_unstable();
+            kin.dedup();
+            let kin: Vec<PageIndex> = kin.into_iter().map(PageIndex).collect();
+            let kin = Kin {
+                bytes: kin.iter().flat_map(|page| content(*page)).collect(),
+                pages: kin.into_iter().map(|page| (page, Version(1))).collect(),
+            };
+            let page = PageIndex(at as u64);
+            let bytes = &content(page);
+            let message = &mut open[by % 2];
+            encoder.encode(Version(1), &[PageToSend { page, bytes, base: None }], &kin, message);
+            if *is_last {
+                done.push(Bytes::from(std::mem::take(message)));
+            }
+        }
+        done.extend(open.map(Bytes::from));
+        done.retain(|message| !message.is_empty());
+        done
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
+        #[test]
+        fn messages_in_any_order_give_every_page_and_end_the_round(
+            frames in prop::collection::vec(
+                (0..2usize, prop::collection::vec(any::<prop::sample::Index>(), 0..8), any::<bool>()),
+                1..40,
+            ),
+            order in any::<u64>(),
+            end_after in any::<prop::sample::Index>(),
+        ) {
+            let size_bytes = PAGES * PAGE_SIZE_BYTES as u64;
+            let region = RegionLayout { name: "ram0".to_owned(), size_bytes };
+            let memory = Arc::new(GuestMemory::create(&MemoryLayout::new(vec![region])).unwrap());
+            let table = Arc::new(PageTable::anonymous(PAGES).unwrap());
+            let (happened, mut happenings) = mpsc::unbounded_channel();
+            let application = Application {
+                arrivals: Arc::new(Arrivals::new(memory.clone(), table, Arc::default())),
+                ledger: Arc::default(),
+                asked: ask_queue().0,
+                happened,
+            };
+            let mut messages = messages(&frames);
+            fastrand::Rng::with_seed(order).shuffle(&mut messages);
+            let (count, mut scratch) = (messages.len(), DecodeScratch::default());
+            let end = end_after.index(count + 1);
+            for at in 0..=count {
+                if at == end {
+                    let mut ledger = application.ledger.lock().unwrap();
+                    let noted = ledger.expect(Version(1), count as u64);
+                    drop(ledger);
+                    tell_round(noted, &application.happened, &application.asked).unwrap();
+                }
+                if let Some(message) = messages.get(at).cloned() {
+                    let message = Unapplied { message, rejected: Vec::new(), may_wait: true };
+                    application.apply(vec![message], &mut scratch).unwrap();
+                }
+            }
+            let done = happenings.try_recv().expect("the round is over");
+            let Happened::Event(DestinationEvent::RoundApplied { rejected, .. }) = done else {
+                panic!("something else has happened");
+            };
+            prop_assert!(rejected.is_empty(), "{rejected:?}");
+            for page in (0..frames.len() as u64).map(PageIndex) {
+                let mut there = [0; PAGE_SIZE_BYTES];
+                memory.read_page(page, &mut there);
+                prop_assert!(there == content(page), "{page}");
+            }
+        }
     }
 }

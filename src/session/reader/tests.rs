@@ -3,7 +3,7 @@ use crate::codec::SentLimits;
 use crate::codec::ladder::PageCodec;
 use crate::codec::{CodecId, Content};
 use crate::memory::{MemoryLayout, RegionLayout};
-use crate::wire::{DecodeScratch, DecodedPage, Frame};
+use crate::wire::{BaseFor, DecodeScratch, DecodedPage, Frame};
 
 fn reader(purpose: Purpose, link_bytes_per_s: u64) -> PageReader {
     PageReader::new(purpose, None, Arc::new(Pace::new(1, Some(link_bytes_per_s))))
@@ -12,7 +12,7 @@ fn reader(purpose: Purpose, link_bytes_per_s: u64) -> PageReader {
 #[test]
 fn a_slow_link_gets_dense_codecs_and_a_fast_one_quick_ones() {
     let codec = |link_bytes_per_s| reader(Purpose::Round, link_bytes_per_s).choice(64).page;
-    assert_eq!(codec(3_000_000), PageCodec::Zstd { level: 9 });
+    assert_eq!(codec(3_000_000), PageCodec::ZstdKin { level: 7 });
     assert_eq!(codec(10_000_000_000), PageCodec::Raw);
 }
 
@@ -21,7 +21,7 @@ fn more_encoders_afford_a_denser_codec_on_the_same_link() {
     let level = |encoders| {
         let pace = Arc::new(Pace::new(encoders, Some(60_000_000)));
         match PageReader::new(Purpose::Round, None, pace).choice(64).page {
-            PageCodec::Zstd { level } => level,
+            PageCodec::Zstd { level } | PageCodec::ZstdKin { level } => level,
             other => panic!("{other:?}"),
         }
     };
@@ -95,7 +95,7 @@ impl World {
         let before = there.clone();
         while !rest.is_empty() {
             let (frame, behind) = Frame::parse(rest, PAGES).unwrap();
-            let base_of = |_, base: Base, into: &mut PageBytes| {
+            let base_of = |_: BaseFor, base: Base, into: &mut PageBytes| {
                 let (held, bytes) = &before[base.page.0 as usize];
                 *into = *bytes;
                 *held == base.version

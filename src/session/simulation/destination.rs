@@ -3,7 +3,7 @@
 
 use std::collections::VecDeque;
 
-use super::super::{Noted, RoundLedger};
+use super::super::ledger::{Noted, RoundLedger};
 use super::guest::{Disk, Guest};
 use super::mutation::Mutation;
 use super::network::{FlightSent, Network, PageMessage};
@@ -155,7 +155,8 @@ impl Destination {
 
     fn note(&mut self, noted: Noted) {
         match noted {
-            Noted::Waiting => {}
+            // Its frames have no kin.
+            Noted::Waiting | Noted::Apply(_) => {}
             Noted::RoundDone(round, rejected) => {
                 self.events.push_back(DestinationEvent::RoundApplied { round, rejected });
             }
@@ -349,7 +350,7 @@ impl Destination {
         self.remaining = missing.len();
         (self.switchover, self.kept) = (Some(*version), Some(*version));
         waiting.into_iter().for_each(|page| self.map_if_awaited(page));
-        let again = self.ledger.close();
+        let (again, _) = self.ledger.close();
         self.note(Noted::AskAgain(again));
         if missing.is_empty() {
             self.events.push_back(DestinationEvent::PagesComplete);

@@ -16,7 +16,7 @@ use crate::engine::pusher::Pusher;
 use crate::engine::source::{SourceMachine, SourceOutcome, SourceRecord};
 use crate::memory::{Claim, Stage};
 use crate::page::{PageIndex, PageSet};
-use crate::session::RoundLedger;
+use crate::session::ledger::RoundLedger;
 
 fn killed() -> Failure {
     Failure::plain("killed")

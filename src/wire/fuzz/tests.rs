@@ -1,4 +1,5 @@
 use super::*;
+use crate::codec::Kin;
 use crate::codec::LineFingerprint;
 use crate::codec::delta::{DeltaPacker, UnitMask};
 use crate::codec::pack::{Compression, Compressor};
@@ -33,7 +34,12 @@ fn frames() -> Vec<Vec<u8>> {
         (PageCodec::Zstd { level: 1 }, DeltaCodec::Zstd { level: 1 }),
         (PageCodec::Lz4, DeltaCodec::ZstdOld { level: 1 }),
         (PageCodec::Raw, DeltaCodec::Xbzrle),
+        (PageCodec::ZstdKin { level: 1 }, DeltaCodec::Plain),
     ];
+    let kin = Kin {
+        pages: vec![(PageIndex(200), NOW), (PageIndex(300), Version(2))],
+        bytes: [base_of(200), base_of(300)].concat(),
+    };
     let mut seeds: Vec<Vec<u8>> = Vec::new();
     for (page, delta) in packings {
         let mut encoder = FrameEncoder::new(CodecChoice { page, delta });
@@ -49,7 +55,7 @@ fn frames() -> Vec<Vec<u8>> {
         let unchanged = Some((Version(8), &bases[2]));
         pages.push(PageToSend { page: PageIndex(6), bytes: &bases[2], base: unchanged });
         let mut frames = Vec::new();
-        encoder.encode(NOW, &pages, &mut frames);
+        encoder.encode(NOW, &pages, &kin, &mut frames);
         seeds.push(frames);
     }
     let mut encoder = FrameEncoder::default();

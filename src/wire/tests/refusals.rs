@@ -1,6 +1,7 @@
 //! Frames that are well-formed but for one thing.
 
 use super::*;
+use crate::codec::kin::MAX_KIN_PAGES;
 
 /// What parsing says about a frame that is well-formed but for what `change` did to it. Buffers are
 /// leaked, so that a change may bring its own.
@@ -26,6 +27,10 @@ fn refusal_of(codec: CodecId, change: impl FnOnce(&mut FrameParts<'static>)) -> 
     let has_checks = !matches!(content, Content::Whole | Content::Zero | Content::Unchanged);
     let mut parts = FrameParts {
         bases: if content.has_bases() { base_list([1, 2]) } else { &[] },
+        kin: match codec.packing() {
+            Packing::ZstdKin => (base_list([1, 9]), KIN_RUNS),
+            _ => (&[], &[]),
+        },
         units,
         checks: if has_checks { &[0; 2] } else { &[] },
         decoded: plain.leak(),
@@ -40,7 +45,7 @@ fn refusal_of(codec: CodecId, change: impl FnOnce(&mut FrameParts<'static>)) -> 
         let mut wire = Vec::new();
         parts.write(&mut wire);
         let (frame, _) = Frame::parse(&wire, GUEST_PAGES)?;
-        let base = |_: usize, _: Base, into: &mut PageBytes| {
+        let base = |_: BaseFor, _: Base, into: &mut PageBytes| {
             *into = old;
             true
         };
@@ -50,6 +55,9 @@ fn refusal_of(codec: CodecId, change: impl FnOnce(&mut FrameParts<'static>)) -> 
     change(&mut parts);
     verdict(&parts).expect_err("the changed frame was accepted")
 }
+
+/// The pages of [`base_list`].
+const KIN_RUNS: &[PageRange] = &[PageRange { start: PageIndex(11), end: PageIndex(13) }];
 
 /// Bases of pages 10 and 11: for copies these are 11 and 12.
 fn base_list(versions: [u16; 2]) -> &'static [Base] {
@@ -86,6 +94,13 @@ fn coded_as(codec: CodecId, plain: Vec<u8>) -> (Vec<u8>, Vec<u8>) {
         Packing::Plain => return (plain.clone(), plain),
         Packing::Lz4 => Compression::Lz4,
         Packing::Zstd | Packing::ZstdOld => Compression::Zstd { level: 1 },
+        Packing::ZstdKin => {
+            let (kin, mut coded) = ([page_of(1); 2].concat(), Vec::new());
+            let block = [&kin[..], &plain].concat();
+            let packing = Compressor::default().pack_with_kin(&block, kin.len(), 1, &mut coded);
+            assert_eq!(packing, Packing::ZstdKin);
+            return (plain, coded);
+        }
     };
     let mut coded = Vec::new();
     assert_eq!(Compressor::default().pack(&plain, how, &mut coded), codec.packing());
@@ -107,6 +122,21 @@ fn versions_that_cannot_be_are_refused() {
             assert_eq!(refused, expected, "{codec}: {versions:?}");
         }
     }
+}
+
+#[test]
+fn kin_that_cannot_be_are_refused() {
+    let refused =
+        |versions| refusal_of(CodecId::ZstdKin, |parts| parts.kin.0 = base_list(versions));
+    for (versions, found) in [([1, 10], 10), ([10, 10], 10), ([1, 0], 0)] {
+        assert_eq!(refused(versions), FrameError::Version { field: "base version", found });
+    }
+    let many: &[_] = vec![PageRange::new(0, MAX_KIN_PAGES as u64 + 1)].leak();
+    let found = refusal_of(CodecId::ZstdKin, |parts| parts.kin.1 = many);
+    assert_eq!(found, FrameError::Pages { pages: 65, max_pages: 64 });
+    let outside: &[_] = vec![PageRange::new(GUEST_PAGES - 1, GUEST_PAGES + 1)].leak();
+    let found = refusal_of(CodecId::ZstdKin, |parts| parts.kin.1 = outside);
+    assert_eq!(found, FrameError::BeyondGuest { guest_pages: GUEST_PAGES });
 }
 
 #[test]

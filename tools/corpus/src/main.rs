@@ -8,8 +8,9 @@
 //! * `NAME.full`: pages that are not zero, each content once;
 //! * `NAME.old` and `NAME.new`: pages that changed, as they were and as they became, half of them after 2 s
 //!   and half after 10 s. Pages that became zero are left out: they need no codec.
+//! * `NAME.guest`: all pages that are not zero, each content once, in their order: 100 to 250 MiB.
 //!
-//! Each file has at most 16 MiB: blocks of 64 pages that follow each other in memory, spread evenly over
+//! The others have at most 16 MiB each: blocks of 64 pages that follow each other in memory, spread evenly over
 //! all that there are, since that is what a frame of pages is coded from.
 //!
 //! As root, in the source tree, after `tools/build-guest-with redis` and `tools/build-guest-with python`:
@@ -138,6 +139,7 @@ fn take(job: &Job, tools: &Tools, out: &Path) -> Result<()> {
     };
     let [soon, later] = changes.map(|pages| sample::blocks(&pages, MAX_PAGES / 2));
     let file = |extension: &str| out.join(format!("{}.{extension}", job.name));
+    fs::write(file("guest"), pages(&first, &full))?;
     fs::write(file("full"), pages(&first, &sample::blocks(&full, MAX_PAGES)))?;
     fs::write(file("old"), [pages(&first, &soon), pages(&first, &later)].concat())?;
     fs::write(file("new"), [pages(&second, &soon), pages(&third, &later)].concat())?;

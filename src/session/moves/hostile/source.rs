@@ -4,6 +4,7 @@ use std::future::Future;
 use std::path::PathBuf;
 
 use super::*;
+use crate::codec::Kin;
 use crate::page::{PAGE_SIZE_BYTES, PageIndex, PageSet, Version};
 use crate::wire::message::{Flight, PROTOCOL, PackedSet, RunWhen, SourceStage};
 use crate::wire::state::PackedState;
@@ -28,6 +29,7 @@ fn page_message(version: Version, page: PageIndex) -> Bytes {
     FrameEncoder::default().encode(
         version,
         &[PageToSend { page, bytes: &bytes, base: None }],
+        &Kin::default(),
         &mut out,
     );
     out.into()
