@@ -20,6 +20,8 @@ pub const MAX_KIN_PAGES: usize = 64;
 /// As many of them as that are filled up with pages that were sent just before. Twice as many save half a percent
 /// more, and take a tenth more of the time.
 const RECENT_PAGES: usize = 32;
+/// So many of those sent last are looked at for them: what is on its way is not at the other side yet.
+const RECENT_LOOKED_AT: usize = 1024;
 /// One place of so many is an anchor, on average.
 const ANCHOR_EVERY: u64 = 256;
 /// Anchors of a page, at most.
@@ -55,7 +57,7 @@ pub fn find_anchors(page: &PageBytes, into: &mut Vec<Anchor>) {
     let (start, mut hash, mut last) = (into.len(), 0u64, 0);
     for (at, byte) in page.iter().enumerate() {
         hash = (hash << 1).wrapping_add(GEAR[usize::from(*byte)]);
-        // Of a stretch that repeats itself one is enough.
+        // Of a byte that repeats itself one is enough.
         if hash & ANCHOR_MASK == 0 && at + 1 >= WINDOW_BYTES && hash != last {
             last = hash;
             let mixed = (hash ^ hash >> 32).wrapping_mul(0x9e37_79b9_7f4a_7c15);
@@ -116,18 +118,20 @@ impl KinFinder {
     }
 
     /// The kin of the block, out of what was `sent`: those that share most anchors with it, then those
-    /// that were sent last; of pages that `is_wanted` would have in their version.
+    /// that were sent last; of pages that `may_be`, and that are `certain` to be there in their version.
     pub fn find(
         &mut self,
         sent: &SentPages,
-        is_wanted: impl Fn(PageIndex, Version) -> bool,
+        may_be: impl Fn(PageIndex) -> bool,
+        is_certain: impl Fn(PageIndex, Version) -> bool,
     ) -> &Kin {
         let KinFinder { anchors, proposed, ranked, recent, kin, .. } = self;
         proposed.clear();
         proposed.extend(anchors.iter().flat_map(|anchor| sent.pages_with(*anchor)));
         proposed.sort_unstable();
         ranked.clear();
-        ranked.extend(proposed.chunk_by(|a, b| a == b).map(|same| (same.len(), same[0])));
+        let same = proposed.chunk_by(|a, b| a == b).filter(|same| may_be(same[0]));
+        ranked.extend(same.map(|same| (same.len(), same[0])));
         ranked.sort_unstable_by(|a, b| b.cmp(a));
         ranked.truncate(MAX_KIN_PAGES);
         if !anchors.is_empty() {
@@ -135,7 +139,7 @@ impl KinFinder {
                 if ranked.len() >= RECENT_PAGES {
                     break;
                 }
-                if !ranked.iter().any(|(_, other)| other == page) {
+                if may_be(*page) && !ranked.iter().any(|(_, other)| other == page) {
                     ranked.push((0, *page));
                 }
             }
@@ -143,7 +147,7 @@ impl KinFinder {
         ranked.sort_unstable_by_key(|(_, page)| *page);
         kin.clear();
         for (_, page) in &*ranked {
-            let wanted = |version| is_wanted(*page, version);
+            let wanted = |version| is_certain(*page, version);
             if let Some(version) = sent.append_bytes(*page, wanted, &mut kin.bytes) {
                 kin.pages.push((*page, version));
             }
@@ -159,7 +163,7 @@ impl KinFinder {
 
     /// `page` was sent: it is kin of what comes next.
     pub fn sent(&mut self, page: PageIndex) {
-        if self.recent.len() == RECENT_PAGES {
+        if self.recent.len() == RECENT_LOOKED_AT {
             self.recent.pop_front();
         }
         self.recent.push_back(page);

@@ -10,7 +10,7 @@
 //! The account is in shards, each with its own lock, and neighbouring runs of pages are in different ones:
 //! threads that encode different parts of the guest hardly ever meet.
 
-use std::sync::{RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{OnceLock, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use xxhash_rust::xxh3::xxh3_64;
 
@@ -62,7 +62,9 @@ pub struct SentMemory {
 pub struct SentPages {
     shards: Vec<RwLock<Shard>>,
     copies: CopyIndex,
-    kin: CopyIndex,
+    /// Made when it is first used: on a fast link nobody looks for kin.
+    kin: OnceLock<CopyIndex>,
+    anchors: usize,
     guest_pages: u64,
 }
 
@@ -77,8 +79,10 @@ struct Shard {
 
 /// Of the base cache's memory, one part in so many is for the index of its contents,
 const COPIES_SHARE: usize = 500;
-/// and one in so many for that of its anchors: eight for each page, half of what a page has.
+/// and one in so many for that of its anchors, eight for each page, half of what a page has;
 const KIN_SHARE: usize = 64;
+/// but no more than those of 4 GiB: of a larger cache the pages sent last are found.
+const MAX_KIN_BYTES: usize = 64 << 20;
 
 impl SentPages {
     /// The account of a guest of which nothing was sent. Memory is taken as it is needed, apart from that
@@ -86,7 +90,7 @@ impl SentPages {
     pub fn new(limits: SentLimits, guest_pages: u64) -> Self {
         let shard_pages = guest_pages.div_ceil(RUN_PAGES * SHARDS) * RUN_PAGES;
         let copies_bytes = limits.base_cache_bytes / COPIES_SHARE;
-        let kin_bytes = limits.base_cache_bytes / KIN_SHARE;
+        let kin_bytes = (limits.base_cache_bytes / KIN_SHARE).min(MAX_KIN_BYTES);
         let cached_bytes = limits.base_cache_bytes - copies_bytes - kin_bytes;
         let cached_bytes = cached_bytes / SHARDS as usize;
         let lines_bytes = limits.lines_bytes / SHARDS as usize;
@@ -98,11 +102,12 @@ impl SentPages {
         };
         let shards: Vec<_> = (0..SHARDS).map(|_| shard()).collect();
         let cached: usize = shards.iter().map(|shard| shard.bases.capacity()).sum();
-        let anchors = cached * PAGE_SIZE_BYTES / KIN_SHARE / size_of::<u64>();
+        let anchor_bytes = (cached * PAGE_SIZE_BYTES / KIN_SHARE).min(kin_bytes);
         SentPages {
             shards: shards.into_iter().map(RwLock::new).collect(),
             copies: CopyIndex::new(cached.min(copies_bytes / size_of::<u64>())),
-            kin: CopyIndex::new(anchors),
+            kin: OnceLock::new(),
+            anchors: anchor_bytes / size_of::<u64>(),
             guest_pages,
         }
     }
@@ -162,12 +167,12 @@ impl SentPages {
 
     /// True when pages may be found by their stretches.
     pub fn finds_kin(&self) -> bool {
-        self.kin.memory_bytes() > 0
+        self.anchors > 0
     }
 
     /// Pages that may have this anchor.
     pub fn pages_with(&self, anchor: Anchor) -> impl Iterator<Item = PageIndex> {
-        self.kin.find(anchor.0)
+        self.kin.get().into_iter().flat_map(move |kin| kin.find(anchor.0))
     }
 
     /// Appends the bytes of `page` to `into`, if they are known and wanted in their version, which is given.
@@ -208,7 +213,7 @@ impl SentPages {
                 self.copies.insert(hash, page);
             }
             for Anchor(hash) in anchors {
-                self.kin.insert(*hash, page);
+                self.kin.get_or_init(|| CopyIndex::new(self.anchors)).insert(*hash, page);
             }
         } else if lines.is_on() {
             lines.insert(at, version, &LineFingerprint::of(bytes));
@@ -253,7 +258,7 @@ impl SentPages {
     pub fn memory(&self) -> SentMemory {
         let mut memory = SentMemory {
             copies_bytes: self.copies.memory_bytes() as u64,
-            kin_bytes: self.kin.memory_bytes() as u64,
+            kin_bytes: self.kin.get().map_or(0, CopyIndex::memory_bytes) as u64,
             ..SentMemory::default()
         };
         for shard in &self.shards {

@@ -197,7 +197,7 @@ impl FrozenPages {
     }
 
     fn encode(&self, pages: &[PageIndex], whole: bool, reader: &mut PageReader, out: &mut Vec<u8>) {
-        let against = Against { sent: &self.sent, sending: &self.need };
+        let against = Against { sent: &self.sent, sending: &self.need, landed: None };
         let against = (!whole).then_some(against);
         let counts = reader.encode(&self.memory, against, self.version, pages, out);
         self.costs.learn(&counts);

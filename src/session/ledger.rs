@@ -1,5 +1,7 @@
 //! The count of a round's messages at the destination.
 
+use std::collections::VecDeque;
+
 use bytes::Bytes;
 
 use crate::page::{PageIndex, Version};
@@ -9,16 +11,15 @@ use crate::wire::message::MAX_REJECTED_PAGES;
 /// broken or hostile, and must not fill the queue of requests.
 const MAX_ASKED_AGAIN: usize = 1 << 20;
 
-/// Messages that wait for others, at most: 16 MiB.
-const MAX_WAITING: usize = 64;
+/// Messages that wait for others, at most. What they wait for was acknowledged by the transport here before
+/// they were made, so it waits for a thread that applies it, and no longer than that takes.
+const MAX_WAITING: usize = 16;
 
 /// What is left of a message whose next frame builds on pages that have not come yet.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Unapplied {
     /// Its frames from that one on.
     pub(super) message: Bytes,
-    /// Pages of those before that could not be applied.
-    pub(super) rejected: Vec<PageIndex>,
     /// Whether it may wait for what has not come.
     pub(super) may_wait: bool,
 }
@@ -30,7 +31,7 @@ pub(super) struct RoundLedger {
     acknowledged: Version,
     applied: u64,
     rejected: Vec<PageIndex>,
-    waiting: Vec<Unapplied>,
+    waiting: VecDeque<Unapplied>,
     awaited: Option<u64>,
     closed: bool,
     /// Pages asked for again since pre-copy is over.
@@ -44,8 +45,8 @@ pub(super) struct RoundLedger {
 pub(super) enum Noted {
     /// Nothing yet.
     Waiting,
-    /// These are to be applied now.
-    Apply(Vec<Unapplied>),
+    /// This is to be applied now.
+    Apply(Unapplied),
     /// The round is done but for these pages.
     RoundDone(Version, Vec<PageIndex>),
     /// Pre-copy is over: these pages must be asked for again.
@@ -75,41 +76,55 @@ impl RoundLedger {
             return Noted::OutOfTurn;
         }
         self.applied += 1;
-        self.rejected.extend(rejected);
-        if self.rejected.len() > MAX_REJECTED_PAGES {
-            return Noted::Spoilt(self.rejected.len());
+        match self.reject(rejected) {
+            Some(spoilt) => spoilt,
+            None => self.done(),
         }
-        self.done()
     }
 
-    /// A message waits for pages of others: it is put aside, unless they have come meanwhile, or too many wait
-    /// already.
+    fn reject(&mut self, rejected: Vec<PageIndex>) -> Option<Noted> {
+        self.rejected.extend(rejected);
+        let count = self.rejected.len();
+        (count > MAX_REJECTED_PAGES).then_some(Noted::Spoilt(count))
+    }
+
+    /// A message waits for pages of others, after some of its pages have been rejected: it is put aside, unless
+    /// they have come meanwhile, or too many wait already.
     pub(super) fn put_aside(
         &mut self,
         version: Version,
+        rejected: Vec<PageIndex>,
         mut unapplied: Unapplied,
         is_ready: impl Fn(&[u8]) -> bool,
     ) -> Noted {
-        if !self.closed && Some(version) != self.current() {
+        // None waits once pre-copy is over.
+        if self.closed || Some(version) != self.current() {
             return Noted::OutOfTurn;
         }
-        unapplied.may_wait = !self.closed && self.waiting.len() < MAX_WAITING;
-        if !unapplied.may_wait || is_ready(&unapplied.message) {
-            return Noted::Apply(vec![unapplied]);
+        if let Some(spoilt) = self.reject(rejected) {
+            return spoilt;
         }
-        self.waiting.push(unapplied);
+        unapplied.may_wait = self.waiting.len() < MAX_WAITING;
+        if !unapplied.may_wait || is_ready(&unapplied.message) {
+            return Noted::Apply(unapplied);
+        }
+        self.waiting.push_back(unapplied);
         self.done()
     }
 
     /// Those that wait no longer, now that something has been applied. To be asked before that is noted: what
     /// still waits when everything else has been applied waits for pages that were rejected.
     pub(super) fn take_ready(&mut self, is_ready: impl Fn(&[u8]) -> bool) -> Vec<Unapplied> {
-        self.waiting.extract_if(.., |unapplied| is_ready(&unapplied.message)).collect()
+        let waiting = std::mem::take(&mut self.waiting);
+        let (ready, others) =
+            waiting.into_iter().partition(|unapplied| is_ready(&unapplied.message));
+        self.waiting = others;
+        Vec::from(ready)
     }
 
     /// The source says how many messages a round has.
     pub(super) fn expect(&mut self, round: Version, messages: u64) -> Noted {
-        if self.closed || Some(round) != self.current() {
+        if self.closed || self.awaited.is_some() || Some(round) != self.current() {
             return Noted::OutOfTurn;
         }
         self.awaited = Some(messages);
@@ -132,27 +147,23 @@ impl RoundLedger {
 
     /// Whether a switchover to `version` may come now, or again: it is what would be the next round.
     pub(super) fn may_close_at(&self, version: Version) -> bool {
-        self.current() == Some(version)
+        self.current() == Some(version) && self.waiting.is_empty()
     }
 
     /// The switchover has come. Messages of the last version that were faster than the flight have been
-    /// counted as those of a round; the pages they could not bring must be asked for again. No message of an
-    /// honest source waits now; what does is to be applied.
-    pub(super) fn close(&mut self) -> (Vec<PageIndex>, Vec<Unapplied>) {
+    /// counted as those of a round; the pages they could not bring must be asked for again.
+    pub(super) fn close(&mut self) -> Vec<PageIndex> {
         self.closed = true;
-        (std::mem::take(&mut self.rejected), self.without_waiting())
-    }
-
-    fn without_waiting(&mut self) -> Vec<Unapplied> {
-        let mut waiting = std::mem::take(&mut self.waiting);
-        waiting.iter_mut().for_each(|unapplied| unapplied.may_wait = false);
-        waiting
+        std::mem::take(&mut self.rejected)
     }
 
     fn done(&mut self) -> Noted {
         let handled = self.applied + self.waiting.len() as u64;
-        if self.awaited == Some(handled) && !self.waiting.is_empty() {
-            return Noted::Apply(self.without_waiting());
+        if self.awaited == Some(handled)
+            && let Some(oldest) = self.waiting.pop_front()
+        {
+            // One by one: what is left of it may be what others wait for.
+            return Noted::Apply(Unapplied { may_wait: false, ..oldest });
         }
         let Some(round) = self.current().filter(|_| self.awaited == Some(self.applied)) else {
             return Noted::Waiting;
@@ -215,41 +226,46 @@ mod tests {
     fn a_page_rejected_around_the_switchover_is_asked_for_again() {
         let mut ledger = RoundLedger::default();
         ledger.note(Version(1), vec![PageIndex(1)]);
-        assert_eq!(ledger.close(), (vec![PageIndex(1)], vec![]));
+        assert_eq!(ledger.close(), vec![PageIndex(1)]);
         let late = ledger.note(Version(1), vec![PageIndex(2)]);
         assert_eq!(late, Noted::AskAgain(vec![PageIndex(2)]));
         assert_eq!(ledger.expect(Version(1), 0), Noted::OutOfTurn);
     }
 
     fn unapplied(message: &'static [u8]) -> Unapplied {
-        Unapplied { message: Bytes::from_static(message), rejected: vec![], may_wait: true }
+        Unapplied { message: Bytes::from_static(message), may_wait: true }
+    }
+
+    fn put(ledger: &mut RoundLedger, message: &'static [u8], ready: &[u8]) -> Noted {
+        ledger.put_aside(Version(1), vec![], unapplied(message), |message| message == ready)
     }
 
     #[test]
     fn a_message_waits_for_pages_of_others_and_not_for_rejected_ones() {
         let mut ledger = RoundLedger::default();
-        let never = |_: &[u8]| false;
-        let put = ledger.put_aside(Version(1), unapplied(b"a"), never);
-        assert_eq!(put, Noted::Waiting);
-        let now = ledger.put_aside(Version(1), unapplied(b"b"), |message| message == b"b");
-        assert_eq!(now, Noted::Apply(vec![unapplied(b"b")]), "what it waited for came meanwhile");
-        assert_eq!(ledger.put_aside(Version(1), unapplied(b"c"), never), Noted::Waiting);
+        assert_eq!(put(&mut ledger, b"a", b""), Noted::Waiting);
+        let now = put(&mut ledger, b"b", b"b");
+        assert_eq!(now, Noted::Apply(unapplied(b"b")), "what it waited for came meanwhile");
+        assert_eq!(put(&mut ledger, b"c", b""), Noted::Waiting);
+        assert_eq!(put(&mut ledger, b"d", b""), Noted::Waiting);
         assert_eq!(ledger.take_ready(|message| message == b"c"), [unapplied(b"c")]);
         assert_eq!(ledger.note(Version(1), vec![]), Noted::Waiting);
-        let given_up = Unapplied { may_wait: false, ..unapplied(b"a") };
-        let last = ledger.expect(Version(1), 2);
-        assert_eq!(last, Noted::Apply(vec![given_up]), "nothing else comes");
+        let given_up = |message| Noted::Apply(Unapplied { may_wait: false, ..unapplied(message) });
+        assert_eq!(ledger.expect(Version(1), 3), given_up(b"a"), "nothing else comes");
+        assert!(!ledger.may_close_at(Version(1)));
+        assert_eq!(ledger.note(Version(1), vec![]), given_up(b"d"), "the next one only then");
         assert_eq!(ledger.note(Version(1), vec![]), Noted::RoundDone(Version(1), vec![]));
-        assert_eq!(ledger.put_aside(Version(1), unapplied(b"d"), never), Noted::OutOfTurn);
+        assert_eq!(put(&mut ledger, b"e", b""), Noted::OutOfTurn);
     }
 
     #[test]
     fn a_round_is_not_done_while_a_message_that_waited_is_being_applied() {
         let mut ledger = RoundLedger::default();
-        ledger.put_aside(Version(1), unapplied(b"a"), |_| false);
+        put(&mut ledger, b"a", b"");
         assert_eq!(ledger.take_ready(|_| true).len(), 1);
         assert_eq!(ledger.note(Version(1), vec![]), Noted::Waiting);
         assert_eq!(ledger.expect(Version(1), 2), Noted::Waiting);
+        assert_eq!(ledger.expect(Version(1), 2), Noted::OutOfTurn, "a round ends once");
         assert_eq!(ledger.note(Version(1), vec![]), Noted::RoundDone(Version(1), vec![]));
     }
 
@@ -257,12 +273,29 @@ mod tests {
     fn no_more_than_so_many_messages_wait_and_none_after_the_switchover() {
         let mut ledger = RoundLedger::default();
         for _ in 0..MAX_WAITING {
-            assert_eq!(ledger.put_aside(Version(1), unapplied(b"a"), |_| false), Noted::Waiting);
+            assert_eq!(put(&mut ledger, b"a", b""), Noted::Waiting);
         }
-        let at_once = Noted::Apply(vec![Unapplied { may_wait: false, ..unapplied(b"b") }]);
-        assert_eq!(ledger.put_aside(Version(1), unapplied(b"b"), |_| false), at_once);
-        let (_, waiting) = ledger.close();
-        assert!(waiting.len() == MAX_WAITING && waiting.iter().all(|one| !one.may_wait));
-        assert_eq!(ledger.put_aside(Version(1), unapplied(b"b"), |_| false), at_once);
+        let at_once = Noted::Apply(Unapplied { may_wait: false, ..unapplied(b"b") });
+        assert_eq!(put(&mut ledger, b"b", b""), at_once);
+        ledger.close();
+        assert_eq!(put(&mut ledger, b"b", b""), Noted::OutOfTurn);
+    }
+
+    #[test]
+    fn what_was_rejected_before_a_message_had_to_wait_counts() {
+        let mut ledger = RoundLedger::default();
+        let pages = vec![PageIndex(1); MAX_REJECTED_PAGES];
+        let waits = ledger.put_aside(Version(1), pages, unapplied(b"a"), |_| false);
+        assert_eq!(waits, Noted::Waiting);
+        let spoilt = ledger.note(Version(1), vec![PageIndex(2)]);
+        assert_eq!(spoilt, Noted::Spoilt(MAX_REJECTED_PAGES + 1));
+    }
+
+    #[test]
+    fn messages_that_wait_are_gone_with_their_link() {
+        let mut ledger = RoundLedger::default();
+        put(&mut ledger, b"a", b"");
+        assert!(ledger.end(Version(1), 1));
+        assert_eq!(ledger.expect(Version(2), 0), Noted::RoundDone(Version(2), vec![]));
     }
 }

@@ -1,6 +1,6 @@
 //! Copies pages out of the guest and encodes the copies, by the codecs that suit the link.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use super::pace::Pace;
@@ -52,6 +52,28 @@ pub(super) struct Against<'a> {
     /// Pages that are sent at the same version. They may be replaced there at any moment, so that nothing
     /// is a copy of them.
     pub(super) sending: &'a PageSet,
+    /// Those of them that have arrived; only the first round says.
+    pub(super) landed: Option<&'a Landed>,
+}
+
+/// Pages of the first round that have arrived at the destination: the messages that brought them were
+/// acknowledged.
+#[derive(Debug)]
+pub(super) struct Landed(Mutex<PageSet>);
+
+impl Landed {
+    /// None, of so many.
+    pub(super) fn none(guest_pages: u64) -> Self {
+        Landed(Mutex::new(PageSet::empty(guest_pages)))
+    }
+
+    /// These have.
+    pub(super) fn add(&self, pages: &[PageIndex]) {
+        let mut landed = self.0.lock().expect("no holder panics");
+        for page in pages {
+            landed.insert(*page);
+        }
+    }
 }
 
 /// How a page of the last batch went.
@@ -74,6 +96,8 @@ pub(super) struct PageReader {
     went: Vec<Went>,
     put_off: Vec<PageIndex>,
     kin: KinFinder,
+    /// Remembered pages of the message that is being put together.
+    in_message: Vec<PageIndex>,
     encoder: FrameEncoder,
     left_over: Vec<u8>,
     ladder: Ladder,
@@ -97,6 +121,7 @@ impl PageReader {
             went: Vec::new(),
             put_off: Vec::new(),
             kin: KinFinder::default(),
+            in_message: Vec::new(),
             encoder: FrameEncoder::default(),
             left_over: Vec::new(),
             ladder,
@@ -134,7 +159,9 @@ impl PageReader {
             && matches!(choice.page, PageCodec::ZstdKin { .. })
             && against.is_some_and(|against| against.sent.finds_kin());
         let start = message.len();
-        let PageReader { copies, bases, went, put_off, kin, encoder, left_over, .. } = self;
+        let PageReader {
+            copies, bases, went, put_off, kin, in_message, encoder, left_over, ..
+        } = self;
         kin.begin();
         encoder.set_choice(choice);
         went.clear();
@@ -156,7 +183,7 @@ impl PageReader {
                 kin.pass_over();
                 continue;
             }
-            let Some(Against { sent, sending }) = against else {
+            let Some(Against { sent, sending, .. }) = against else {
                 went.push(Went::Otherwise(None));
                 plain.push(to_send);
                 kin.pass_over();
@@ -203,11 +230,17 @@ impl PageReader {
         }
         let none = Kin::default();
         let kin = match against {
-            Some(Against { sent, sending }) if has_kin => kin.find(sent, |page, known| {
-                // What went earlier in the first round went whole, so it arrives; it stays until the next round. Of
-                // later rounds only what was there before them is certain to be and to stay.
-                !sending.contains(page) || first && known == version
-            }),
+            Some(Against { sent, sending, landed }) if has_kin => {
+                let landed = landed.map(|landed| landed.0.lock().expect("no holder panics"));
+                // What went in the first round went whole and stays until the next. Of later rounds only what was
+                // there before them is certain to be and to stay.
+                let is_there = |page: &PageIndex| {
+                    let landed = landed.as_ref().is_some_and(|landed| landed.contains(*page));
+                    landed || in_message.contains(page)
+                };
+                let may_be = |page| !sending.contains(page) || first && is_there(&page);
+                kin.find(sent, may_be, |page, known| !sending.contains(page) || known == version)
+            }
             _ => &none,
         };
         let mut counts = encoder.encode(version, &plain, kin, message);
@@ -248,6 +281,7 @@ impl PageReader {
                     let anchors = self.kin.anchors_of(position);
                     sent.remember(*page, version, bytes, hash, anchors);
                     self.kin.sent(*page);
+                    self.in_message.push(*page);
                     remembered += 1;
                 }
                 Went::PutOff => continue,
@@ -257,6 +291,11 @@ impl PageReader {
         if remembered >= pages.len() / 4 * 3 {
             self.remembering.remembered(remembered, begin.elapsed());
         }
+    }
+
+    /// The message is complete: gives the pages of it that others may build on once it has arrived.
+    pub(super) fn end_message(&mut self) -> Vec<PageIndex> {
+        std::mem::take(&mut self.in_message)
     }
 
     /// Pages of the last batch that were not sent, since the destination is about to have them as another page:

@@ -15,7 +15,7 @@ use tokio::sync::mpsc;
 use super::desk::{Desk, Task};
 use super::frozen::FrozenPages;
 use super::pace::Pace;
-use super::reader::{Against, BATCH_PAGES, PageReader, Purpose, is_full};
+use super::reader::{Against, BATCH_PAGES, Landed, PageReader, Purpose, is_full};
 use super::standstill::Standstill;
 use crate::codec::ladder::CodecChoice;
 use crate::codec::{CodecCounts, SentLimits, SentPages};
@@ -182,6 +182,7 @@ impl RoundSender {
             memory,
             sent,
             sending: &plan.left(),
+            landed: (version == Version(1)).then(|| Arc::new(Landed::none(memory.pages()))),
             witness: witness.as_deref(),
             counters,
             version,
@@ -268,7 +269,7 @@ impl RoundSender {
         let mut bytes = 0;
         for batch in populated.chunks(BATCH_PAGES) {
             let mut trial = Vec::new();
-            let against = Some(Against { sent: &self.sent, sending: dirty });
+            let against = Some(Against { sent: &self.sent, sending: dirty, landed: None });
             let reader = &mut self.readers[0];
             let counts = reader.encode(&self.memory, against, next, batch, &mut trial);
             bytes += counts.total_bytes();
@@ -283,6 +284,8 @@ struct Round<'a> {
     sent: &'a SentPages,
     /// All pages of the round.
     sending: &'a PageSet,
+    /// Those that have arrived, in the first round.
+    landed: Option<Arc<Landed>>,
     witness: Option<&'a dyn ReadWitness>,
     counters: &'a Counters,
     version: Version,
@@ -326,7 +329,8 @@ impl Round<'_> {
                     witness.saw_holes(*run);
                 }
             }
-            let against = Some(Against { sent: self.sent, sending: self.sending });
+            let (sent, sending) = (self.sent, self.sending);
+            let against = Some(Against { sent, sending, landed: self.landed.as_deref() });
             counts += reader.encode(self.memory, against, self.version, &task.pages, &mut message);
             if let Some(left_over) = reader.left_over() {
                 let full = std::mem::replace(&mut message, left_over);
@@ -352,13 +356,19 @@ impl Round<'_> {
         Ok(done)
     }
 
-    fn hand_over(&self, message: Vec<u8>, reader: &PageReader, done: &mut Done) {
+    fn hand_over(&self, message: Vec<u8>, reader: &mut PageReader, done: &mut Done) {
         if message.is_empty() {
             return;
         }
         let (bytes, begin) = (message.len(), Instant::now());
         done.messages += 1;
-        done.closed |= self.messages.blocking_send(self.buffers.message(message)).is_err();
+        let (pages, landed) = (reader.end_message(), self.landed.clone());
+        let message = self.buffers.message_until(message, move || {
+            if let Some(landed) = landed {
+                landed.add(&pages);
+            }
+        });
+        done.closed |= self.messages.blocking_send(message).is_err();
         reader.sent(bytes, begin.elapsed());
     }
 }

@@ -34,8 +34,18 @@ impl Buffers {
 
     /// A message, whose buffer comes back when it is dropped.
     pub(crate) fn message(&self, buffer: Vec<u8>) -> Bytes {
+        self.message_until(buffer, || ())
+    }
+
+    /// The same, and `gone` is called then. Of one that is sent that is when the peer's transport has acknowledged all
+    /// of it, or the link has ended.
+    pub(crate) fn message_until(
+        &self,
+        buffer: Vec<u8>,
+        gone: impl FnOnce() + Send + 'static,
+    ) -> Bytes {
         self.shelf().lent += 1;
-        Bytes::from_owner(Lent { buffer, home: self.clone() })
+        Bytes::from_owner(Lent { buffer, home: self.clone(), gone: Some(Box::new(gone)) })
     }
 
     fn shelf(&self) -> MutexGuard<'_, Shelf> {
@@ -46,6 +56,7 @@ impl Buffers {
 struct Lent {
     buffer: Vec<u8>,
     home: Buffers,
+    gone: Option<Box<dyn FnOnce() + Send>>,
 }
 
 impl AsRef<[u8]> for Lent {
@@ -56,6 +67,9 @@ impl AsRef<[u8]> for Lent {
 
 impl Drop for Lent {
     fn drop(&mut self) {
+        if let Some(gone) = self.gone.take() {
+            gone();
+        }
         let mut buffer = std::mem::take(&mut self.buffer);
         let mut shelf = self.home.shelf();
         shelf.lent -= 1;
@@ -76,12 +90,16 @@ mod tests {
         let mut buffer = buffers.take();
         buffer.extend_from_slice(b"pages");
         let place = buffer.as_ptr();
-        let message = buffers.message(buffer);
+        let (gone, is_gone) = std::sync::mpsc::channel();
+        let message = buffers.message_until(buffer, move || gone.send(()).unwrap());
         assert_eq!(&message[..], b"pages");
         let other = buffers.take();
         assert_ne!(other.as_ptr(), place, "the message still has it");
-        drop(message.slice(1..3));
+        let part = message.slice(1..3);
         drop(message);
+        assert!(is_gone.try_recv().is_err(), "a part is left");
+        drop(part);
+        assert!(is_gone.try_recv().is_ok());
         let again = buffers.take();
         assert!(again.as_ptr() == place && again.is_empty());
         let messages: Vec<Bytes> = (0..MOST).map(|_| buffers.message(buffers.take())).collect();

@@ -11,7 +11,7 @@ use crate::guest::Shape;
 use crate::page::{PageIndex, PageRange, PageSet, Version};
 
 /// Version of everything in this module. Both sides must speak the same.
-pub const PROTOCOL: u16 = 3;
+pub const PROTOCOL: u16 = 4;
 
 /// Most pages that one fault request may name.
 pub const MAX_REQUEST_PAGES: usize = 256;

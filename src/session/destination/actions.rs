@@ -1,6 +1,6 @@
 //! What the machine asks for, carried out.
 
-use super::lanes::{Application, again, tell_round};
+use super::lanes::{again, tell_round};
 use super::*;
 
 /// A refusal gets so long to reach the source before the link is closed.
@@ -18,7 +18,7 @@ impl Session {
             DestinationAction::AwaitRound { round, messages } => {
                 let noted = self.ledger.lock().expect("no holder panics").expect(round, messages);
                 match noted {
-                    Noted::Apply(waiting) => self.apply_now(waiting),
+                    Noted::Apply(message) => self.apply_now(message),
                     noted => {
                         if let Err(failure) = tell_round(noted, &self.happened, &self.asked) {
                             self.fail(failure);
@@ -170,19 +170,20 @@ impl Session {
         });
     }
 
-    /// Applies messages that have waited for pages which were rejected.
-    fn apply_now(&mut self, messages: Vec<Unapplied>) {
+    /// Applies a message that has waited for pages which were rejected, and others like it.
+    fn apply_now(&mut self, message: Unapplied) {
         let prepared = self.prepared.lock().expect("no holder panics");
-        let Some(arrivals) = prepared.as_ref().map(|prepared| prepared.arrivals.clone()) else {
-            return;
-        };
+        let arrivals = prepared.as_ref().map(|prepared| prepared.arrivals.clone());
         drop(prepared);
+        let (Some(arrivals), Some(on_link)) = (arrivals, self.links.on_link()) else { return };
         let (application, happened) = (self.application(arrivals), self.happened.clone());
         self.tasks.spawn(async move {
-            let apply = move || application.apply(messages, &mut DecodeScratch::default());
+            let apply = move || application.apply(message, &mut DecodeScratch::default());
             if let Err(failure) = blocking(apply).await {
                 let _ = happened.send(Happened::Event(DestinationEvent::Failed(failure)));
             }
+            // The link is at work until then: an outage ends the round only when nothing is applied any more.
+            drop(on_link);
         });
     }
 
@@ -284,17 +285,9 @@ impl Session {
                 if let Some(trace) = &mut *trace.lock().expect("no holder panics") {
                     trace.missing(&need);
                 }
-                let (rejected, waiting) = ledger.lock().expect("no holder panics").close();
-                for page in rejected {
+                for page in ledger.lock().expect("no holder panics").close() {
                     asked.send(again(page));
                 }
-                let application = Application {
-                    arrivals: arrivals.clone(),
-                    ledger: ledger.clone(),
-                    asked: asked.clone(),
-                    happened: happened.clone(),
-                };
-                application.apply(waiting, &mut DecodeScratch::default())?;
                 journal.lock().expect("no holder panics").keep(&keep);
                 timeline.part("offer.switch_over", begin.elapsed());
                 if missing == 0 {

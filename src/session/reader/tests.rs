@@ -47,6 +47,7 @@ struct World {
     sent: SentPages,
     reader: PageReader,
     there: Vec<(Version, PageBytes)>,
+    landed: Landed,
 }
 
 impl World {
@@ -58,6 +59,7 @@ impl World {
             sent: SentPages::new(limits, PAGES),
             reader: reader(Purpose::Round, 3_000_000),
             there: vec![(Version::NONE, [0; PAGE_SIZE_BYTES]); PAGES as usize],
+            landed: Landed::none(PAGES),
         };
         for page in 0..PAGES {
             world.write(page, &text(page));
@@ -86,8 +88,8 @@ impl World {
                 sending.insert(page);
             }
         }
-        let World { memory, sent, reader, there } = self;
-        let against = Some(Against { sent, sending: &sending });
+        let World { memory, sent, reader, there, landed } = self;
+        let against = Some(Against { sent, sending: &sending, landed: Some(landed) });
         let counts = reader.encode(memory, against, version, &pages, &mut message);
         reader.remember(sent, version, &pages, |_, _| {});
         let (mut rejected, mut rest) = (Vec::new(), &message[..]);
@@ -214,4 +216,46 @@ fn a_copy_that_is_rejected_goes_whole() {
     assert_eq!(world.round(2, &[2]), (vec![(Content::Copy, 1)], vec![2]));
     assert_eq!(world.round(3, &[2]), (vec![(Content::Whole, 1)], vec![]));
     assert!(world.is_there(2));
+}
+
+/// The pages that the frames of a message build on as a whole.
+fn kin_of(message: &[u8]) -> Vec<u64> {
+    let (mut kin, mut rest) = (Vec::new(), message);
+    while !rest.is_empty() {
+        let (frame, behind) = Frame::parse(rest, PAGES).unwrap();
+        kin.extend(frame.kin().map(|base| base.page.0));
+        rest = behind;
+    }
+    kin
+}
+
+#[test]
+fn kin_are_what_has_arrived_or_stands_earlier_in_the_same_message() {
+    let mut world = World::new(SentLimits { base_cache_bytes: 16 << 20, lines_bytes: 0 });
+    let World { memory, sent, reader, landed, .. } = &mut world;
+    let mut send = |version: u16, pages: std::ops::Range<u64>, sending: &PageSet| {
+        let pages: Vec<PageIndex> = pages.map(PageIndex).collect();
+        let landed = (version == 1).then_some(&*landed);
+        let against = Some(Against { sent, sending, landed });
+        let mut message = Vec::new();
+        reader.encode(memory, against, Version(version), &pages, &mut message);
+        reader.remember(sent, Version(version), &pages, |_, _| {});
+        let ended = if pages[0].0 == 16 { Vec::new() } else { reader.end_message() };
+        (kin_of(&message), ended)
+    };
+    let all = PageSet::full(PAGES);
+    let (kin, first) = send(1, 0..16, &all);
+    assert_eq!((kin.len(), first.len()), (0, 16));
+    assert!(send(1, 16..32, &all).0.is_empty(), "the others are on their way");
+    let (kin, _) = send(1, 32..40, &all);
+    assert_eq!(kin, (16..32).collect::<Vec<_>>(), "the frame before it in its message");
+    landed.add(&first);
+    assert_eq!(send(1, 40..64, &all).0, (0..16).collect::<Vec<_>>(), "what has arrived");
+    let mut sending = PageSet::empty(PAGES);
+    for page in [2, 3, 50].map(PageIndex) {
+        sent.distrust(page);
+        sending.insert(page);
+    }
+    let (kin, _) = send(2, 2..4, &sending);
+    assert!(!kin.is_empty() && kin.iter().all(|page| ![2, 3, 50].contains(page)), "{kin:?}");
 }

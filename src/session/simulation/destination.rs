@@ -350,7 +350,7 @@ impl Destination {
         self.remaining = missing.len();
         (self.switchover, self.kept) = (Some(*version), Some(*version));
         waiting.into_iter().for_each(|page| self.map_if_awaited(page));
-        let (again, _) = self.ledger.close();
+        let again = self.ledger.close();
         self.note(Noted::AskAgain(again));
         if missing.is_empty() {
             self.events.push_back(DestinationEvent::PagesComplete);
