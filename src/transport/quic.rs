@@ -24,8 +24,8 @@ pub(super) const MAX_PAYLOAD_BYTES: u16 = 8_972;
 const USUAL_PAYLOAD_BYTES: u16 = 1_452;
 /// QUIC's smallest (RFC 9000, 14).
 const MIN_PAYLOAD_BYTES: u16 = 1_200;
-/// The peer acknowledges so many packets together. Every other one, which is usual, is two per cent of the bytes on a
-/// link and a tenth of the processor's time on a fast one.
+/// The peer acknowledges so many packets together: a fourth of the bytes on the way back that every other packet takes, as
+/// is usual, which is one to two per cent of what a link carries in all.
 const PACKETS_PER_ACK: u32 = 10;
 /// Until measured; quinn's 333 ms makes a lost first packet cost a second.
 const FIRST_RTT: Duration = Duration::from_millis(100);

@@ -119,18 +119,6 @@ fn pc_moves_by_postcopy() -> Result<()> {
 }
 
 #[test]
-fn q35_moves_by_hybrid() -> Result<()> {
-    let work = "ff.ws=128M ff.pattern=hotcold ff.rate=4000 ff.verify=50000";
-    moves_unharmed(&GuestSpec::new(Machine::Q35, 256, work), "hybrid", &[])
-}
-
-#[test]
-fn microvm_moves_by_hybrid() -> Result<()> {
-    let work = "ff.ws=128M ff.pattern=counter ff.rate=4000 ff.verify=50000";
-    moves_unharmed(&GuestSpec::new(Machine::Microvm, 256, work), "hybrid", &[])
-}
-
-#[test]
 fn microvm_moves_by_postcopy() -> Result<()> {
     let work = "ff.ws=128M ff.pattern=half ff.rate=1000 ff.verify=50000";
     moves_unharmed(&GuestSpec::new(Machine::Microvm, 256, work), "postcopy", &[])
@@ -172,14 +160,6 @@ fn a_guest_with_two_memory_nodes_moves_by_hybrid() -> Result<()> {
     moves_unharmed(&spec, "hybrid", &[])
 }
 
-#[test]
-fn a_strict_handover_moves_a_guest_too() -> Result<()> {
-    let spec = GuestSpec::new(Machine::Pc, 256, SPARSE);
-    let Some(after) = move_guest(&spec, &[], &["--handover", "strict"])? else { return Ok(()) };
-    after.guest_is_unharmed()?;
-    after.nothing_is_left()
-}
-
 /// Pings, blocks and random bytes so far; fails on an error of a device.
 fn device_counters(guest: &Guest) -> Result<[u64; 3]> {
     let line = guest.log.last_line("io net").context("no word of devices")?.text;
@@ -192,8 +172,14 @@ fn device_counters(guest: &Guest) -> Result<[u64; 3]> {
 }
 
 /// With a disk past the host's page cache, as the guide wants it. Returns the source's report.
-fn devices_go_on(machine: Machine, strategy: &str, link: &str) -> Result<Option<Value>> {
-    let mut spec = GuestSpec::new(machine, 256, "ff.ws=64M ff.pattern=sparse ff.verify=50000");
+fn devices_go_on(
+    machine: Machine,
+    work: &str,
+    strategy: &str,
+    link: &str,
+) -> Result<Option<Value>> {
+    let work = format!("ff.ws=64M ff.verify=50000 {work}");
+    let mut spec = GuestSpec::new(machine, 256, &work);
     spec.devices = Devices::All;
     spec.direct_disk = true;
     let options = ["--strategy", strategy];
@@ -217,7 +203,9 @@ fn devices_go_on(machine: Machine, strategy: &str, link: &str) -> Result<Option<
 /// Its device state is 0.7 MB, which a rehearsal carries over before the switchover; on a slow link only.
 #[test]
 fn virtio_devices_in_use_go_on_after_a_hybrid_move_of_q35() -> Result<()> {
-    if let Some(report) = devices_go_on(Machine::Q35, "hybrid", "100Mbit,10ms")? {
+    if let Some(report) =
+        devices_go_on(Machine::Q35, "ff.pattern=hotcold ff.rate=4000", "hybrid", "100Mbit,10ms")?
+    {
         assert!(report["rehearsal_ms"].is_number(), "{report}");
         let crossed = report["device_state_bytes"].as_u64().context("device_state_bytes")?;
         assert!(crossed <= 32 << 10, "{report}");
@@ -227,12 +215,12 @@ fn virtio_devices_in_use_go_on_after_a_hybrid_move_of_q35() -> Result<()> {
 
 #[test]
 fn virtio_devices_in_use_go_on_after_a_postcopy_move_of_pc() -> Result<()> {
-    devices_go_on(Machine::Pc, "postcopy", LINK).map(drop)
+    devices_go_on(Machine::Pc, "ff.pattern=sparse", "postcopy", LINK).map(drop)
 }
 
 #[test]
 fn virtio_devices_in_use_go_on_after_a_hybrid_move_of_microvm() -> Result<()> {
-    devices_go_on(Machine::Microvm, "hybrid", LINK).map(drop)
+    devices_go_on(Machine::Microvm, "ff.pattern=counter ff.rate=4000", "hybrid", LINK).map(drop)
 }
 
 /// Without running the guest on the destination, both memories are the same, byte by byte.
@@ -265,9 +253,10 @@ fn after_a_paused_postcopy_move_the_memory_files_are_equal() -> Result<()> {
 }
 
 #[test]
-fn with_quit_source_the_source_qemu_has_ended() -> Result<()> {
+fn after_a_strict_handover_with_quit_source_the_source_qemu_has_ended() -> Result<()> {
     let spec = GuestSpec::new(Machine::Microvm, 256, SPARSE);
-    let Some(mut after) = move_guest(&spec, &[], &["--quit-source"])? else { return Ok(()) };
+    let options = ["--handover", "strict", "--quit-source"];
+    let Some(mut after) = move_guest(&spec, &[], &options)? else { return Ok(()) };
     after.guest_is_unharmed()?;
     let process = after.source.process().context("the source's process")?;
     assert!(process.wait(Duration::from_secs(10))?.success());
