@@ -29,7 +29,7 @@ fn the_slower_the_link_the_denser_the_codec() {
 #[test]
 fn in_pre_copy_dense_codecs_build_on_kin() {
     let page = |mbit: f64| Ladder::with_kin().choose(mbit * MBIT, 1).page;
-    assert_eq!(page(25.0), PageCodec::ZstdKin { level: 7 });
+    assert_eq!(page(25.0), PageCodec::ZstdKin { level: 9 });
     assert_eq!(page(200.0), PageCodec::ZstdKin { level: 5 });
     assert_eq!(page(350.0), PageCodec::ZstdKin { level: 3 });
     assert_eq!(page(1_200.0), PageCodec::Zstd { level: 1 });

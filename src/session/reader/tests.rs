@@ -12,7 +12,7 @@ fn reader(purpose: Purpose, link_bytes_per_s: u64) -> PageReader {
 #[test]
 fn a_slow_link_gets_dense_codecs_and_a_fast_one_quick_ones() {
     let codec = |link_bytes_per_s| reader(Purpose::Round, link_bytes_per_s).choice(64).page;
-    assert_eq!(codec(3_000_000), PageCodec::ZstdKin { level: 7 });
+    assert_eq!(codec(3_000_000), PageCodec::ZstdKin { level: 9 });
     assert_eq!(codec(10_000_000_000), PageCodec::Raw);
 }
 
