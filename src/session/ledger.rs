@@ -11,9 +11,10 @@ use crate::wire::message::MAX_REJECTED_PAGES;
 /// broken or hostile, and must not fill the queue of requests.
 const MAX_ASKED_AGAIN: usize = 1 << 20;
 
-/// Messages that wait for others, at most. What they wait for was acknowledged by the transport here before
-/// they were made, so it waits for a thread that applies it, and no longer than that takes.
-const MAX_WAITING: usize = 16;
+/// Messages that wait for others, at most: 25 to 64 MiB, what may be unread otherwise. What they wait for was
+/// acknowledged by the transport here before they were made, so it waits for a thread that applies it, or for
+/// such another.
+const MAX_WAITING: usize = 256;
 
 /// What is left of a message whose next frame builds on pages that have not come yet.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -47,6 +48,8 @@ pub(super) enum Noted {
     Waiting,
     /// This is to be applied now.
     Apply(Unapplied),
+    /// No more may wait: whoever has this one is to wait with it.
+    Full(Unapplied),
     /// The round is done but for these pages.
     RoundDone(Version, Vec<PageIndex>),
     /// Pre-copy is over: these pages must be asked for again.
@@ -94,7 +97,7 @@ impl RoundLedger {
         &mut self,
         version: Version,
         rejected: Vec<PageIndex>,
-        mut unapplied: Unapplied,
+        unapplied: Unapplied,
         is_ready: impl Fn(&[u8]) -> bool,
     ) -> Noted {
         // None waits once pre-copy is over.
@@ -104,9 +107,11 @@ impl RoundLedger {
         if let Some(spoilt) = self.reject(rejected) {
             return spoilt;
         }
-        unapplied.may_wait = self.waiting.len() < MAX_WAITING;
-        if !unapplied.may_wait || is_ready(&unapplied.message) {
+        if is_ready(&unapplied.message) {
             return Noted::Apply(unapplied);
+        }
+        if self.waiting.len() == MAX_WAITING {
+            return Noted::Full(unapplied);
         }
         self.waiting.push_back(unapplied);
         self.done()
@@ -275,8 +280,8 @@ mod tests {
         for _ in 0..MAX_WAITING {
             assert_eq!(put(&mut ledger, b"a", b""), Noted::Waiting);
         }
-        let at_once = Noted::Apply(Unapplied { may_wait: false, ..unapplied(b"b") });
-        assert_eq!(put(&mut ledger, b"b", b""), at_once);
+        assert_eq!(put(&mut ledger, b"b", b""), Noted::Full(unapplied(b"b")));
+        assert_eq!(put(&mut ledger, b"b", b"b"), Noted::Apply(unapplied(b"b")));
         ledger.close();
         assert_eq!(put(&mut ledger, b"b", b""), Noted::OutOfTurn);
     }

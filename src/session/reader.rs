@@ -1,6 +1,6 @@
 //! Copies pages out of the guest and encodes the copies, by the codecs that suit the link.
 
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard};
 use std::time::{Duration, Instant};
 
 use super::pace::Pace;
@@ -41,6 +41,10 @@ pub(super) enum Purpose {
     Fault,
 }
 
+/// On a faster link few pages go so densely that kin are of use, and a frame that has to wait for a thread at the
+/// destination has too much behind it.
+const KIN_UP_TO_BYTES_PER_S: f64 = 125e6;
+
 /// With more changed lines than this a page is sent whole: see the same for words.
 const MAX_DELTA_LINES: usize = 48;
 
@@ -59,20 +63,33 @@ pub(super) struct Against<'a> {
 /// Pages of the first round that have arrived at the destination: the messages that brought them were
 /// acknowledged.
 #[derive(Debug)]
-pub(super) struct Landed(Mutex<PageSet>);
+pub(super) struct Landed {
+    /// Not in the set yet: whoever has word of them is the transport, which must not wait for encoders.
+    new: Mutex<Vec<PageIndex>>,
+    pages: RwLock<PageSet>,
+}
 
 impl Landed {
     /// None, of so many.
     pub(super) fn none(guest_pages: u64) -> Self {
-        Landed(Mutex::new(PageSet::empty(guest_pages)))
+        Landed { new: Mutex::default(), pages: RwLock::new(PageSet::empty(guest_pages)) }
     }
 
     /// These have.
     pub(super) fn add(&self, pages: &[PageIndex]) {
-        let mut landed = self.0.lock().expect("no holder panics");
-        for page in pages {
-            landed.insert(*page);
+        self.new.lock().unwrap_or_else(PoisonError::into_inner).extend_from_slice(pages);
+    }
+
+    /// All that have.
+    fn pages(&self) -> RwLockReadGuard<'_, PageSet> {
+        let new = std::mem::take(&mut *self.new.lock().unwrap_or_else(PoisonError::into_inner));
+        if !new.is_empty() {
+            let mut pages = self.pages.write().expect("no holder panics");
+            for page in new {
+                pages.insert(page);
+            }
         }
+        self.pages.read().expect("no holder panics")
     }
 }
 
@@ -156,12 +173,11 @@ impl PageReader {
         let may_copy = self.purpose != Purpose::Fault;
         let has_kin = self.purpose == Purpose::Round
             && !only_code
+            && self.pace.link_bytes_per_s() <= KIN_UP_TO_BYTES_PER_S
             && matches!(choice.page, PageCodec::ZstdKin { .. })
             && against.is_some_and(|against| against.sent.finds_kin());
         let start = message.len();
-        let PageReader {
-            copies, bases, went, put_off, kin, in_message, encoder, left_over, ..
-        } = self;
+        let PageReader { copies, bases, went, put_off, kin, encoder, left_over, .. } = self;
         kin.begin();
         encoder.set_choice(choice);
         went.clear();
@@ -231,14 +247,11 @@ impl PageReader {
         let none = Kin::default();
         let kin = match against {
             Some(Against { sent, sending, landed }) if has_kin => {
-                let landed = landed.map(|landed| landed.0.lock().expect("no holder panics"));
+                let landed = landed.map(Landed::pages);
                 // What went in the first round went whole and stays until the next. Of later rounds only what was
                 // there before them is certain to be and to stay.
-                let is_there = |page: &PageIndex| {
-                    let landed = landed.as_ref().is_some_and(|landed| landed.contains(*page));
-                    landed || in_message.contains(page)
-                };
-                let may_be = |page| !sending.contains(page) || first && is_there(&page);
+                let has_landed = |page| landed.as_ref().is_some_and(|landed| landed.contains(page));
+                let may_be = |page| !sending.contains(page) || first && has_landed(page);
                 kin.find(sent, may_be, |page, known| !sending.contains(page) || known == version)
             }
             _ => &none,

@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use quinn::{AckFrequencyConfig, IdleTimeout, MtuDiscoveryConfig, TransportConfig, VarInt};
+use quinn::{IdleTimeout, MtuDiscoveryConfig, TransportConfig, VarInt};
 
 use super::TransportOptions;
 use super::addresses::route_payload_bytes;
@@ -24,9 +24,6 @@ pub(super) const MAX_PAYLOAD_BYTES: u16 = 8_972;
 const USUAL_PAYLOAD_BYTES: u16 = 1_452;
 /// QUIC's smallest (RFC 9000, 14).
 const MIN_PAYLOAD_BYTES: u16 = 1_200;
-/// The peer acknowledges so many packets together: a fourth of the bytes on the way back that every other packet takes, as
-/// is usual, which is one to two per cent of what a link carries in all.
-const PACKETS_PER_ACK: u32 = 10;
 /// Until measured; quinn's 333 ms makes a lost first packet cost a second.
 const FIRST_RTT: Duration = Duration::from_millis(100);
 
@@ -78,9 +75,6 @@ pub(super) fn transport_config(
     let mut mtu = MtuDiscoveryConfig::default();
     mtu.upper_bound(payload.clamp(MIN_PAYLOAD_BYTES, MAX_PAYLOAD_BYTES));
     config.mtu_discovery_config(Some(mtu));
-    let mut acks = AckFrequencyConfig::default();
-    acks.ack_eliciting_threshold(VarInt::from_u32(PACKETS_PER_ACK - 1));
-    config.ack_frequency_config(Some(acks));
     config.congestion_controller_factory(options.congestion.factory(gauges));
     config.qlog_stream(options.qlog.as_ref().map(Qlog::stream));
     config

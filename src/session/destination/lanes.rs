@@ -38,6 +38,9 @@ impl Session {
     }
 }
 
+/// A message for which there is no room among those that wait is given up after so long.
+const WAIT_WITH_IT: Duration = Duration::from_secs(2);
+
 /// A thread that applies what comes on one lane. Messages of bulk come in any order, so several threads may
 /// work on them.
 struct Applier {
@@ -100,6 +103,7 @@ impl Application {
             drop(ledger);
             match noted {
                 Noted::Apply(another) => messages.push(another),
+                Noted::Full(unapplied) => messages.push(self.wait_with(unapplied)),
                 noted => tell_round(noted, &self.happened, &self.asked)?,
             }
             if !was_complete && self.arrivals.is_complete() {
@@ -107,6 +111,19 @@ impl Application {
             }
         }
         Ok(())
+    }
+
+    /// Waits until what a message builds on is here, so that no more is taken in meanwhile.
+    fn wait_with(&self, mut unapplied: Unapplied) -> Unapplied {
+        let begin = Instant::now();
+        while !self.arrivals.is_ready(&unapplied.message) {
+            if begin.elapsed() > WAIT_WITH_IT {
+                unapplied.may_wait = false;
+                break;
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        unapplied
     }
 
     fn tell(&self, event: DestinationEvent) {
@@ -120,8 +137,8 @@ pub(super) fn tell_round(
     asked: &AskSender,
 ) -> Result<(), Failure> {
     match noted {
-        // Whoever is told to apply a message does so.
-        Noted::Waiting | Noted::Apply(_) => {}
+        // Whoever has the message deals with it.
+        Noted::Waiting | Noted::Apply(_) | Noted::Full(_) => {}
         Noted::RoundDone(round, rejected) => {
             let event = DestinationEvent::RoundApplied { round, rejected };
             let _ = happened.send(Happened::Event(event));
@@ -260,7 +277,7 @@ mod tests {
         fn as_many_messages_as_may_wait_give_every_page_in_any_order(
             frames in prop::collection::vec(
                 (0..2usize, prop::collection::vec(any::<prop::sample::Index>(), 0..8), any::<bool>()),
-                1..17,
+                1..40,
             ),
             order in any::<u64>(),
             end_after in any::<prop::sample::Index>(),

@@ -156,7 +156,7 @@ impl Destination {
     fn note(&mut self, noted: Noted) {
         match noted {
             // Its frames have no kin.
-            Noted::Waiting | Noted::Apply(_) => {}
+            Noted::Waiting | Noted::Apply(_) | Noted::Full(_) => {}
             Noted::RoundDone(round, rejected) => {
                 self.events.push_back(DestinationEvent::RoundApplied { round, rejected });
             }
