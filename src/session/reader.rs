@@ -188,6 +188,7 @@ impl PageReader {
             }
         }
         let (mut plain, mut lines, mut copied) = (Vec::new(), Vec::new(), Vec::new());
+        let mut trusts_kin = true;
         for ((page, bytes), base) in pages.iter().zip(copies.iter_mut()).zip(bases.iter_mut()) {
             let page = *page;
             memory.read_page(page, bytes);
@@ -206,6 +207,8 @@ impl PageReader {
                 continue;
             };
             let known = sent.recall(page, base);
+            // What was rejected goes by itself, with all that goes together with it: its kin may be at fault.
+            trusts_kin &= known != Known::Distrusted;
             let base = &*base;
             let is_unchanged = matches!(known, Known::Bytes(_)) && base == bytes;
             let hash = (may_copy && sent.finds_copies()).then(|| ContentHash::of(bytes));
@@ -246,7 +249,7 @@ impl PageReader {
         }
         let none = Kin::default();
         let kin = match against {
-            Some(Against { sent, sending, landed }) if has_kin => {
+            Some(Against { sent, sending, landed }) if has_kin && trusts_kin => {
                 let landed = landed.map(Landed::pages);
                 // What went in the first round went whole and stays until the next. Of later rounds only what was
                 // there before them is certain to be and to stay.
