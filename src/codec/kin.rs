@@ -6,7 +6,7 @@
 //! wherever it lies, as in Muthitacharoen, Chen and Mazières, "A Low-bandwidth Network File System" (2001). The rolling
 //! hash is the gear hash of Xia et al., "Ddelta: A deduplication-inspired fast delta compression approach" (2014).
 //! What is found is the compressor's prefix ([`super::pack::Compressor::pack_with_kin`]). The pages that were sent
-//! just before are kin too: with them 64 pages compress like a longer block.
+//! shortly before are kin too: with them 64 pages compress like a longer block.
 //!
 //! An anchor only proposes: the prefix is made of the exact bytes that were sent.
 
@@ -118,7 +118,7 @@ impl KinFinder {
     }
 
     /// The kin of the block, out of what was `sent`: those that share most anchors with it, then those
-    /// that were sent last; of pages that `may_be`, and that are `certain` to be there in their version.
+    /// that were sent last; of pages that `may_be` and whose version there `is_certain`.
     pub fn find(
         &mut self,
         sent: &SentPages,
