@@ -24,6 +24,8 @@
 //!   fills the buffer): the delay found becomes the base, and the old rate is taken up again. The same holds
 //!   when the whole window, at the rate that there was, would be through sooner than the delay lasts, as where a
 //!   busy host adds half a millisecond to a short path.
+//! * Each cut that turns out to have been made for a delay that was not ours is taken back, and makes the next one wait longer
+//!   ([`Patience`]): where both hosts have more to do than processors, nearly every delay is theirs.
 //!
 //! Beside a loss-based TCP flow it gives way, down to 3 % of the link at the worst, and takes the link
 //! back when the other ends. Of two of its kind the first one keeps the most (`simulation/shared.rs`).
@@ -37,6 +39,7 @@ use quinn_proto::RttEstimator;
 
 use super::Gauges;
 use super::calm::Calm;
+use super::patience::Patience;
 use super::trains::Trains;
 
 /// RTT samples in a row that must be late before the start ends or a round is cut short.
@@ -127,6 +130,10 @@ enum Phase {
 struct Cut {
     /// Window per RTT just before the first cut of the series, in bytes per second.
     rate: f64,
+    /// Before the first cut of the series.
+    window: f64,
+    /// What was delivered then, in bytes per second.
+    delivered: f64,
     queue: f64,
     in_vain: u32,
 }
@@ -188,6 +195,7 @@ pub struct DelayTarget {
     ack_came: Option<Instant>,
     in_flight: u64,
     rate_bytes_per_s: f64,
+    patience: Patience,
 }
 
 impl DelayTarget {
@@ -213,6 +221,7 @@ impl DelayTarget {
             ack_came: None,
             in_flight: 0,
             rate_bytes_per_s: 0.0,
+            patience: Patience::none(now),
         };
         controller.publish();
         controller
@@ -311,7 +320,7 @@ impl DelayTarget {
         let Late { since, sent_since, samples, min_rtt } = *late;
         let mut row_s = base.max(MIN_ROUND.as_secs_f64()) * share;
         if self.phase == Phase::Steady {
-            row_s = row_s.max(HOSTS_ARE_LATE.as_secs_f64());
+            row_s = row_s.max(HOSTS_ARE_LATE.max(self.patience.at(now)).as_secs_f64());
         }
         let lasted = (now - since).min(sent.saturating_duration_since(sent_since));
         if samples < LATE_SAMPLES || lasted.as_secs_f64() < row_s {
@@ -388,7 +397,7 @@ impl DelayTarget {
                 } else if used && now - self.base_seen > BASE_RTT_LIFETIME {
                     self.begin_probe(now, base, queue);
                 } else {
-                    self.steer(now, round.started, base, min_rtt, used);
+                    self.steer(now, round.started, base, min_rtt, used, rate);
                 }
             }
         }
@@ -415,12 +424,24 @@ impl DelayTarget {
         base: Duration,
         min_rtt: Duration,
         used: bool,
+        delivered: f64,
     ) {
         let base_s = base.as_secs_f64();
         let queue = min_rtt.saturating_sub(base).as_secs_f64();
         let target = self.target(base_s);
         let rate = self.window / (base_s + queue);
         if queue <= 2.0 * target {
+            if let Some(cut) = self.cut
+                && queue < target / 4.0
+                && delivered < cut.delivered * (1.0 + self.window / cut.window) / 2.0
+            {
+                // A cut of our own queue leaves the target of it, and the rate as it was. Here the queue went with
+                // the delay, and the rate with the window.
+                self.patience.grow(now);
+                self.set_window(cut.window);
+                (self.cut, self.too_long_since) = (None, None);
+                return self.settle(now);
+            }
             (self.cut, self.too_long_since) = (None, None);
             if queue <= target {
                 self.declining_from = None;
@@ -448,13 +469,19 @@ impl DelayTarget {
         {
             return;
         }
+        if lasts < self.patience.at(now) {
+            return;
+        }
+        let first =
+            Cut { rate, window: self.window, delivered: self.rate_bytes_per_s, queue, in_vain: 0 };
         let cut = match self.cut {
             Some(cut) if queue > 0.6 * cut.queue => Cut { in_vain: cut.in_vain + 1, ..cut },
             Some(cut) => Cut { queue, in_vain: 0, ..cut },
-            None => Cut { rate, queue, in_vain: 0 },
+            None => first,
         };
         if cut.in_vain >= 2 {
             // Two cuts did not shorten the delay.
+            self.patience.grow(now);
             self.take_delay_for_the_path(now, min_rtt, cut.rate.max(rate));
         } else {
             let aim = self.window * (base_s + target) / (base_s + queue);

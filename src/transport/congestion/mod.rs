@@ -9,6 +9,7 @@ mod calm;
 mod delay_target;
 mod fixed;
 mod gauges;
+mod patience;
 #[cfg(test)]
 mod simulation;
 mod trains;

@@ -123,6 +123,10 @@ struct Link {
     flows: Vec<Flow>,
     /// The sending host is busy: of each period, its process is not run for this long.
     stall: Option<(Duration, Duration)>,
+    /// The same of the receiving host.
+    receiver_stall: Option<(Duration, Duration)>,
+    /// Those are what periods have on average: each one's is random, up to twice as long.
+    stalls_vary: bool,
     /// Network cards interrupt their hosts so often at most: what comes in between comes together.
     interrupts: Option<Duration>,
     queue_ms: Vec<f64>,
@@ -141,6 +145,8 @@ impl Link {
             arrivals: BinaryHeap::new(),
             flows: Vec::new(),
             stall: None,
+            receiver_stall: None,
+            stalls_vary: false,
             interrupts: None,
             queue_ms: Vec::new(),
             dropped: 0,
@@ -210,8 +216,25 @@ impl Link {
 
     /// The first moment from `time` on at which the sending process runs.
     fn awake(&self, time: Duration) -> Duration {
-        let Some((period, length)) = self.stall else { return time };
-        let into = time.as_nanos() % period.as_nanos();
+        self.after_stall(time, self.stall, 1)
+    }
+
+    fn after_stall(
+        &self,
+        time: Duration,
+        stall: Option<(Duration, Duration)>,
+        host: u64,
+    ) -> Duration {
+        let Some((period, length)) = stall else { return time };
+        let (number, into) =
+            (time.as_nanos() / period.as_nanos(), time.as_nanos() % period.as_nanos());
+        let length = if self.stalls_vary {
+            let mut mixed = (number as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15 ^ host << 32);
+            mixed = (mixed ^ mixed >> 32).wrapping_mul(0xd6e8_feb8_6659_fd93);
+            length.mul_f64(2.0 * (mixed >> 40) as f64 / (1u64 << 24) as f64).min(period)
+        } else {
+            length
+        };
         time + length.saturating_sub(Duration::from_nanos(into as u64))
     }
 
@@ -242,7 +265,9 @@ impl Link {
         let transmission =
             Duration::from_secs_f64(PACKET_BYTES as f64 / self.path.rate_bytes_per_s);
         self.link_free_at = self.link_free_at.max(self.now) + transmission;
-        let told = self.told(self.link_free_at + self.path.rtt);
+        let arrived = self.link_free_at + self.path.rtt / 2;
+        let read = self.after_stall(arrived, self.receiver_stall, 2);
+        let told = self.told(read + self.path.rtt / 2);
         match self.flows[index].alone.take() {
             Some((latest, before)) => {
                 self.arrivals.push(Reverse((told.min(latest), index, before)));
