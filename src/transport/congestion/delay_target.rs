@@ -27,7 +27,7 @@
 //! * Each cut that turns out to have been made for a delay that was not ours is taken back, and makes the next one wait longer
 //!   ([`Patience`]): where both hosts have more to do than processors, nearly every delay is theirs.
 //!
-//! Beside a loss-based TCP flow it gives way, down to 3 % of the link at the worst, and takes the link
+//! Beside a loss-based TCP flow it gives way, down to 4 % of the link at the worst, and takes the link
 //! back when the other ends. Of two of its kind the first one keeps the most (`simulation/shared.rs`).
 
 use std::any::Any;
@@ -72,6 +72,8 @@ const USED_IN_START: f64 = 0.5;
 /// down, and a larger window becomes a queue as soon as it does not.
 const CALM_IN_FLIGHT: f64 = 0.95;
 /// The window never falls by more than this factor in one step.
+/// A queue stands when it is longer on average than at the least by this share, or less.
+const STANDING: f64 = 0.15;
 const MAX_CUT: f64 = 0.25;
 /// Growth per round for a while after heavy loss, so that a policed link is not hit each round.
 const GROWTH_AFTER_LOSS: f64 = 1.02;
@@ -132,10 +134,23 @@ struct Cut {
     rate: f64,
     /// Before the first cut of the series.
     window: f64,
-    /// What was delivered then, in bytes per second.
+    /// The least that was delivered before any cut of the series, in bytes per second: a link that has become slower
+    /// does not count as what it was.
     delivered: f64,
+    /// Before any cut of the series the round trips of a round were all about as long as the shortest of them: a queue
+    /// that stands makes them so, and busy hosts do not.
+    stands: bool,
     queue: f64,
     in_vain: u32,
+}
+
+impl Cut {
+    /// Whether the rate went with the window, which is `window` now. It does not when what was cut is a queue of ours;
+    /// but then too it may for a round trip, since pacing still follows the longer ones before: so what was seen to
+    /// stand is not asked.
+    fn was_for_nothing(&self, window: f64, delivered: f64) -> bool {
+        !self.stands && delivered < self.delivered * (1.0 + window / self.window) / 2.0
+    }
 }
 
 /// A row of samples that all show a queue.
@@ -151,6 +166,9 @@ struct Late {
 struct Round {
     started: Instant,
     min_rtt: Option<Duration>,
+    /// Of all its samples.
+    rtt_sum_s: f64,
+    samples: u32,
     acked_bytes: u64,
     lost_bytes: u64,
     most_in_flight: u64,
@@ -158,7 +176,15 @@ struct Round {
 
 impl Round {
     fn new(started: Instant) -> Self {
-        Round { started, min_rtt: None, acked_bytes: 0, lost_bytes: 0, most_in_flight: 0 }
+        Round {
+            started,
+            min_rtt: None,
+            rtt_sum_s: 0.0,
+            samples: 0,
+            acked_bytes: 0,
+            lost_bytes: 0,
+            most_in_flight: 0,
+        }
     }
 
     /// How long it has lasted. One that late samples cut short may have lasted for no time at all.
@@ -267,6 +293,8 @@ impl DelayTarget {
             }
         }
         self.round.min_rtt = Some(self.round.min_rtt.map_or(rtt, |min| min.min(rtt)));
+        self.round.rtt_sum_s += rtt.as_secs_f64();
+        self.round.samples += 1;
         self.round.acked_bytes += bytes;
         if self.phase == Phase::Start {
             self.trains.acked(now, sent, bytes);
@@ -358,7 +386,8 @@ impl DelayTarget {
     /// The same when it was not for delay; the round goes on.
     fn settle_within_round(&mut self) {
         self.settling = 1;
-        (self.calm, self.previous_min_rtt, self.too_long_since) = (None, None, None);
+        (self.calm, self.previous_min_rtt) = (None, None);
+        (self.cut, self.too_long_since) = (None, None);
     }
 
     fn end_round(&mut self, now: Instant) {
@@ -397,7 +426,7 @@ impl DelayTarget {
                 } else if used && now - self.base_seen > BASE_RTT_LIFETIME {
                     self.begin_probe(now, base, queue);
                 } else {
-                    self.steer(now, round.started, base, min_rtt, used, rate);
+                    self.steer(now, &round, base, min_rtt, used, rate);
                 }
             }
         }
@@ -420,7 +449,7 @@ impl DelayTarget {
     fn steer(
         &mut self,
         now: Instant,
-        round_began: Instant,
+        round: &Round,
         base: Duration,
         min_rtt: Duration,
         used: bool,
@@ -431,18 +460,17 @@ impl DelayTarget {
         let target = self.target(base_s);
         let rate = self.window / (base_s + queue);
         if queue <= 2.0 * target {
-            if let Some(cut) = self.cut
+            let cut = self.cut.take();
+            self.too_long_since = None;
+            if let Some(cut) = cut
+                && used
                 && queue < target / 4.0
-                && delivered < cut.delivered * (1.0 + self.window / cut.window) / 2.0
+                && cut.was_for_nothing(self.window, delivered)
             {
-                // A cut of our own queue leaves the target of it, and the rate as it was. Here the queue went with
-                // the delay, and the rate with the window.
                 self.patience.grow(now);
                 self.set_window(cut.window);
-                (self.cut, self.too_long_since) = (None, None);
                 return self.settle(now);
             }
-            (self.cut, self.too_long_since) = (None, None);
             if queue <= target {
                 self.declining_from = None;
             } else {
@@ -462,21 +490,30 @@ impl DelayTarget {
             return;
         }
         self.declining_from = None;
-        let lasts = now - *self.too_long_since.get_or_insert(round_began);
+        let patience = self.patience.at(now);
+        let since = round.started;
+        let lasts = now - *self.too_long_since.get_or_insert(since);
         let whole_window_s = self.window / self.rate_bytes_per_s.max(1.0);
         if (lasts < HOSTS_ARE_LATE || !used)
             && queue > NOT_OURS * (whole_window_s - base_s).max(0.0)
         {
             return;
         }
-        if lasts < self.patience.at(now) {
+        if lasts < patience {
             return;
         }
-        let first =
-            Cut { rate, window: self.window, delivered: self.rate_bytes_per_s, queue, in_vain: 0 };
+        let delivered = self.rate_bytes_per_s;
+        let mean_queue = round.rtt_sum_s / f64::from(round.samples.max(1)) - base_s;
+        let stands = mean_queue <= (1.0 + STANDING) * queue;
+        let first = Cut { rate, window: self.window, delivered, stands, queue, in_vain: 0 };
         let cut = match self.cut {
-            Some(cut) if queue > 0.6 * cut.queue => Cut { in_vain: cut.in_vain + 1, ..cut },
-            Some(cut) => Cut { queue, in_vain: 0, ..cut },
+            Some(cut) => {
+                let in_vain = if queue > 0.6 * cut.queue { cut.in_vain + 1 } else { 0 };
+                let queue = if in_vain > 0 { cut.queue } else { queue };
+                let delivered = cut.delivered.min(delivered);
+                let stands = cut.stands || stands;
+                Cut { delivered, stands, queue, in_vain, ..cut }
+            }
             None => first,
         };
         if cut.in_vain >= 2 {

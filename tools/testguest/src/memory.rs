@@ -95,11 +95,11 @@ impl WorkingSet {
         set.pages.try_reserve_exact(count).map_err(|e| format!("ff.ws: {e}"))?;
         let mut filler = Filler::new(fill, seed);
         for index in 0..count {
-            let mut page = Page([0; WORDS]);
+            set.pages.push(Page([0; WORDS]));
+            let page = &mut set.pages[index];
             page.0[INDEX] = index as u64;
             filler.fill(&mut page.0[BODY..]);
-            page.0[CHECKSUM] = checksum(&page);
-            set.pages.push(page);
+            page.0[CHECKSUM] = checksum(page);
             set.write(index, |_| {});
         }
         Ok(set)
@@ -167,7 +167,14 @@ impl Change<'_> {
 pub(crate) struct Filler {
     fill: Fill,
     random: Random,
+    vocabulary: Vec<Padded>,
+    text: Vec<u8>,
 }
+
+/// A word with a space after it, and its length with that, in as many bytes as any of them needs: a fixed length is
+/// copied without a call, and under emulation every instruction counts.
+type Padded = ([u8; LONGEST_WORD], usize);
+const LONGEST_WORD: usize = 16;
 
 const VOCABULARY: &str = "the of and to in is that for it as was with be by on not he his but at are \
     this have from or had an they which one you were all her she there would their we him been has \
@@ -189,7 +196,14 @@ pub(crate) fn vocabulary() -> Vec<&'static [u8]> {
 
 impl Filler {
     pub(crate) fn new(fill: Fill, seed: u64) -> Self {
-        Filler { fill, random: Random::new(seed) }
+        let padded = |word: &[u8]| {
+            assert!(word.len() < LONGEST_WORD, "no room for a space after it");
+            let mut bytes = [b' '; LONGEST_WORD];
+            bytes[..word.len()].copy_from_slice(word);
+            (bytes, word.len() + 1)
+        };
+        let vocabulary = vocabulary().into_iter().map(padded).collect();
+        Filler { fill, random: Random::new(seed), vocabulary, text: Vec::new() }
     }
 
     pub(crate) fn fill(&mut self, words: &mut [u64]) {
@@ -201,13 +215,16 @@ impl Filler {
     }
 
     fn fill_text(&mut self, words: &mut [u64]) {
-        let vocabulary = vocabulary();
-        let mut text = Vec::with_capacity(words.len() * 8 + 16);
-        while text.len() < words.len() * 8 {
-            text.extend_from_slice(vocabulary[self.random.below(vocabulary.len() as u64) as usize]);
-            text.push(b' ');
+        let length = words.len() * 8;
+        self.text.resize(length + LONGEST_WORD, 0);
+        let mut at = 0;
+        while at < length {
+            let choice = self.random.below(self.vocabulary.len() as u64) as usize;
+            let (bytes, its_length) = &self.vocabulary[choice];
+            self.text[at..at + LONGEST_WORD].copy_from_slice(bytes);
+            at += its_length;
         }
-        for (word, bytes) in words.iter_mut().zip(text.chunks_exact(8)) {
+        for (word, bytes) in words.iter_mut().zip(self.text.chunks_exact(8)) {
             *word = u64::from_le_bytes(bytes.try_into().unwrap_or_default());
         }
     }

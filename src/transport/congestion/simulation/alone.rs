@@ -47,9 +47,9 @@ fn a_sender_on_a_busy_host_keeps_most_of_the_rate() {
 fn two_hosts_that_are_too_busy_keep_most_of_the_rate() {
     let busy = [(12, 6), (20, 12)];
     let links = [
-        (200.0, 10, [0.8, 0.7]),
-        (100.0, 20, [0.8, 0.4]),
-        (100.0, 40, [0.85, 0.7]),
+        (200.0, 10, [0.75, 0.5]),
+        (100.0, 20, [0.8, 0.35]),
+        (100.0, 40, [0.8, 0.25]),
         (1000.0, 1, [0.8, 0.45]),
     ];
     for (mbit, rtt_ms, shares) in links {
@@ -212,6 +212,23 @@ fn a_link_that_becomes_ten_times_slower_has_a_short_queue_again_soon() {
     let after = link.run_until(20.0);
     assert!(after.mbit > 9.4, "{after:?}");
     assert!(after.queue_p50_ms < 8.0, "{after:?}");
+}
+
+/// The cut for it is right, although the link is idle for a moment after it.
+#[test]
+fn a_link_that_becomes_slower_has_a_short_queue_again_at_once() {
+    for (mbit, rtt_ms) in [(100.0, 10), (100.0, 40), (100.0, 100), (1000.0, 20)] {
+        for slower in [0.3, 0.4, 0.5, 0.6, 0.8] {
+            let mut link = Link::new(path(mbit, rtt_ms, 10.0, 0.0));
+            link.run_until(5.0);
+            link.path.rate_bytes_per_s *= slower;
+            link.run_until(7.0);
+            let after = link.run_until(12.0);
+            let case = format!("{mbit} Mbit/s, {rtt_ms} ms, {slower}: {after:?}");
+            assert!(after.mbit > 0.93 * slower * mbit, "{case}");
+            assert!(after.queue_p50_ms < 6.0 && after.queue_p99_ms < 16.0, "{case}");
+        }
+    }
 }
 
 #[test]
