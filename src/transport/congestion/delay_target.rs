@@ -27,7 +27,7 @@
 //! * Each cut that turns out to have been made for a delay that was not ours is taken back, and makes the next one wait longer
 //!   ([`Patience`]): where both hosts have more to do than processors, nearly every delay is theirs.
 //!
-//! Beside a loss-based TCP flow it gives way, down to 4 % of the link at the worst, and takes the link
+//! Beside a loss-based TCP flow it gives way, down to a few percent of the link at the worst, and takes the link
 //! back when the other ends. Of two of its kind the first one keeps the most (`simulation/shared.rs`).
 
 use std::any::Any;
@@ -72,9 +72,9 @@ const USED_IN_START: f64 = 0.5;
 /// down, and a larger window becomes a queue as soon as it does not.
 const CALM_IN_FLIGHT: f64 = 0.95;
 /// The window never falls by more than this factor in one step.
-/// A queue stands when it is longer on average than at the least by this share, or less.
-const STANDING: f64 = 0.15;
 const MAX_CUT: f64 = 0.25;
+/// A queue stands in a round when it is longer on average than at its shortest by this share at most.
+const STANDING: f64 = 0.15;
 /// Growth per round for a while after heavy loss, so that a policed link is not hit each round.
 const GROWTH_AFTER_LOSS: f64 = 1.02;
 const ROUNDS_AFTER_LOSS: u32 = 16;
@@ -137,17 +137,17 @@ struct Cut {
     /// The least that was delivered before any cut of the series, in bytes per second: a link that has become slower
     /// does not count as what it was.
     delivered: f64,
-    /// Before any cut of the series the round trips of a round were all about as long as the shortest of them: a queue
-    /// that stands makes them so, and busy hosts do not.
+    /// Before this cut, or an earlier one of the series, all round trips of a round were about as long as the shortest
+    /// of them: a queue that stands makes them so, and busy hosts do not.
     stands: bool,
     queue: f64,
     in_vain: u32,
 }
 
 impl Cut {
-    /// Whether the rate went with the window, which is `window` now. It does not when what was cut is a queue of ours;
-    /// but then too it may for a round trip, since pacing still follows the longer ones before: so what was seen to
-    /// stand is not asked.
+    /// Whether the rate went with the window, which is `window` bytes now. It does not when what was cut is a queue of
+    /// ours; or only for one round trip, since pacing still follows the longer ones before. So a queue that was seen to
+    /// stand counts as ours in any case.
     fn was_for_nothing(&self, window: f64, delivered: f64) -> bool {
         !self.stands && delivered < self.delivered * (1.0 + window / self.window) / 2.0
     }
@@ -445,7 +445,7 @@ impl DelayTarget {
         sample
     }
 
-    /// One step of the steady law.
+    /// One step of the steady law. `delivered` is that of the round, in bytes per second.
     fn steer(
         &mut self,
         now: Instant,
@@ -491,8 +491,7 @@ impl DelayTarget {
         }
         self.declining_from = None;
         let patience = self.patience.at(now);
-        let since = round.started;
-        let lasts = now - *self.too_long_since.get_or_insert(since);
+        let lasts = now - *self.too_long_since.get_or_insert(round.started);
         let whole_window_s = self.window / self.rate_bytes_per_s.max(1.0);
         if (lasts < HOSTS_ARE_LATE || !used)
             && queue > NOT_OURS * (whole_window_s - base_s).max(0.0)
@@ -505,7 +504,6 @@ impl DelayTarget {
         let delivered = self.rate_bytes_per_s;
         let mean_queue = round.rtt_sum_s / f64::from(round.samples.max(1)) - base_s;
         let stands = mean_queue <= (1.0 + STANDING) * queue;
-        let first = Cut { rate, window: self.window, delivered, stands, queue, in_vain: 0 };
         let cut = match self.cut {
             Some(cut) => {
                 let in_vain = if queue > 0.6 * cut.queue { cut.in_vain + 1 } else { 0 };
@@ -514,7 +512,7 @@ impl DelayTarget {
                 let stands = cut.stands || stands;
                 Cut { delivered, stands, queue, in_vain, ..cut }
             }
-            None => first,
+            None => Cut { rate, window: self.window, delivered, stands, queue, in_vain: 0 },
         };
         if cut.in_vain >= 2 {
             // Two cuts did not shorten the delay.

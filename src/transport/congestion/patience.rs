@@ -9,7 +9,7 @@ const LEAST: Duration = Duration::from_millis(10);
 /// A queue of our own stands so much longer at most, for nothing.
 const MOST: Duration = Duration::from_millis(200);
 
-/// Learnt from cuts that did not help: none at first, twice as long after each of them, and less from then on.
+/// Learnt from cuts that did not help: none at first, after each of them twice what is left of it, and less from then on.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Patience {
     at_first: Duration,
