@@ -39,6 +39,7 @@ use quinn_proto::RttEstimator;
 
 use super::Gauges;
 use super::calm::Calm;
+use super::cut::Cut;
 use super::patience::Patience;
 use super::trains::Trains;
 
@@ -73,8 +74,6 @@ const USED_IN_START: f64 = 0.5;
 const CALM_IN_FLIGHT: f64 = 0.95;
 /// The window never falls by more than this factor in one step.
 const MAX_CUT: f64 = 0.25;
-/// A queue stands in a round when it is longer on average than at its shortest by this share at most.
-const STANDING: f64 = 0.15;
 /// Growth per round for a while after heavy loss, so that a policed link is not hit each round.
 const GROWTH_AFTER_LOSS: f64 = 1.02;
 const ROUNDS_AFTER_LOSS: u32 = 16;
@@ -125,32 +124,6 @@ enum Phase {
     Steady,
     /// Window held below the pipe, to see the base RTT; afterwards back to `resume_window`.
     Probe { resume_window: f64 },
-}
-
-/// A cut that was made for delay, kept until the next valid round tells whether it helped.
-#[derive(Clone, Copy, Debug)]
-struct Cut {
-    /// Window per RTT just before the first cut of the series, in bytes per second.
-    rate: f64,
-    /// Before the first cut of the series.
-    window: f64,
-    /// The least that was delivered before any cut of the series, in bytes per second: a link that has become slower
-    /// does not count as what it was.
-    delivered: f64,
-    /// Before this cut, or an earlier one of the series, all round trips of a round were about as long as the shortest
-    /// of them: a queue that stands makes them so, and busy hosts do not.
-    stands: bool,
-    queue: f64,
-    in_vain: u32,
-}
-
-impl Cut {
-    /// Whether the rate went with the window, which is `window` bytes now. It does not when what was cut is a queue of
-    /// ours; or only for one round trip, since pacing still follows the longer ones before. So a queue that was seen to
-    /// stand counts as ours in any case.
-    fn was_for_nothing(&self, window: f64, delivered: f64) -> bool {
-        !self.stands && delivered < self.delivered * (1.0 + window / self.window) / 2.0
-    }
 }
 
 /// A row of samples that all show a queue.
@@ -501,21 +474,10 @@ impl DelayTarget {
         if lasts < patience {
             return;
         }
-        let delivered = self.rate_bytes_per_s;
         let mean_queue = round.rtt_sum_s / f64::from(round.samples.max(1)) - base_s;
-        let stands = mean_queue <= (1.0 + STANDING) * queue;
-        let cut = match self.cut {
-            Some(cut) => {
-                let in_vain = if queue > 0.6 * cut.queue { cut.in_vain + 1 } else { 0 };
-                let queue = if in_vain > 0 { cut.queue } else { queue };
-                let delivered = cut.delivered.min(delivered);
-                let stands = cut.stands || stands;
-                Cut { delivered, stands, queue, in_vain, ..cut }
-            }
-            None => Cut { rate, window: self.window, delivered, stands, queue, in_vain: 0 },
-        };
-        if cut.in_vain >= 2 {
-            // Two cuts did not shorten the delay.
+        let next = Cut::new(rate, self.window, self.rate_bytes_per_s, queue, mean_queue);
+        let cut = self.cut.map_or(next, |before| before.and_then(next));
+        if cut.were_in_vain() {
             self.patience.grow(now);
             self.take_delay_for_the_path(now, min_rtt, cut.rate.max(rate));
         } else {

@@ -6,6 +6,7 @@
 //! random loss, so the default here is [`DelayTarget`], which regulates the queueing delay itself.
 
 mod calm;
+mod cut;
 mod delay_target;
 mod fixed;
 mod gauges;
