@@ -120,7 +120,7 @@ impl GuestSpec {
     }
 }
 
-/// Parameters of the guest's kernel that save a quarter of the time that it takes to boot. Not `mitigations=off`, which
+/// Parameters of the guest's kernel that save some of the time that it takes to boot. Not `mitigations=off`, which
 /// would save more: without page table isolation, QEMU 7.2's own migration under emulation loses writes.
 const QUICK_UNDER_EMULATION: &str = "nokaslr cryptomgr.notests no_timer_check";
 
