@@ -36,7 +36,7 @@ const MADE_UP_PAGES: usize = 4096;
 const BASE: Version = Version(1);
 const NOW: Version = Version(2);
 
-const WHOLE: [&str; 13] = [
+const WHOLE: [&str; 15] = [
     "raw/off",
     "lz4/off",
     "zstd:-5/off",
@@ -48,7 +48,9 @@ const WHOLE: [&str; 13] = [
     "zstd:6/off",
     "zstd:9/off",
     "zstd:12/off",
+    "zstd:14/off",
     "zstd:15/off",
+    "zstd:16/off",
     "zstd:19/off",
 ];
 const CHANGED: [&str; 17] = [
@@ -72,7 +74,7 @@ const CHANGED: [&str; 17] = [
 ];
 
 /// In the order in which a guest's first copies go, where some are kin of others.
-const GUESTS: [&str; 10] = [
+const GUESTS: [&str; 13] = [
     "lz4/off",
     "zstd:1/off",
     "zstd:3/off",
@@ -83,6 +85,9 @@ const GUESTS: [&str; 10] = [
     "zstd-kin:6/off",
     "zstd-kin:7/off",
     "zstd-kin:9/off",
+    "zstd-kin:16/off",
+    "zstd-kin:17/off",
+    "zstd-kin:18/off",
 ];
 
 /// For replies to faults.
@@ -388,7 +393,10 @@ fn through_xbzrle(pages: &[PageBytes], bases: &[PageBytes]) -> Done {
 
 fn row(name: &str, each: &[Done], xbzrle: Option<&Done>) {
     let all: Done = each.iter().copied().sum();
-    let speed = |done: &Done, seconds| format!("{:.2}", done.gb_per_s(seconds));
+    let speed = |done: &Done, seconds| {
+        let gb_per_s = done.gb_per_s(seconds);
+        format!("{gb_per_s:.digits$}", digits = if gb_per_s < 0.1 { 4 } else { 2 })
+    };
     let ratios: Vec<_> = each.iter().map(|done| format!("{:.3}", done.ratio())).collect();
     let of_xbzrle = xbzrle.map_or(String::new(), |xbzrle| {
         format!(" {:.3} |", all.coded_bytes as f64 / xbzrle.coded_bytes as f64)

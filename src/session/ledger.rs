@@ -14,7 +14,7 @@ const MAX_ASKED_AGAIN: usize = 1 << 20;
 /// Messages that wait for others, at most: 25 to 64 MiB, what may be unread otherwise. What they wait for was
 /// acknowledged by the transport here before they were made, so it waits for a thread that applies it, or for
 /// such another.
-const MAX_WAITING: usize = 256;
+pub(super) const MAX_WAITING: usize = 256;
 
 /// What is left of a message whose next frame builds on pages that have not come yet.
 #[derive(Clone, Debug, PartialEq, Eq)]

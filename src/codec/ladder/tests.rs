@@ -29,6 +29,8 @@ fn the_slower_the_link_the_denser_the_codec() {
 #[test]
 fn in_pre_copy_dense_codecs_build_on_kin() {
     let page = |mbit: f64| Ladder::with_kin().choose(mbit * MBIT, 1).page;
+    assert_eq!(page(3.0), PageCodec::ZstdKin { level: 18 });
+    assert_eq!(page(6.0), PageCodec::ZstdKin { level: 16 });
     assert_eq!(page(25.0), PageCodec::ZstdKin { level: 9 });
     assert_eq!(page(200.0), PageCodec::ZstdKin { level: 5 });
     assert_eq!(page(350.0), PageCodec::ZstdKin { level: 3 });
@@ -41,6 +43,14 @@ fn more_cores_afford_denser_codecs() {
     let mut ladder = Ladder::default();
     assert_eq!(ladder.choose(1_200.0 * MBIT, 1).page, PageCodec::Zstd { level: 1 });
     assert_eq!(ladder.choose(1_200.0 * MBIT, 8).page, PageCodec::Zstd { level: 6 });
+}
+
+#[test]
+fn several_cores_afford_optimal_parsing_on_a_slow_link() {
+    let page = |mbit: f64| Ladder::with_kin().choose(mbit * MBIT, 8).page;
+    assert_eq!(page(25.0), PageCodec::ZstdKin { level: 18 });
+    assert_eq!(page(50.0), PageCodec::ZstdKin { level: 16 });
+    assert_eq!(page(100.0), PageCodec::ZstdKin { level: 9 });
 }
 
 #[test]

@@ -230,6 +230,8 @@ async fn ask(
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
     use proptest::prelude::*;
 
     use super::*;
@@ -237,19 +239,35 @@ mod tests {
     use crate::codec::{CodecChoice, Kin, PageCodec};
     use crate::memory::{GuestMemory, MemoryLayout, RegionLayout};
     use crate::page::{PAGE_SIZE_BYTES, PageBytes};
+    use crate::session::ledger::MAX_WAITING;
     use crate::wire::{FrameEncoder, PageToSend};
 
-    const PAGES: u64 = 200;
+    /// More than may wait for one of them.
+    const PAGES: u64 = MAX_WAITING as u64 + 44;
 
     fn content(page: PageIndex) -> PageBytes {
         page_of(page.0 + 1)
     }
 
+    /// Appends a page that builds on `kin`, which ascend.
+    fn put(encoder: &mut FrameEncoder, page: PageIndex, kin: &[PageIndex], message: &mut Vec<u8>) {
+        let kin = Kin {
+            bytes: kin.iter().flat_map(|page| content(*page)).collect(),
+            pages: kin.iter().map(|page| (*page, Version(1))).collect(),
+        };
+        let bytes = &content(page);
+        encoder.encode(Version(1), &[PageToSend { page, bytes, base: None }], &kin, message);
+    }
+
+    fn encoder() -> FrameEncoder {
+        let page = PageCodec::ZstdKin { level: 1 };
+        FrameEncoder::new(CodecChoice { page, ..CodecChoice::default() })
+    }
+
     /// As two encoders make them: each frame builds on pages that went before it, by whichever encoder, in
     /// messages that may end later.
     fn messages(frames: &[(usize, Vec<prop::sample::Index>, bool)]) -> Vec<Bytes> {
-        let page = PageCodec::ZstdKin { level: 1 };
-        let mut encoder = FrameEncoder::new(CodecChoice { page, ..CodecChoice::default() });
+        let mut encoder = encoder();
         let (mut open, mut done) = ([Vec::new(), Vec::new()], Vec::new());
         for (at, (by, kin, is_last)) in frames.iter().enumerate() {
             let mut kin: Vec<u64> =
@@ -257,14 +275,8 @@ mod tests {
             kin.sort_unstable();
             kin.dedup();
             let kin: Vec<PageIndex> = kin.into_iter().map(PageIndex).collect();
-            let kin = Kin {
-                bytes: kin.iter().flat_map(|page| content(*page)).collect(),
-                pages: kin.into_iter().map(|page| (page, Version(1))).collect(),
-            };
-            let page = PageIndex(at as u64);
-            let bytes = &content(page);
             let message = &mut open[by % 2];
-            encoder.encode(Version(1), &[PageToSend { page, bytes, base: None }], &kin, message);
+            put(&mut encoder, PageIndex(at as u64), &kin, message);
             if *is_last {
                 done.push(Bytes::from(std::mem::take(message)));
             }
@@ -272,6 +284,85 @@ mod tests {
         done.extend(open.map(Bytes::from));
         done.retain(|message| !message.is_empty());
         done
+    }
+
+    /// A destination that has nothing yet.
+    struct World {
+        memory: Arc<GuestMemory>,
+        application: Application,
+        happenings: mpsc::UnboundedReceiver<Happened>,
+    }
+
+    impl World {
+        fn new() -> Self {
+            let size_bytes = PAGES * PAGE_SIZE_BYTES as u64;
+            let region = RegionLayout { name: "ram0".to_owned(), size_bytes };
+            let memory = Arc::new(GuestMemory::create(&MemoryLayout::new(vec![region])).unwrap());
+            let table = Arc::new(PageTable::anonymous(PAGES).unwrap());
+            let (happened, happenings) = mpsc::unbounded_channel();
+            let application = Application {
+                arrivals: Arc::new(Arrivals::new(memory.clone(), table, Arc::default())),
+                ledger: Arc::default(),
+                asked: ask_queue().0,
+                happened,
+            };
+            World { memory, application, happenings }
+        }
+
+        fn expect(&self, messages: usize) {
+            let mut ledger = self.application.ledger.lock().unwrap();
+            let noted = ledger.expect(Version(1), messages as u64);
+            drop(ledger);
+            tell_round(noted, &self.application.happened, &self.application.asked).unwrap();
+        }
+
+        /// The pages that the round could not bring, and those of the first `pages` that are not what was sent.
+        fn end(mut self, pages: u64) -> (Vec<PageIndex>, Vec<PageIndex>) {
+            let done = self.happenings.try_recv().expect("the round is over");
+            let Happened::Event(DestinationEvent::RoundApplied { rejected, .. }) = done else {
+                panic!("something else has happened");
+            };
+            let is_wrong = |page: &PageIndex| {
+                let mut there = [0; PAGE_SIZE_BYTES];
+                self.memory.read_page(*page, &mut there);
+                there != content(*page)
+            };
+            (rejected, (0..pages).map(PageIndex).filter(is_wrong).collect())
+        }
+    }
+
+    fn apply(application: &Application, message: Bytes, scratch: &mut DecodeScratch) {
+        application.apply(Unapplied { message, may_wait: true }, scratch).unwrap();
+    }
+
+    #[test]
+    fn a_thread_that_has_one_more_than_may_wait_takes_in_no_more_until_it_can_be_applied() {
+        let (world, mut encoder) = (World::new(), encoder());
+        let mut message = |page: u64, kin: &[PageIndex]| {
+            let mut message = Vec::new();
+            put(&mut encoder, PageIndex(page), kin, &mut message);
+            Bytes::from(message)
+        };
+        let first = message(0, &[]);
+        let waiting: Vec<Bytes> = (1..PAGES).map(|page| message(page, &[PageIndex(0)])).collect();
+        let taken_in = AtomicUsize::new(0);
+        world.expect(PAGES as usize);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let mut scratch = DecodeScratch::default();
+                for message in waiting {
+                    taken_in.fetch_add(1, Ordering::Relaxed);
+                    apply(&world.application, message, &mut scratch);
+                }
+            });
+            while taken_in.load(Ordering::Relaxed) <= MAX_WAITING {
+                std::thread::yield_now();
+            }
+            std::thread::sleep(Duration::from_millis(20));
+            assert_eq!(taken_in.load(Ordering::Relaxed), MAX_WAITING + 1);
+            apply(&world.application, first, &mut DecodeScratch::default());
+        });
+        assert_eq!(world.end(PAGES), (vec![], vec![]));
     }
 
     proptest! {
@@ -286,43 +377,20 @@ mod tests {
             order in any::<u64>(),
             end_after in any::<prop::sample::Index>(),
         ) {
-            let size_bytes = PAGES * PAGE_SIZE_BYTES as u64;
-            let region = RegionLayout { name: "ram0".to_owned(), size_bytes };
-            let memory = Arc::new(GuestMemory::create(&MemoryLayout::new(vec![region])).unwrap());
-            let table = Arc::new(PageTable::anonymous(PAGES).unwrap());
-            let (happened, mut happenings) = mpsc::unbounded_channel();
-            let application = Application {
-                arrivals: Arc::new(Arrivals::new(memory.clone(), table, Arc::default())),
-                ledger: Arc::default(),
-                asked: ask_queue().0,
-                happened,
-            };
+            let world = World::new();
             let mut messages = messages(&frames);
             fastrand::Rng::with_seed(order).shuffle(&mut messages);
             let (count, mut scratch) = (messages.len(), DecodeScratch::default());
             let end = end_after.index(count + 1);
             for at in 0..=count {
                 if at == end {
-                    let mut ledger = application.ledger.lock().unwrap();
-                    let noted = ledger.expect(Version(1), count as u64);
-                    drop(ledger);
-                    tell_round(noted, &application.happened, &application.asked).unwrap();
+                    world.expect(count);
                 }
                 if let Some(message) = messages.get(at).cloned() {
-                    let message = Unapplied { message, may_wait: true };
-                    application.apply(message, &mut scratch).unwrap();
+                    apply(&world.application, message, &mut scratch);
                 }
             }
-            let done = happenings.try_recv().expect("the round is over");
-            let Happened::Event(DestinationEvent::RoundApplied { rejected, .. }) = done else {
-                panic!("something else has happened");
-            };
-            prop_assert!(rejected.is_empty(), "{rejected:?}");
-            for page in (0..frames.len() as u64).map(PageIndex) {
-                let mut there = [0; PAGE_SIZE_BYTES];
-                memory.read_page(page, &mut there);
-                prop_assert!(there == content(page), "{page}");
-            }
+            prop_assert_eq!(world.end(frames.len() as u64), (vec![], vec![]));
         }
     }
 }
