@@ -163,7 +163,7 @@ fn lie_to_source(choice: u8, mut script: Script<'_>) -> bool {
 fn fails(event: SourceEvent) -> SourceEvent {
     match event {
         SourceEvent::Journaled(record) => SourceEvent::JournalFailed(record, failure()),
-        SourceEvent::Frozen => SourceEvent::FreezeFailed(failure()),
+        SourceEvent::Frozen { .. } => SourceEvent::FreezeFailed(failure()),
         SourceEvent::Resumed => SourceEvent::ResumeFailed(failure()),
         _ => SourceEvent::Failed(failure()),
     }
@@ -198,7 +198,9 @@ impl Lied {
                 self.due.retain(|due| !matches!(due, SourceEvent::RoundSent(_)));
                 self.due.push(SourceEvent::RoundSent(sent));
             }
-            SourceAction::Freeze(_) => self.due.push(SourceEvent::Frozen),
+            SourceAction::Freeze(_) => {
+                self.due.push(SourceEvent::Frozen { flight: Duration::ZERO })
+            }
             SourceAction::SendRemainder | SourceAction::SendLacking(_) => {
                 self.due.retain(|due| !matches!(due, SourceEvent::RemainderSent));
                 self.due.push(SourceEvent::RemainderSent);

@@ -11,6 +11,8 @@ use crate::page::Version;
 use crate::wire::message::{HandoverForm, PROTOCOL, RunWhen, Strategy, ToDestination, ToSource};
 
 const BUDGET: Duration = Duration::from_secs(2);
+/// For the flight on a slow link.
+const FLIGHT: Duration = Duration::from_secs(100);
 
 fn hello() -> ToDestination {
     let memory = MemoryLayout::new(Vec::new());
@@ -31,7 +33,7 @@ fn frozen(handover: HandoverForm) -> SourceMachine {
         SourceEvent::Message(ToSource::Prepared),
         SourceEvent::RoundSent(little),
         SourceEvent::Message(ToSource::RoundAck { round, rejected: Vec::new() }),
-        SourceEvent::Frozen,
+        SourceEvent::Frozen { flight: FLIGHT },
     ] {
         source.handle(Duration::ZERO, event);
     }
@@ -45,7 +47,7 @@ fn a_destination_that_takes_no_more_pages_does_not_keep_the_guest_stopped() {
     for handover in [HandoverForm::OneFlight, HandoverForm::Strict] {
         let mut source = frozen(handover);
         let deadline = source.deadline().expect("the guest stands still");
-        assert_eq!(deadline, SourceTimeouts::default().load + BUDGET);
+        assert_eq!(deadline, SourceTimeouts::default().load + FLIGHT + BUDGET);
         source.handle(deadline, SourceEvent::Tick);
         let Some(SourceAction::Send(ToDestination::Abort { reason })) = source.poll() else {
             panic!("the destination is told");
@@ -53,6 +55,19 @@ fn a_destination_that_takes_no_more_pages_does_not_keep_the_guest_stopped() {
         assert!(reason.contains("did not take the guest's last pages"), "{reason}");
         assert_eq!(source.poll(), Some(SourceAction::ResumeGuest));
     }
+}
+
+#[test]
+fn after_the_decision_a_destination_that_is_silent_is_given_up_at_last() {
+    let mut source = frozen(HandoverForm::OneFlight);
+    source.handle(BUDGET, SourceEvent::RemainderSent);
+    source.handle(BUDGET, SourceEvent::Journaled(SourceRecord::Decided));
+    let deadline = source.deadline().expect("the guest stands still");
+    assert_eq!(deadline, BUDGET + SourceTimeouts::default().commit + FLIGHT);
+    source.handle(deadline, SourceEvent::Tick);
+    let ended = std::iter::from_fn(|| source.poll())
+        .any(|action| matches!(action, SourceAction::End(SourceOutcome::InDoubt(_))));
+    assert!(ended, "nobody waits for ever");
 }
 
 /// A destination that was told of the decision before it had what it needs for it.

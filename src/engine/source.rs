@@ -73,6 +73,8 @@ pub struct SourceMachine {
     remainder_sent: bool,
     failure: Option<Failure>,
     deadline: Option<Duration>,
+    /// What the link is expected to take for the flight.
+    flight: Duration,
     actions: VecDeque<SourceAction>,
     rounds: u16,
     /// Of these, ended by a lost link.
@@ -93,6 +95,7 @@ impl SourceMachine {
             remainder_sent: false,
             failure: None,
             deadline: None,
+            flight: Duration::ZERO,
             actions: VecDeque::new(),
             rounds: 0,
             broken_rounds: 0,
@@ -176,8 +179,8 @@ impl SourceMachine {
                     self.wait(now, self.config.timeouts.round);
                 }
             }
-            SourceEvent::Frozen if self.state == State::Thawing => self.resume(),
-            SourceEvent::Frozen => self.handle_frozen(now),
+            SourceEvent::Frozen { .. } if self.state == State::Thawing => self.resume(),
+            SourceEvent::Frozen { flight } => self.handle_frozen(now, flight),
             SourceEvent::FreezeFailed(failure) => match self.state {
                 State::Freezing(..) => {
                     self.abort(&failure);
@@ -353,6 +356,11 @@ impl SourceMachine {
         self.deadline = (self.link == Reach::Up).then_some(now.saturating_add(timeout));
     }
 
+    /// Nothing is gained by giving up before the destination does.
+    fn wait_for_running(&mut self, now: Duration) {
+        self.wait(now, self.config.timeouts.commit.saturating_add(self.flight));
+    }
+
     fn start_round(&mut self, round: Version) {
         self.state = State::Sending(round);
         self.rounds += 1;
@@ -367,8 +375,9 @@ impl SourceMachine {
         self.act(SourceAction::Freeze(final_version));
     }
 
-    fn handle_frozen(&mut self, now: Duration) {
+    fn handle_frozen(&mut self, now: Duration, flight: Duration) {
         let State::Freezing(final_version, run_when) = self.state else { return };
+        self.flight = flight;
         self.offer = Some((final_version, run_when));
         self.say(ToDestination::Offer { final_version, run_when });
         self.act(SourceAction::SendFlight);
@@ -381,7 +390,7 @@ impl SourceMachine {
             RunWhen::Complete => self.config.policy.downtime_budget,
         };
         self.remainder_sent = run_when == RunWhen::Loaded;
-        self.wait(now, self.config.timeouts.load.saturating_add(budget));
+        self.wait(now, self.config.timeouts.load.saturating_add(flight).saturating_add(budget));
         self.decide_when_due();
     }
 
@@ -400,7 +409,7 @@ impl SourceMachine {
         match (record, self.state) {
             (SourceRecord::Decided, State::Deciding) => {
                 self.state = State::Committed;
-                self.wait(now, self.config.timeouts.load);
+                self.wait_for_running(now);
                 self.say(ToDestination::Commit);
             }
             (SourceRecord::Void, State::Voiding) => self.resume(),

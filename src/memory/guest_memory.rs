@@ -388,9 +388,9 @@ impl GuestMemory {
         Ok(())
     }
 
-    /// Where the regions are in this process, in layout order; `None` when one of them is not mapped, since it
-    /// lies on hugetlbfs.
-    pub(super) fn addresses(&self) -> Option<Vec<u64>> {
+    /// Where the regions are in this process, in layout order; `None` of one that is not mapped, since it lies on
+    /// hugetlbfs.
+    pub(super) fn addresses(&self) -> Vec<Option<u64>> {
         let address = |region: &Region| Some(region.mapped()?.as_ptr() as u64);
         self.regions.iter().map(address).collect()
     }

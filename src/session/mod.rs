@@ -112,6 +112,12 @@ async fn blocking<T: Send + 'static>(
     }
 }
 
+/// Does `step`; its panic becomes a failure of the migration.
+fn without_panic<T>(step: impl FnOnce() -> Result<T, Failure>) -> Result<T, Failure> {
+    let done = std::panic::catch_unwind(std::panic::AssertUnwindSafe(step));
+    done.unwrap_or_else(|_| Err(Failure::plain("a thread of farfault failed")))
+}
+
 /// When each phase began and how long single steps took.
 #[derive(Debug)]
 struct Timeline {

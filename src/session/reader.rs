@@ -113,7 +113,9 @@ pub(super) struct PageReader {
     went: Vec<Went>,
     put_off: Vec<PageIndex>,
     kin: KinFinder,
-    /// Remembered pages of the message that is being put together.
+    /// Kin were looked for in the last batch.
+    has_kin: bool,
+    /// Remembered pages, of the message that is being put together, in which others may find kin.
     in_message: Vec<PageIndex>,
     encoder: FrameEncoder,
     left_over: Vec<u8>,
@@ -138,6 +140,7 @@ impl PageReader {
             went: Vec::new(),
             put_off: Vec::new(),
             kin: KinFinder::default(),
+            has_kin: false,
             in_message: Vec::new(),
             encoder: FrameEncoder::default(),
             left_over: Vec::new(),
@@ -176,6 +179,7 @@ impl PageReader {
             && self.pace.link_bytes_per_s() <= KIN_UP_TO_BYTES_PER_S
             && matches!(choice.page, PageCodec::ZstdKin { .. })
             && against.is_some_and(|against| against.sent.finds_kin());
+        self.has_kin = has_kin;
         let start = message.len();
         let PageReader { copies, bases, went, put_off, kin, encoder, left_over, .. } = self;
         kin.begin();
@@ -296,8 +300,10 @@ impl PageReader {
                 Went::Otherwise(hash) => {
                     let anchors = self.kin.anchors_of(position);
                     sent.remember(*page, version, bytes, hash, anchors);
-                    self.kin.sent(*page);
-                    self.in_message.push(*page);
+                    if self.has_kin {
+                        self.kin.sent(*page);
+                        self.in_message.push(*page);
+                    }
                     remembered += 1;
                 }
                 Went::PutOff => continue,

@@ -14,12 +14,17 @@ use crate::wire::state::{PackedState, RehearsedState};
 
 /// A state that takes more than this does not fit a control message; it crosses at the switchover, on the
 /// state lane.
-const LARGEST_BYTES: usize = 12 << 20;
+const LARGEST_BYTES: u64 = 12 << 20;
+
+/// So does one that the link takes longer for: the end of the round, which is behind it, is waited for a minute.
+const LONGEST_S: u64 = 30;
 
 /// What a rehearsal has given.
 pub(super) struct Rehearsed {
     state: Vec<u8>,
     pause: Duration,
+    /// What of it may be sent, coded.
+    most_bytes: u64,
 }
 
 /// Stops the guest, takes its device state and lets it run on, where that pays on a link that takes
@@ -43,7 +48,10 @@ pub(super) fn rehearse(
     let begin = Instant::now();
     let state = standstill.during(|guest| Ok(guest.with(|guest| guest.save_device_state())?))?;
     match state {
-        Ok(state) => Ok(Some(Rehearsed { state, pause: begin.elapsed() })),
+        Ok(state) => {
+            let most_bytes = LARGEST_BYTES.min(link_bytes_per_s.saturating_mul(LONGEST_S));
+            Ok(Some(Rehearsed { state, pause: begin.elapsed(), most_bytes }))
+        }
         Err(error) => {
             tracing::warn!("no rehearsal of the handover: {error}");
             Ok(None)
@@ -64,7 +72,7 @@ impl Rehearsal {
     pub(super) fn note(&mut self, rehearsed: Rehearsed) -> Option<ToDestination> {
         self.pause = Some(rehearsed.pause);
         let packed = PackedState::pack(&rehearsed.state, None);
-        if packed.coded_bytes() > LARGEST_BYTES {
+        if packed.coded_bytes() as u64 > rehearsed.most_bytes {
             return None;
         }
         self.state = Some(RehearsedState::new(rehearsed.state));
@@ -94,7 +102,8 @@ mod tests {
     #[test]
     fn a_state_is_a_base_only_when_the_destination_has_said_that_it_keeps_it() {
         let mut rehearsal = Rehearsal::default();
-        let rehearsed = Rehearsed { state: vec![7; 1000], pause: Duration::from_millis(3) };
+        let pause = Duration::from_millis(3);
+        let rehearsed = Rehearsed { state: vec![7; 1000], pause, most_bytes: LARGEST_BYTES };
         let Some(ToDestination::Rehearsal(packed)) = rehearsal.note(rehearsed) else {
             panic!("a small state is sent");
         };
@@ -108,15 +117,17 @@ mod tests {
     }
 
     #[test]
-    fn a_state_that_no_control_message_takes_crosses_at_the_switchover() {
-        let mut noise = vec![0; LARGEST_BYTES + (1 << 20)];
+    fn a_state_that_is_too_large_for_the_link_crosses_at_the_switchover() {
+        let mut noise = vec![0; 64 << 10];
         let mut state = 1u64;
         for word in noise.as_chunks_mut::<8>().0 {
             state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(99);
             *word = (state ^ state >> 29).wrapping_mul(0xbf58_476d_1ce4_e5b9).to_le_bytes();
         }
         let mut rehearsal = Rehearsal::default();
-        assert_eq!(rehearsal.note(Rehearsed { state: noise, pause: Duration::ZERO }), None);
+        let most_bytes = noise.len() as u64 / 2;
+        let rehearsed = Rehearsed { state: noise, pause: Duration::ZERO, most_bytes };
+        assert_eq!(rehearsal.note(rehearsed), None);
         assert_eq!(rehearsal.base(), None);
     }
 }

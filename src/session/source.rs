@@ -20,7 +20,9 @@ use super::reader::{PageReader, Purpose};
 use super::rehearsal::{Rehearsal, Rehearsed, rehearse};
 use super::rounds::{Encoding, RoundSender, ms};
 use super::standstill::Standstill;
-use super::{PROGRESS_INTERVAL, ProgressMeter, Shared, StopSignals, Timeline, blocking};
+use super::{
+    PROGRESS_INTERVAL, ProgressMeter, Shared, StopSignals, Timeline, blocking, without_panic,
+};
 use crate::codec::SentLimits;
 use crate::codec::ladder::CodecChoice;
 use crate::engine::pusher::PusherKind;
@@ -397,8 +399,8 @@ impl Session {
                 let event = match result {
                     Ok(collected) => {
                         let (frozen, device_state) = *collected;
-                        self.pack_flight(frozen, &device_state);
-                        SourceEvent::Frozen
+                        let flight = self.pack_flight(frozen, &device_state);
+                        SourceEvent::Frozen { flight }
                     }
                     Err(failure) => SourceEvent::FreezeFailed(failure),
                 };

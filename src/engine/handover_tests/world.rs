@@ -135,7 +135,7 @@ impl World {
             SourceAction::Freeze(version) => {
                 self.runs_at_source = false;
                 self.source_pages.freeze(version);
-                self.source_answers.push_back(SourceEvent::Frozen);
+                self.source_answers.push_back(SourceEvent::Frozen { flight: Duration::ZERO });
             }
             SourceAction::SendFlight => {
                 self.flight = self.link_up.then(|| self.source_pages.flight());
@@ -153,7 +153,7 @@ impl World {
             }
             SourceAction::ResumeGuest => {
                 assert!(
-                    !self.source_answers.iter().any(|e| matches!(e, SourceEvent::Frozen)),
+                    !self.source_answers.iter().any(|e| matches!(e, SourceEvent::Frozen { .. })),
                     "resumed before it was stopped"
                 );
                 self.runs_at_source = true;
@@ -273,7 +273,7 @@ impl World {
                 }
                 if fails && !matches!(event, SourceEvent::Resumed) {
                     event = match event {
-                        SourceEvent::Frozen => SourceEvent::FreezeFailed(failure()),
+                        SourceEvent::Frozen { .. } => SourceEvent::FreezeFailed(failure()),
                         SourceEvent::Journaled(record) => {
                             SourceEvent::JournalFailed(record, failure())
                         }

@@ -68,14 +68,14 @@ impl SourceMachine {
                 self.act(SourceAction::SendFlight);
                 self.act(SourceAction::SendRemainder);
                 self.say(ToDestination::Commit);
-                self.wait(now, self.config.timeouts.load);
+                self.wait_for_running(now);
             }
             (State::Committed, At::Loading { committed, lacking }) => {
                 self.act(SourceAction::SendLacking(lacking));
                 if !committed {
                     self.say(ToDestination::Commit);
                 }
-                self.wait(now, self.config.timeouts.load);
+                self.wait_for_running(now);
             }
             (State::Committed, At::Running { lacking }) => {
                 self.running();

@@ -16,9 +16,12 @@ pub struct SourceTimeouts {
     pub prepare: Duration,
     /// From the end of a round to its acknowledgement, beyond what is still queued.
     pub round: Duration,
-    /// From the offer to Ready or Running. What of the guest's memory goes before that gets as long, and
-    /// the downtime budget on top.
+    /// From the offer to Ready, beyond what the flight takes. What of the guest's memory goes before that gets as
+    /// long, and the downtime budget on top.
     pub load: Duration,
+    /// From Commit to Running, beyond what the flight takes: longer than a destination gives its own monitor (two
+    /// minutes for QEMU to load), whose failure it can tell. To give up earlier would leave the guest running nowhere.
+    pub commit: Duration,
 }
 
 impl Default for SourceTimeouts {
@@ -27,6 +30,7 @@ impl Default for SourceTimeouts {
             prepare: Duration::from_secs(60),
             round: Duration::from_secs(60),
             load: Duration::from_secs(60),
+            commit: Duration::from_secs(300),
         }
     }
 }
@@ -70,7 +74,10 @@ pub enum SourceEvent {
     /// Answers [`SourceAction::SendRound`]: everything is handed to the transport.
     RoundSent(RoundSummary),
     /// Answers [`SourceAction::Freeze`].
-    Frozen,
+    Frozen {
+        /// What the link is expected to take for the flight.
+        flight: Duration,
+    },
     /// The same, when it failed. The guest may be stopped or not.
     FreezeFailed(Failure),
     /// Answers [`SourceAction::SendRemainder`] once all of it is handed to the transport.

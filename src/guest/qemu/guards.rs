@@ -191,30 +191,7 @@ fn passes_on(device: &Device) -> bool {
 
 /// Whether a source guest runs or is paused; any other state is refused.
 pub(super) fn check_source_state(qmp: &mut Qmp) -> Result<bool, GuestError> {
-    let status = qmp.execute(&QueryStatus {})?.status;
-    let running = match status.as_str() {
-        "running" => true,
-        "paused" | "prelaunch" => false,
-        "inmigrate" => {
-            return Err(refusal(
-                "this QEMU waits for a guest (-incoming), so it has none to send",
-                "give the QMP socket of the QEMU in which the guest runs",
-            ));
-        }
-        "postmigrate" => {
-            return Err(refusal(
-                "the guest of this QEMU has been migrated before, and may run elsewhere",
-                "only if you are sure that it runs nowhere else, let it go on here with `cont` first",
-            ));
-        }
-        "finish-migrate" => return Err(already_migrating()),
-        other => {
-            return Err(refusal(
-                format!("the guest cannot be moved in the state {other}"),
-                "look at QEMU's log and monitor, mend the guest and let it run",
-            ));
-        }
-    };
+    let running = check_run_state(&qmp.execute(&QueryStatus {})?.status)?;
     let migration = qmp.execute(&QueryMigrate {})?;
     if migration.is_active() {
         return Err(already_migrating());
@@ -224,6 +201,27 @@ pub(super) fn check_source_state(qmp: &mut Qmp) -> Result<bool, GuestError> {
         Some(reason) => Err(refusal(
             format!("QEMU cannot save the state of this guest: {reason}"),
             "remove the device or option that it names",
+        )),
+    }
+}
+
+/// Whether a source guest in QEMU's state `status` runs, or is paused; any other state is refused.
+pub(super) fn check_run_state(status: &str) -> Result<bool, GuestError> {
+    match status {
+        "running" => Ok(true),
+        "paused" | "prelaunch" => Ok(false),
+        "inmigrate" => Err(refusal(
+            "this QEMU waits for a guest (-incoming), so it has none to send",
+            "give the QMP socket of the QEMU in which the guest runs",
+        )),
+        "postmigrate" => Err(refusal(
+            "the guest of this QEMU has been migrated before, and may run elsewhere",
+            "only if you are sure that it runs nowhere else, let it go on here with `cont` first",
+        )),
+        "finish-migrate" => Err(already_migrating()),
+        other => Err(refusal(
+            format!("the guest cannot be moved in the state {other}"),
+            "look at QEMU's log and monitor, mend the guest and let it run",
         )),
     }
 }

@@ -176,8 +176,9 @@ impl SourceGuest for QemuSource {
     fn pause(&mut self) -> Result<(), GuestError> {
         // Before the stop and not between it and the save, where each millisecond is downtime.
         self.change_settings()?;
-        // Its owner may have stopped it, or let it run, since it was attached to.
-        self.is_stopped_by_us |= self.status()? == "running";
+        // Its owner may have stopped it, or let it run, since it was attached to, or it has gone to sleep: QEMU would
+        // forget that it sleeps.
+        self.is_stopped_by_us |= guards::check_run_state(&self.status()?)?;
         // QEMU replies when all vCPUs stand still and all disk requests have ended.
         self.qmp.execute(&stop {})?;
         Ok(())

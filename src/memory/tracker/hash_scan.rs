@@ -19,17 +19,17 @@ pub struct HashScan {
 }
 
 /// In the place of the hash of a page that was neither sent nor looked at.
-const NOTHING_KNOWN: u64 = 0;
+pub(super) const NOTHING_KNOWN: u64 = 0;
 
 /// What was last sent of each page, or else what it was when last reported: in either case a page that
 /// still hashes to this needs no new report.
-struct Hashes(Vec<AtomicU64>);
+pub(super) struct Hashes(Vec<AtomicU64>);
 
 impl Hashes {
-    /// True when `hash` is new.
-    fn replace(&self, page: PageIndex, hash: u64) -> bool {
+    /// Gives what was in the place of `hash`.
+    pub(super) fn replace(&self, page: PageIndex, hash: u64) -> u64 {
         // Each page's hash stands for itself: no order between pages is needed.
-        self.0[page.0 as usize].swap(hash, Ordering::Relaxed) != hash
+        self.0[page.0 as usize].swap(hash, Ordering::Relaxed)
     }
 }
 
@@ -46,7 +46,7 @@ impl ReadWitness for Hashes {
     }
 }
 
-fn hash_of_zeros() -> u64 {
+pub(super) fn hash_of_zeros() -> u64 {
     xxh3_64(&[0; PAGE_SIZE_BYTES])
 }
 
@@ -66,7 +66,7 @@ impl HashScan {
         let zero = hash_of_zeros();
         let mut copy = [0; PAGE_SIZE_BYTES];
         let mut compare = |page, hash| {
-            if self.hashes.replace(page, hash) {
+            if self.hashes.replace(page, hash) != hash {
                 changed(page);
             }
         };
@@ -81,6 +81,11 @@ impl HashScan {
         }
         PageRange { start: at, end: range.end }.pages().for_each(|page| compare(page, zero));
         Ok(())
+    }
+
+    /// What is known of each page, for a witness of another tracker.
+    pub(super) fn hashes(&self) -> Arc<Hashes> {
+        Arc::clone(&self.hashes)
     }
 
     /// Those of `range` of which a content was sent or found that was not zero.

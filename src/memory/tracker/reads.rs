@@ -9,7 +9,8 @@
 //! reading the page itself puts it there. Commonly the kernel maps the neighbours of a page that is
 //! read too, but not in an area that a userfaultfd watches: so one is registered over the alias, for write
 //! protection, with nothing protected. And no huge page may stand for many pages: the alias is
-//! advised against them, and what is mapped by one all the same counts as not being there.
+//! advised against them, and what is mapped by one all the same counts as not being there. RAM on hugetlbfs has no alias,
+//! and is not watched.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -29,9 +30,11 @@ use crate::page::{PageBytes, PageIndex, PageRange, PageSet};
 pub(super) struct ReadWatch {
     uffd: Uffd,
     alias: Pagemap,
+    /// Which regions there is an alias of.
+    is_watched: Vec<bool>,
     pages: Arc<ReadPages>,
     /// The alias stays where it is as long as the userfaultfd watches it.
-    _memory: Arc<GuestMemory>,
+    memory: Arc<GuestMemory>,
 }
 
 impl ReadWatch {
@@ -40,15 +43,18 @@ impl ReadWatch {
     /// # Errors
     /// [`MemoryError::RegisterBusy`] when this alias is watched already.
     pub(super) fn new(memory: Arc<GuestMemory>) -> Result<Self, MemoryError> {
-        let addresses = memory.addresses().expect("what is watched is mapped");
+        let addresses = memory.addresses();
+        let is_watched: Vec<bool> = addresses.iter().map(Option::is_some).collect();
+        let nowhere = |address: Option<u64>| address.unwrap_or_default();
+        let addresses: Vec<u64> = addresses.into_iter().map(nowhere).collect();
         let alias = Pagemap::open("self", memory.layout(), &addresses)?;
         let uffd = own_uffd(TRACK_FEATURES)?;
         memory.avoid_huge_pages();
-        for (name, address, size_bytes) in alias.regions() {
+        for (name, address, size_bytes) in watched(&alias, &is_watched) {
             register(&uffd, name, "track", address, size_bytes, RegisterMode::WRITE_PROTECT)?;
         }
         let pages = Arc::new(ReadPages::none_of(memory.pages()));
-        Ok(ReadWatch { uffd, alias, pages, _memory: memory })
+        Ok(ReadWatch { uffd, alias, is_watched, pages, memory })
     }
 
     /// Who must be told which pages were read.
@@ -63,23 +69,33 @@ impl ReadWatch {
         range: PageRange,
         into: &mut PageSet,
     ) -> Result<(), MemoryError> {
-        if !self.pages.any_in(range) {
-            return Ok(());
+        let ReadWatch { alias, is_watched, pages, memory, .. } = self;
+        for (region, piece) in memory.layout().split(range) {
+            if !is_watched[region] || !pages.any_in(piece) {
+                continue;
+            }
+            let mut gap = piece.start;
+            alias.scan(PagemapQuery::MappedSingly, &[piece], |run| {
+                pages.take(PageRange { start: gap, end: run.start }, into);
+                gap = run.end;
+            })?;
+            pages.take(PageRange { start: gap, end: piece.end }, into);
         }
-        let ReadWatch { alias, pages, .. } = self;
-        let mut gap = range.start;
-        alias.scan(PagemapQuery::MappedSingly, &[range], |run| {
-            pages.take(PageRange { start: gap, end: run.start }, into);
-            gap = run.end;
-        })?;
-        pages.take(PageRange { start: gap, end: range.end }, into);
         Ok(())
     }
 }
 
+/// Name, address and size in bytes of each region that is watched.
+fn watched<'a>(
+    alias: &'a Pagemap,
+    is_watched: &'a [bool],
+) -> impl Iterator<Item = (&'a str, u64, u64)> {
+    alias.regions().zip(is_watched).filter_map(|(region, is_watched)| is_watched.then_some(region))
+}
+
 impl Drop for ReadWatch {
     fn drop(&mut self) {
-        for (_, address, size_bytes) in self.alias.regions() {
+        for (_, address, size_bytes) in watched(&self.alias, &self.is_watched) {
             // Nothing is protected, so that nobody waits for this userfaultfd: failing does no harm.
             let _ = self.uffd.unregister(address as *mut c_void, size_bytes as usize);
         }

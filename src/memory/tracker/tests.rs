@@ -6,6 +6,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::memory::adopt::Adopted;
+use crate::memory::huge_pool::{self, HugePool};
 use crate::memory::testing::TestGuest;
 use crate::memory::{Access, MemoryLayout, RegionBacking, RegionLayout};
 use crate::page::{PAGE_SIZE_BYTES, PageIndex};
@@ -96,6 +97,33 @@ fn act() -> impl Strategy<Value = Act> {
     ]
 }
 
+/// What happens while a page is sent.
+#[derive(Clone, Copy, Debug)]
+enum Between {
+    Nothing,
+    Act(Act),
+    /// Another encoder has the dirty pages looked for, as in the second pass over a chunk.
+    Look,
+}
+
+fn between() -> impl Strategy<Value = Between> {
+    prop_oneof![
+        6 => Just(Between::Nothing),
+        3 => act().prop_map(Between::Act),
+        1 => Just(Between::Look),
+    ]
+}
+
+/// What compares the content of what the kernel reports, as of RAM on hugetlbfs.
+fn comparing_tracker(memory: &Arc<GuestMemory>, guest: &TestGuest) -> Box<dyn DirtyTracker> {
+    let adopted = Adopted::attach(guest.pid()).unwrap();
+    let uffd = adopted.userfaultfd(None, &[], TRACK_FEATURES).unwrap();
+    let (memory, addresses) = (Arc::clone(memory), guest.addresses());
+    let mut tracker = HugeWriteProtect::new(memory, guest.pid(), addresses, uffd).unwrap();
+    tracker.arm().unwrap();
+    Box::new(tracker)
+}
+
 /// The guest, and what was sent of it: a word stands for a page.
 struct Model {
     memory: Arc<GuestMemory>,
@@ -153,22 +181,17 @@ impl Model {
         self.content.iter().filter_map(differs).collect()
     }
 
-    /// Sends `dirty` as the source does; the guest goes on between any two steps.
+    /// Sends `dirty` as the source does; between any two steps the guest goes on.
     fn send(
         &mut self,
         dirty: &[u64],
         from: &GuestMemory,
         witness: &dyn ReadWitness,
-        between: &mut impl Iterator<Item = Option<Act>>,
+        mut go_on: impl FnMut(&mut Model),
     ) {
         let mut copy = [0; PAGE_SIZE_BYTES];
         for page in dirty {
             let one = PageRange::new(*page, page + 1);
-            let mut go_on = |model: &mut Model| {
-                if let Some(act) = between.next().flatten() {
-                    model.perform(act);
-                }
-            };
             go_on(self);
             if from.populated(one).unwrap().is_empty() {
                 go_on(self);
@@ -193,38 +216,54 @@ proptest! {
         rounds in prop::collection::vec(
             (
                 prop::collection::vec(act(), 0..12),
-                prop::collection::vec(prop::option::weighted(0.3, act()), 60),
+                prop::collection::vec(between(), 60),
             ),
             1..6,
         )
     ) {
-        for kind in [TrackerKind::WriteProtect, TrackerKind::HashScan] {
+        type Open = fn(&Arc<GuestMemory>, &TestGuest) -> Box<dyn DirtyTracker>;
+        let write_protect: Open = |memory, guest| tracker(TrackerKind::WriteProtect, memory, guest);
+        let hash_scan: Open = |memory, guest| tracker(TrackerKind::HashScan, memory, guest);
+        let opened =
+            [("write-protect", write_protect), ("hash-scan", hash_scan), ("both", comparing_tracker)];
+        for (kind, open) in opened {
             let mut model = Model::new();
             let alias = read_only(&model.memory);
-            let mut tracker = tracker(kind, &alias, &model.guest);
+            let mut tracker = open(&alias, &model.guest);
             let witness = tracker.witness().unwrap();
-            let mut made_up = BTreeSet::new();
+            let (mut made_up, mut early) = (BTreeSet::new(), BTreeSet::new());
             for (acts, between) in &rounds {
                 acts.iter().for_each(|act| model.perform(*act));
-                let (dirty, changed) = (collect(tracker.as_mut()), model.changed());
+                let is_exact = kind == "hash-scan" && early.is_empty();
+                early.extend(collect(tracker.as_mut()));
+                let dirty: Vec<u64> = std::mem::take(&mut early).into_iter().collect();
+                let changed = model.changed();
                 for page in &changed {
                     prop_assert!(dirty.contains(page), "{kind} missed {page}: {dirty:?}");
                 }
                 // Where a first page came to be, write protection reports all around it, once.
                 for page in dirty.iter().filter(|page| !model.touched.contains(page)) {
-                    let may = kind == TrackerKind::WriteProtect && made_up.insert(*page);
+                    let may = kind == "write-protect" && made_up.insert(*page);
                     prop_assert!(may, "{kind} made up {page}");
                 }
-                if kind == TrackerKind::HashScan {
+                if is_exact {
                     prop_assert_eq!(&dirty, &changed, "the hash scan is exact");
                 }
                 model.touched.clear();
-                model.send(&dirty, &alias, witness.as_ref(), &mut between.iter().copied());
+                let mut between = between.iter();
+                model.send(&dirty, &alias, witness.as_ref(), |model| match between.next() {
+                    None | Some(Between::Nothing) => {}
+                    Some(Between::Act(act)) => model.perform(*act),
+                    Some(Between::Look) => early.extend(collect(tracker.as_mut())),
+                });
             }
-            let dirty = collect(tracker.as_mut());
-            model.send(&dirty, &alias, witness.as_ref(), &mut std::iter::empty());
+            early.extend(collect(tracker.as_mut()));
+            let dirty: Vec<u64> = early.into_iter().collect();
+            model.send(&dirty, &alias, witness.as_ref(), |_| {});
             prop_assert!(model.changed().is_empty(), "{kind} missed {:?}", model.changed());
-            prop_assert!(collect(tracker.as_mut()).is_empty(), "nothing is reported twice");
+            // What was sent with another content than was found is looked at once more.
+            let again = collect(tracker.as_mut());
+            prop_assert!(again.is_empty(), "{kind} reported twice {again:?}");
         }
     }
 }
@@ -436,12 +475,8 @@ fn trackers_are_called_by_name() {
 fn of_a_huge_page_that_is_written_to_only_what_has_changed_is_reported() {
     // The pages here are small; what the tracker does with a report of the kernel is the same.
     let (memory, mut guest) = guest();
-    let adopted = Adopted::attach(guest.pid()).unwrap();
-    let uffd = adopted.userfaultfd(None, &[], TRACK_FEATURES).unwrap();
     let alias = read_only(&memory);
-    let mut tracker =
-        HugeWriteProtect::new(alias.clone(), guest.pid(), guest.addresses(), uffd).unwrap();
-    tracker.arm().unwrap();
+    let mut tracker = comparing_tracker(&alias, &guest);
     let witness = tracker.witness().unwrap();
     let mut copy = [0; PAGE_SIZE_BYTES];
     for page in [3, 4, 5, 250] {
@@ -449,13 +484,62 @@ fn of_a_huge_page_that_is_written_to_only_what_has_changed_is_reported() {
         alias.read_page(PageIndex(page), &mut copy);
         witness.saw(PageIndex(page), &copy);
     }
-    assert!(collect(&mut tracker).is_empty(), "all is as it was sent");
+    assert!(collect(tracker.as_mut()).is_empty(), "all is as it was sent");
     guest.write(PageIndex(3), 2);
     guest.write(PageIndex(4), 2);
     guest.write(PageIndex(4), 1);
     // A balloon, and then it reads as zero.
     guest.remove(PageIndex(250));
-    assert_eq!(collect(&mut tracker), [3, 250]);
-    assert!(collect(&mut tracker).is_empty());
+    assert_eq!(collect(tracker.as_mut()), [3, 250]);
+    assert!(collect(tracker.as_mut()).is_empty());
     tracker.disarm().unwrap();
+}
+
+#[test]
+fn a_page_that_is_compared_while_it_is_under_way_is_compared_again() {
+    let (memory, mut guest) = guest();
+    let alias = read_only(&memory);
+    let mut tracker = comparing_tracker(&alias, &guest);
+    let (page, mut copy) = (PageIndex(5), [0; PAGE_SIZE_BYTES]);
+    guest.write(page, 1);
+    assert_eq!(collect(tracker.as_mut()), [5]);
+    guest.write(page, 2);
+    alias.read_page(page, &mut copy);
+    guest.write(page, 1);
+    assert!(collect(tracker.as_mut()).is_empty(), "it is as it was at the last look");
+    tracker.witness().unwrap().saw(page, &copy);
+    assert_eq!(collect(tracker.as_mut()), [5]);
+}
+
+#[test]
+fn a_hole_on_hugetlbfs_that_the_guest_filled_by_reading_it_is_reported() {
+    const SMALL: u64 = 10;
+    let Some(_pool) = HugePool::of(2) else { return };
+    let memory = huge_pool::memory(SMALL, 2 * huge::HUGE_PAGES).unwrap();
+    let mut guest = TestGuest::start(&memory);
+    let alias = read_only(&memory);
+    let all = PageRange::new(0, memory.pages());
+    let mut tracker = comparing_tracker(&alias, &guest);
+    let witness = tracker.witness().unwrap();
+    let look = |tracker: &mut dyn DirtyTracker| {
+        let mut dirty = PageSet::empty(all.end.0);
+        tracker.collect(all, &mut dirty).unwrap();
+        dirty.iter().map(|page| page.0).collect::<Vec<_>>()
+    };
+    let (first, second) = (SMALL + 7, SMALL + huge::HUGE_PAGES);
+    let mut copy = [0; PAGE_SIZE_BYTES];
+    for page in [3, first, first + 1, second].map(PageIndex) {
+        guest.write(page, 1);
+        alias.read_page(page, &mut copy);
+        witness.saw(page, &copy);
+    }
+    // The others of the huge pages are looked at for the first time.
+    look(tracker.as_mut());
+    assert!(look(tracker.as_mut()).is_empty());
+    for hole in [PageRange::new(3, 4), PageRange::new(SMALL, second)] {
+        memory.punch_hole(hole).unwrap();
+        assert_eq!(guest.read(PageIndex(hole.end.0 - 1)), 0);
+    }
+    assert_eq!(look(tracker.as_mut()), [3, first, first + 1]);
+    assert!(look(tracker.as_mut()).is_empty());
 }

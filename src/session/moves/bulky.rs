@@ -14,11 +14,13 @@ const BULK_BYTES: usize = 700 << 10;
 struct Bulky {
     guest: ThreadsGuest,
     saved: AtomicU64,
+    /// What takes its state fails as nobody expects.
+    panics: bool,
 }
 
 impl Bulky {
     fn boxed(guest: ThreadsGuest) -> Box<dyn WorkingGuest> {
-        Box::new(Bulky { guest, saved: AtomicU64::new(0) })
+        Box::new(Bulky { guest, saved: AtomicU64::new(0), panics: false })
     }
 
     fn bulk() -> Vec<u8> {
@@ -50,6 +52,7 @@ impl SourceGuest for Bulky {
     }
 
     fn save_device_state(&mut self) -> Result<Vec<u8>, GuestError> {
+        assert!(!self.panics, "as planned");
         // Something in front grows each time, so that all behind it moves.
         let times = self.saved.fetch_add(1, Ordering::Relaxed) + 1;
         let mut state = times.to_le_bytes().to_vec();
@@ -154,4 +157,23 @@ fn without_pre_copy_there_is_no_rehearsal_and_the_whole_state_crosses() {
     let sent = moved_by(Strategy::Postcopy).sent;
     assert_eq!(sent.rehearsal_ms, None);
     assert!(sent.device_state_bytes > 256 << 10, "{} bytes", sent.device_state_bytes);
+}
+
+#[test]
+fn a_guest_whose_state_nobody_can_take_runs_on() {
+    if !can_serve_faults("a freeze that fails") {
+        return;
+    }
+    let plan = plan(Pattern::Sparse, 5_000, 16, 2);
+    let boot = ThreadsGuest::boot(&plan).unwrap();
+    let boot = Bulky { guest: boot, saved: AtomicU64::new(0), panics: true };
+    let mut source = SharedGuest::new(Box::new(boot));
+    source.resume().unwrap();
+    let destination = SharedGuest::new(waiting_threads(&plan));
+    let method = Method { strategy: Strategy::Postcopy, ..Method::default() };
+    let Moved { sent, received, .. } = run_both(&source, &destination, method);
+    assert_eq!(sent.result, MigrationResult::Stayed);
+    assert_eq!(received.result, MigrationResult::Refused);
+    work_for_a_while(&source);
+    expect_whole(&source);
 }

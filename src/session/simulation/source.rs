@@ -270,7 +270,7 @@ impl Source {
             }
             Step::Freeze(version) => {
                 self.freeze(version);
-                SourceEvent::Frozen
+                SourceEvent::Frozen { flight: Duration::ZERO }
             }
             Step::Resume if failed => {
                 self.resume_failed = true;

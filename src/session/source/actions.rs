@@ -7,6 +7,9 @@ use super::*;
 /// processors, within these.
 const ANSWERERS: std::ops::RangeInclusive<usize> = 2..=8;
 
+/// No link that anybody migrates over takes less than this: the flight is not waited for as if one did.
+const SLOWEST_BYTES_PER_S: u64 = 64 << 10;
+
 /// A path this short stays within a building,
 const LAN_RTT_US: u64 = 1_000;
 /// where the first pages should not wait for codecs that suit a slower link than this.
@@ -200,12 +203,14 @@ impl Session {
                 timeline.part("freeze.last_scan", scanning.elapsed());
                 Ok(Box::new((frozen, device_state)))
             };
-            let result = freeze(&mut sender);
+            // Whatever comes of it must be told: else the guest would stand still for ever.
+            let result = without_panic(|| freeze(&mut sender));
             let _ = happened.send(Happened::Frozen(sender, result));
         });
     }
 
-    pub(super) fn pack_flight(&mut self, frozen: FrozenPages, device_state: &[u8]) {
+    /// Gives what the link is expected to take for it.
+    pub(super) fn pack_flight(&mut self, frozen: FrozenPages, device_state: &[u8]) -> Duration {
         let packing = Instant::now();
         let device_state = PackedState::pack(device_state, self.rehearsal.base());
         self.device_state_bytes = device_state.coded_bytes() as u64;
@@ -218,9 +223,11 @@ impl Session {
         self.keep.final_version = Some(frozen.version());
         self.journal.lock().expect("no holder panics").keep(&self.keep);
         self.remaining_at_freeze = frozen.need().len();
+        let takes = flight_time(flight.len(), self.links.stats().delivery_rate_bytes_per_s);
         self.flight = Some(flight.into());
         self.frozen = Some(Arc::new(frozen));
         self.timeline.part("freeze.pack", packing.elapsed());
+        takes
     }
 
     fn send_flight(&mut self) {
@@ -332,6 +339,11 @@ impl Session {
             }
         });
     }
+}
+
+/// What a link that was seen to take `bytes_per_s` takes for a flight, at worst: twice as long.
+fn flight_time(bytes: usize, bytes_per_s: u64) -> Duration {
+    Duration::from_secs(2 * bytes as u64 / bytes_per_s.max(SLOWEST_BYTES_PER_S))
 }
 
 /// Tells the session's loop that work on a link has ended with the link.

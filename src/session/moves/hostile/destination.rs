@@ -17,7 +17,8 @@ struct Sent {
 }
 
 fn send_options(strategy: Strategy, state_dir: &std::path::Path) -> SendOptions {
-    let timeouts = SourceTimeouts { prepare: PATIENCE, round: PATIENCE, load: PATIENCE };
+    let timeouts =
+        SourceTimeouts { prepare: PATIENCE, round: PATIENCE, load: PATIENCE, commit: PATIENCE };
     let policy = SwitchoverPolicy { downtime_budget: Duration::from_millis(300), max_rounds: None };
     SendOptions {
         engine: SourceConfig { strategy, handover: HandoverForm::OneFlight, policy, timeouts },

@@ -165,7 +165,9 @@ impl Handover {
                 }));
             }
             SourceAction::ForgetPages(_) | SourceAction::EndRound { .. } => {}
-            SourceAction::Freeze(_) => self.source_due.push(SourceEvent::Frozen),
+            SourceAction::Freeze(_) => {
+                self.source_due.push(SourceEvent::Frozen { flight: Duration::ZERO })
+            }
             SourceAction::SendFlight => self.flight_sent = self.carries,
             SourceAction::SendRemainder | SourceAction::SendLacking(_) => {
                 self.pages_sent = self.carries;
@@ -229,13 +231,13 @@ impl Handover {
         let event = self.source_due.remove(due);
         let event = match (event, fails) {
             (SourceEvent::Journaled(record), true) => SourceEvent::JournalFailed(record, failure()),
-            (SourceEvent::Frozen, true) => SourceEvent::FreezeFailed(failure()),
+            (SourceEvent::Frozen { .. }, true) => SourceEvent::FreezeFailed(failure()),
             (SourceEvent::Resumed, true) => SourceEvent::ResumeFailed(failure()),
             (_, true) => SourceEvent::Failed(failure()),
             (event, false) => {
                 match &event {
                     SourceEvent::Journaled(record) => self.source_journal.push(*record),
-                    SourceEvent::Frozen => self.runs_at_source = false,
+                    SourceEvent::Frozen { .. } => self.runs_at_source = false,
                     SourceEvent::Resumed => self.runs_at_source = true,
                     _ => {}
                 }
