@@ -9,7 +9,7 @@ test *arguments:
 
 # One integration test, or those whose names contain a word, with their output
 lab-test name: programs
-    cargo nextest run --package farfault-integration --no-capture {{name}}
+    cargo test --package farfault-integration --test all {{name}} -- --nocapture --test-threads 1
 
 # Migrations of real guests with random accidents after the switchover (root; half a minute each)
 accidents runs="20" seed="1": programs

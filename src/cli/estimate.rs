@@ -134,8 +134,8 @@ fn text(event: &EstimateEvent) -> String {
     );
     let written = [0.1, 1.0, 5.0]
         .map(|seconds| format!("{} in {seconds} s", bytes(sample.written_in(seconds))));
-    row("different pages", format!("{} written", written.join(", ")));
-    row("in the long run", bytes(sample.working_set_pages as f64));
+    row("written pages", written.join(", "));
+    row("working set", bytes(sample.working_set_pages as f64));
     text.push_str(&format!(
         "\n  {:<12}{:>10}{:>13}{:>14}{:>12}  how it ends\n",
         "strategy", "total s", "downtime ms", "on the link", "stall ms"

@@ -26,7 +26,6 @@ pub(super) struct Lab {
 
 #[derive(Debug, Subcommand)]
 enum LabCommand {
-    /// Runs a scenario, or what of it is not done yet.
     Run(Run),
     /// Lists the scenarios that farfault brings along.
     List,

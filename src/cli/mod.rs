@@ -36,41 +36,30 @@ mod status;
 struct Arguments {
     /// What is logged on stderr: error, warn, info, debug, trace, or a filter such as
     /// `farfault::transport=debug`.
-    #[arg(long, global = true, default_value = "warn", value_name = "LEVEL")]
+    #[arg(long, global = true, default_value = "warn", value_name = "LEVEL", value_parser = log_filter)]
     log_level: String,
     #[command(subcommand)]
     command: Command,
 }
 
+// What help says of each is at its arguments.
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Waits for a guest: prints a ticket for `farfault send`.
     Receive(receive::Receive),
-    /// Moves a running QEMU guest to a waiting receiver.
     Send(send::Send),
-    /// Tells all migrations on this host, and what to do about those that nobody works on.
     Status(status::Status),
-    /// Ends a migration while the guest still belongs to the source.
     Cancel(cancel::Cancel),
-    /// Decides by hand where the guest runs, when a migration ended in doubt.
     Resolve(resolve::Resolve),
-    /// Tells what a migration would be like, without moving anything.
     Estimate(estimate::Estimate),
-    /// Shows a whole migration on this machine, with a built-in guest.
     Demo(demo::Demo),
     #[command(hide = true)]
     DemoSide(demo::DemoSide),
     #[command(hide = true)]
     DemoVm(demo::DemoVm),
-    /// Replays what guests touch against the orders in which pages can go.
     Replay(replay::Replay),
-    /// Experiments: farfault and QEMU's own methods over emulated links, with tables and pictures.
     Lab(lab::Lab),
-    /// Prints what a shell needs to complete farfault's arguments.
     Completions(completions::Completions),
-    /// Prints the manual page of farfault, or of one of its commands, in roff.
     Man(completions::Man),
-    /// Tells what this host can do, and how to mend what it cannot.
     Doctor(doctor::Doctor),
 }
 
@@ -78,16 +67,9 @@ enum Command {
 /// was asked for is done.
 pub fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    let filter = match tracing_subscriber::EnvFilter::try_new(&arguments.log_level) {
-        Ok(filter) => filter,
-        Err(error) => {
-            eprintln!("farfault: error: --log-level '{}': {error}", arguments.log_level);
-            return ExitCode::from(2);
-        }
-    };
     // A log that cannot be written must not end a migration: what tells of it would panic.
     tracing_subscriber::fmt()
-        .with_env_filter(filter)
+        .with_env_filter(tracing_subscriber::EnvFilter::new(&arguments.log_level))
         .with_writer(std::io::stderr)
         .log_internal_errors(false)
         .init();
@@ -200,6 +182,26 @@ fn state_dir(chosen: Option<PathBuf>) -> PathBuf {
     chosen.unwrap_or_else(default_state_dir)
 }
 
+/// A filter of the log. What is no level would be taken for the name of a module, of which alone is then logged.
+fn log_filter(text: &str) -> Result<String, String> {
+    let is_clear = |directive: &str| {
+        let level = directive.rsplit_once('=').map_or(directive, |(_, level)| level);
+        !level.is_empty() && level.parse::<tracing_subscriber::filter::LevelFilter>().is_ok()
+    };
+    let parsed = tracing_subscriber::EnvFilter::try_new(text);
+    let is_known = parsed.is_ok() && text.split(',').all(is_clear);
+    is_known.then(|| text.to_owned()).ok_or_else(|| {
+        "write off, error, warn, info, debug or trace, or a filter such as farfault::transport=debug".to_owned()
+    })
+}
+
+/// An address at which others are reached, or answered.
+fn address(text: &str) -> Result<SocketAddr, String> {
+    text.parse().map_err(|_| {
+        "write it like 192.0.2.1:64023 or [2001:db8::1]:64023: with a port; names are not looked up".to_owned()
+    })
+}
+
 /// clap's view of a parser from [`crate::units`].
 fn rate(text: &str) -> Result<u64, String> {
     crate::units::parse_rate(text).map_err(|error| error.to_string())
@@ -241,6 +243,35 @@ mod tests {
         assert!(Arguments::try_parse_from(both.split(' ')).is_err());
     }
 
+    #[test]
+    fn help_says_all_that_is_written_for_it() {
+        let help = |line: &str| {
+            let asked = Arguments::try_parse_from(line.split(' ')).expect_err("help");
+            asked.to_string().split_whitespace().collect::<Vec<_>>().join(" ")
+        };
+        for (line, said) in [
+            ("farfault resolve --help", "same choice on both"),
+            (
+                "farfault lab run --help",
+                "The exit status is 0 when every run has ended as it should",
+            ),
+            ("farfault demo --help", "every page carries a checksum"),
+            ("farfault help", "resolve Decides by hand"),
+        ] {
+            assert!(help(line).contains(said), "{line}: {}", help(line));
+        }
+    }
+
+    #[test]
+    fn a_log_level_that_is_none_is_refused() {
+        for level in ["inf", "nonsense", "farfault=loud", ""] {
+            assert!(log_filter(level).is_err(), "{level:?}");
+        }
+        for level in ["info", "ERROR", "off", "farfault::transport=debug", "warn,quinn=trace"] {
+            assert!(log_filter(level).is_ok(), "{level:?}");
+        }
+    }
+
     fn refused(line: &str) -> Option<ErrorKind> {
         Arguments::try_parse_from(line.split(' ')).err().map(|error| error.kind())
     }
@@ -255,10 +286,13 @@ mod tests {
             "--paused",
             "--listen [::]:7",
             "--advertise [::1]:7",
+            "--qemu-log qemu.txt",
         ];
         for option in useless {
             assert_eq!(with(option), Some(ErrorKind::ArgumentConflict), "{option}");
         }
+        let attached = refused("farfault receive --qmp vm.qmp --qemu-log qemu.txt");
+        assert_eq!(attached, Some(ErrorKind::ArgumentConflict), "who started it has its output");
     }
 
     #[test]

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use clap::{ArgGroup, Args};
 
-use super::{duration, qlog, state_dir};
+use super::{address, duration, qlog, state_dir};
 use crate::engine::Failure;
 use crate::guest::DestinationGuest;
 use crate::guest::qemu::{QemuDestination, SpawnOptions};
@@ -29,7 +29,7 @@ pub(super) struct Receive {
     listen: SocketAddr,
     /// Address that the ticket names instead of those of this host, for a host behind a translating
     /// router; may be given several times.
-    #[arg(long, value_name = "ADDR:PORT")]
+    #[arg(long, value_name = "ADDR:PORT", value_parser = address)]
     advertise: Vec<SocketAddr>,
     /// Attach to a QEMU that already waits with `-incoming defer -S`.
     #[arg(long, value_name = "PATH")]
@@ -40,7 +40,7 @@ pub(super) struct Receive {
     resume: Option<String>,
     /// Where the output of the QEMU that is started goes; without this it can be read in
     /// /proc/PID/fd/2 while that QEMU lives.
-    #[arg(long, value_name = "FILE", requires = "command")]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["qmp", "resume"])]
     qemu_log: Option<PathBuf>,
     /// Leave the guest stopped when all of it has arrived.
     #[arg(long)]
@@ -65,7 +65,7 @@ pub(super) struct Receive {
     #[arg(long, value_name = "DIR")]
     state_dir: Option<PathBuf>,
     /// Answer Prometheus at this address (HTTP, without any protection) while the migration goes on.
-    #[arg(long, value_name = "ADDR:PORT")]
+    #[arg(long, value_name = "ADDR:PORT", value_parser = address)]
     pub(super) metrics: Option<SocketAddr>,
     /// One JSON object a line on stdout instead of text.
     #[arg(long)]

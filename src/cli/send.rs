@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use clap::Args;
 
-use super::{bytes, duration, qlog, rate, state_dir};
+use super::{address, bytes, duration, qlog, rate, state_dir};
 use crate::codec::SentLimits;
 use crate::codec::ladder::{CodecChoice, ParseCodecError};
 use crate::engine::Failure;
@@ -26,6 +26,9 @@ use crate::wire::message::{HandoverForm, Strategy};
 
 /// Moves a running QEMU guest to a waiting receiver.
 #[derive(Debug, Args)]
+#[command(
+    override_usage = "farfault send [OPTIONS] --qmp <PATH> <TICKET>\n       farfault send [OPTIONS] --resume <ID>"
+)]
 pub(super) struct Send {
     /// The running QEMU's QMP socket.
     #[arg(long, value_name = "PATH", required_unless_present = "resume")]
@@ -49,7 +52,7 @@ pub(super) struct Send {
     #[arg(long, value_enum, default_value_t)]
     handover: HandoverName,
     /// How long the guest may stand still. When what is left can be sent within this, the migration
-    /// ends without post-copy.
+    /// ends without post-copy; 40 ms and half a round trip of it are set aside for stopping and loading.
     #[arg(long, value_name = "TIME", default_value = "300ms", value_parser = duration)]
     downtime: Duration,
     /// Hard limit of what is sent, such as 100Mbit.
@@ -74,8 +77,9 @@ pub(super) struct Send {
     /// sends, up to half of the cores, at most 8.
     #[arg(long, value_name = "auto|N", default_value = "auto", value_parser = connections)]
     connections: Connections,
-    /// Codecs, as PAGES/DELTAS: raw, lz4 or zstd:LEVEL, and off, plain, lz4, zstd:LEVEL,
-    /// zstd-old:LEVEL or xbzrle. auto follows the link's rate.
+    /// Codecs, as PAGES/DELTAS: raw, lz4, zstd:LEVEL or zstd-kin:LEVEL, and off, plain, lz4, zstd:LEVEL,
+    /// zstd-old:LEVEL or xbzrle, with levels from -7 to 19; PAGES alone takes the deltas that go with it. auto
+    /// follows the link's rate.
     #[arg(long, value_name = "auto|CODECS", default_value = "auto", value_parser = codecs)]
     codec: Codecs,
     /// How the guest's writes are followed: auto takes the fastest that the kernel has.
@@ -103,7 +107,7 @@ pub(super) struct Send {
     #[arg(long, value_name = "DIR")]
     state_dir: Option<PathBuf>,
     /// Answer Prometheus at this address (HTTP, without any protection) while the migration goes on.
-    #[arg(long, value_name = "ADDR:PORT")]
+    #[arg(long, value_name = "ADDR:PORT", value_parser = address)]
     pub(super) metrics: Option<SocketAddr>,
     /// One JSON object a line on stdout instead of text.
     #[arg(long)]
@@ -268,6 +272,12 @@ impl Send {
             std::io::stdin().read_line(&mut text).map_err(|error| {
                 Failure::plain(format!("the ticket cannot be read from standard input: {error}"))
             })?;
+            if text.trim().is_empty() {
+                return Err(Failure::new(
+                    "there is no ticket on standard input: its first line is empty",
+                    "look at what `farfault receive` said: it prints the ticket first, or why it cannot",
+                ));
+            }
         }
         text.trim().parse().map_err(|error: crate::transport::TicketError| {
             Failure::new(error.to_string(), "copy the whole word that farfault receive printed")

@@ -8,7 +8,7 @@ use clap::Args;
 use serde::Serialize;
 
 use super::{fail, state_dir};
-use crate::engine::MigrationPhase;
+use crate::engine::{Failure, MigrationPhase};
 use crate::guest::Whereabouts;
 use crate::page::PAGE_SIZE_BYTES;
 use crate::report::{LinkState, Progress};
@@ -55,6 +55,12 @@ struct Line<'a> {
 
 impl Status {
     pub(super) fn run(self) -> ExitCode {
+        if let Some(chosen) = self.state_dir.as_deref().filter(|chosen| !chosen.exists()) {
+            return fail(&Failure::new(
+                format!("--state-dir {}: there is no such directory", chosen.display()),
+                "name the one that `send` or `receive` was given, or none",
+            ));
+        }
         let dir = state_dir(self.state_dir.clone());
         loop {
             let (found, failures) = match list(&dir) {

@@ -273,6 +273,10 @@ impl DestinationMachine {
                     self.answer(Some(pages));
                 }
             }
+            DestinationEvent::NotStarted(failure) => match self.state {
+                State::Starting => self.discard(failure),
+                _ => self.fail(failure),
+            },
             DestinationEvent::Failed(failure) => self.fail(failure),
             DestinationEvent::LinkDown => self.link_down(),
             DestinationEvent::LinkUp => {

@@ -130,10 +130,12 @@ impl SwitchoverPolicy {
                     return Next::GiveUp(Failure::new(
                         format!(
                             "pre-copy does not converge: after {rounds} rounds {} pages are still \
-                             changed, {} ms of sending, and the guest may stand still for {} ms",
+                             changed, {} ms of sending, and the guest may stand still for {} ms, \
+                             of which {} ms are for stopping and loading",
                             round.dirty_pages,
                             remainder.as_millis(),
                             self.downtime_budget.as_millis(),
+                            fixed.as_millis(),
                         ),
                         "use --strategy hybrid, or allow more with --downtime",
                     ));

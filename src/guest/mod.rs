@@ -252,6 +252,11 @@ pub trait DestinationGuest: Send {
     /// Lets the guest run. Harmless when running.
     fn run(&mut self) -> Result<(), GuestError>;
 
+    /// After [`Self::run`] has failed: true when it is certain that the guest has not run and will not.
+    fn stands_still(&mut self) -> bool {
+        false
+    }
+
     /// Let go of the guest and leave it as it is: running when all is well, else loaded and paused, or
     /// waiting for pages until a person has decided.
     fn release(&mut self) -> Result<(), GuestError>;

@@ -59,16 +59,18 @@ const DESTINATION: &str = "receiving a guest";
 const BOTH: &str = "adopting a guest's process";
 const TRACKING: &str = "sending: write tracking (without it: a scan of hashes, slower)";
 const NEWER_KERNEL: &str = "use Linux 6.7 or newer";
+const USERFAULTFD: &str = "run as root; the kernel needs CONFIG_USERFAULTFD";
 
 impl HostCapabilities {
     /// Tries everything. Changes nothing on the host, and takes milliseconds.
     pub fn probe() -> Self {
         let offered = offered_features();
         let feature = |name, needed_for, wanted: FeatureFlags, mend| {
-            let status = match &offered {
-                Ok(offered) if offered.contains(wanted) => Status::Ok(String::new()),
-                Ok(_) => Status::Missing("the kernel does not offer it".to_owned()),
-                Err(error) => Status::Missing(format!("no userfaultfd: {error}")),
+            let missing = |why: &str| Status::Missing(why.to_owned());
+            let (status, mend) = match &offered {
+                Ok(offered) if offered.contains(wanted) => (Status::Ok(String::new()), mend),
+                Ok(_) => (missing("the kernel does not offer it"), mend),
+                Err(_) => (missing("without a userfaultfd it cannot be known"), USERFAULTFD),
             };
             Capability { name, needed_for, status, mend }
         };
@@ -78,7 +80,7 @@ impl HostCapabilities {
                 name: "userfaultfd",
                 needed_for: DESTINATION,
                 status: Status::from_result(offered.as_ref()),
-                mend: "run as root; the kernel needs CONFIG_USERFAULTFD",
+                mend: USERFAULTFD,
             },
             device(),
             feature(

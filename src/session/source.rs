@@ -92,9 +92,7 @@ pub async fn send(
     output: Arc<Output>,
 ) -> Result<Report, Failure> {
     let mut signals = StopSignals::listen()?;
-    if !guest.runs() {
-        check_that_its_owner_paused(&options.state_dir, &guest.whereabouts())?;
-    }
+    check_that_nobody_left_it(&options.state_dir, &guest.whereabouts(), guest.runs())?;
     let link = tokio::select! {
         link = connect(ticket, transport) => {
             link.map_err(|error| Failure::plain(error.to_string()))?
@@ -126,16 +124,38 @@ pub async fn send(
     Ok(session.run(signals).await)
 }
 
-/// A guest that stands still since the farfault that moved it was killed would be left standing at the destination
-/// too.
-fn check_that_its_owner_paused(state_dir: &Path, guest: &Whereabouts) -> Result<(), Failure> {
+/// A guest that has come here and lacks pages would be moved on without them: what reads its memory does not fault. And
+/// one that stands still since the farfault that moved it was killed would be left standing at the destination too.
+fn check_that_nobody_left_it(
+    state_dir: &Path,
+    guest: &Whereabouts,
+    runs: bool,
+) -> Result<(), Failure> {
+    if guest.process.is_none() {
+        return Ok(());
+    }
     let (left, _) = journal::list(state_dir)?;
-    let same = |left: &journal::Found| {
-        let about = &left.about;
-        let is_it = about.guest.runs && about.guest.process == guest.process;
-        about.side == Side::Source && is_it && !left.records.has(journal::Entry::RunSource)
+    let is_it = |left: &&journal::Found| left.about.guest.process == guest.process;
+    let lacks_pages = |left: &&journal::Found| {
+        let has = |entry| left.records.has(entry);
+        left.about.side == Side::Destination
+            && !has(journal::Entry::Complete)
+            && !has(journal::Entry::Refused)
     };
-    match left.iter().find(|left| guest.process.is_some() && same(left) && !left.is_owned()) {
+    if let Some(left) = left.iter().filter(is_it).find(lacks_pages) {
+        return Err(Failure::new(
+            format!("the guest has come here by migration {} and may lack pages", left.name()),
+            format!(
+                "wait until it has all of them, or see `farfault status`; if that is long over, remove {}",
+                left.directory.display()
+            ),
+        ));
+    }
+    let was_stopped = |left: &&journal::Found| {
+        let resolved = left.records.has(journal::Entry::RunSource);
+        left.about.side == Side::Source && left.about.guest.runs && !resolved && !left.is_owned()
+    };
+    match left.iter().filter(is_it).find(was_stopped).filter(|_| !runs) {
         None => Ok(()),
         Some(left) => Err(Failure::new(
             "the guest stands still since a farfault that moved it has ended without a word",
@@ -494,6 +514,7 @@ impl Session {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::engine::destination::DestinationRecord;
     use crate::memory::adopt::ProcessIdentity;
 
     #[test]
@@ -505,7 +526,7 @@ mod tests {
             process: Some(ProcessIdentity { start_ticks: me.start_ticks + 1, ..me }),
             ..guest.clone()
         };
-        let check = |guest| check_that_its_owner_paused(state.path(), guest);
+        let check = |guest| check_that_nobody_left_it(state.path(), guest, false);
         let about = About::begin("0123456789abcdef", Side::Source, guest.clone()).unwrap();
         let dead = ProcessIdentity { start_ticks: me.start_ticks + 1, ..me };
         let left = About { owner: dead, ..about.clone() };
@@ -517,5 +538,23 @@ mod tests {
         check(&guest).expect("somebody works on it, and that is found out elsewhere");
         journal.remove();
         check(&guest).expect("nothing is left of it");
+    }
+
+    #[test]
+    fn a_guest_that_has_come_here_is_not_moved_on_before_it_has_all_its_pages() {
+        let state = tempfile::tempdir().unwrap();
+        let me = ProcessIdentity::own().unwrap();
+        let guest = Whereabouts { process: Some(me), runs: true, ..Whereabouts::default() };
+        let about = About::begin("0123456789abcdef", Side::Destination, guest.clone()).unwrap();
+        let mut journal = Journal::create(state.path(), &about).unwrap();
+        for record in [DestinationRecord::Started, DestinationRecord::Committed] {
+            journal.record(&record).unwrap();
+            for runs in [true, false] {
+                let refused = check_that_nobody_left_it(state.path(), &guest, runs).unwrap_err();
+                assert!(refused.reason.contains("may lack pages"), "{refused}");
+            }
+        }
+        journal.record(&DestinationRecord::Complete).unwrap();
+        check_that_nobody_left_it(state.path(), &guest, true).expect("it has all of them");
     }
 }

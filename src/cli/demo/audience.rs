@@ -146,7 +146,7 @@ impl Audience {
                 if let Some(totals) = totals {
                     let elapsed_ms = self.run.begin.elapsed().as_millis() as u64;
                     print_json(&json!({
-                        "event": "link", "run": self.run.name, "elapsed_ms": elapsed_ms,
+                        "event": "carried", "run": self.run.name, "elapsed_ms": elapsed_ms,
                         "there": totals.there, "back": totals.back,
                     }));
                 }

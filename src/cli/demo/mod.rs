@@ -82,7 +82,7 @@ pub(super) struct Demo {
     #[arg(long, value_name = "SIZE", value_parser = bytes)]
     memory: Option<u64>,
     /// vCPUs, or threads; one in QEMU.
-    #[arg(long, value_name = "N", default_value = "1")]
+    #[arg(long, value_name = "N", default_value = "1", value_parser = cpus)]
     cpus: NonZeroU32,
     /// What the guest does, and how often a second: idle, sequential, sparse, hotcold, whole, read,
     /// random-read; without a rate, as fast as it can.
@@ -111,6 +111,10 @@ pub(super) struct Demo {
     /// One JSON object a line on stdout instead of a picture.
     #[arg(long)]
     json: bool,
+}
+
+fn cpus(text: &str) -> Result<NonZeroU32, String> {
+    text.parse().map_err(|_| "write a number from 1 on".to_owned())
 }
 
 /// A side of `farfault demo`.

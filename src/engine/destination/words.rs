@@ -53,6 +53,8 @@ pub enum DestinationEvent {
     JournalUnknown(DestinationRecord, Failure),
     /// Answers [`DestinationAction::RunGuest`].
     Running,
+    /// The same, when it is certain that the guest has not run, and will not.
+    NotStarted(Failure),
     /// Answers [`DestinationAction::ReleaseGuest`] and [`DestinationAction::DiscardGuest`].
     Released,
     /// Answers [`DestinationAction::CollectPages`].

@@ -293,6 +293,11 @@ impl World {
                             DestinationEvent::JournalUnknown(record, failure())
                         }
                         DestinationEvent::Released => DestinationEvent::LetGoFailed,
+                        DestinationEvent::Running if choice & 1 == 0 => {
+                            self.runs_at_destination = false;
+                            self.ran_at_destination = false;
+                            DestinationEvent::NotStarted(failure())
+                        }
                         _ => DestinationEvent::Failed(failure()),
                     };
                 }

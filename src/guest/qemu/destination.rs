@@ -187,6 +187,11 @@ impl DestinationGuest for QemuDestination {
         Ok(())
     }
 
+    /// QEMU carries out one command after the other: when it answers, the `cont` before has come to its end.
+    fn stands_still(&mut self) -> bool {
+        self.status().is_ok_and(|status| ["paused", "prelaunch"].contains(&status.as_str()))
+    }
+
     fn release(&mut self) -> Result<(), GuestError> {
         if let Some(child) = &mut self.child {
             child.let_go();

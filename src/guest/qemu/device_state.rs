@@ -189,8 +189,10 @@ pub(super) fn cont(qmp: &mut Qmp) -> Result<(), GuestError> {
     if resumed.is_some() {
         return Ok(());
     }
-    let status = qmp.execute(&QueryStatus {})?.status;
-    Err(failure(format!("QEMU does not let the guest run: it is {status}")))
+    match qmp.execute(&QueryStatus {})?.status.as_str() {
+        "running" => Ok(()),
+        status => Err(failure(format!("QEMU does not let the guest run: it is {status}"))),
+    }
 }
 
 /// Gives QEMU one end of a new stream; ours is returned.

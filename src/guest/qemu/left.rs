@@ -32,7 +32,7 @@ impl LeftQemu {
     /// Finds the QEMU of `place` again, and maps its memory.
     ///
     /// # Errors
-    /// When it has ended, or its memory is not where it was.
+    /// When it has ended, or its memory is not where it was, or another farfault works on it.
     pub fn find(place: &Whereabouts, access: Access) -> Result<Self, GuestError> {
         let Some(known) = place.process else {
             return Err(refusal(
@@ -56,7 +56,10 @@ impl LeftQemu {
             let file_offset_bytes = mapping.file_offset_bytes + (address - mapping.address);
             backings.push(RegionBacking { layout: region.clone(), file, file_offset_bytes });
         }
-        let memory = Arc::new(GuestMemory::map(backings, access)?);
+        let mut memory = GuestMemory::map(backings, access)?;
+        // The predecessor's claim has ended with it.
+        memory.claim()?;
+        let memory = Arc::new(memory);
         Ok(LeftQemu { place: place.clone(), process: Some(process), memory, shape: shape(place) })
     }
 

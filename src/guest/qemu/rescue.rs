@@ -57,6 +57,9 @@ pub fn still_stands(place: &Whereabouts) -> Result<Standing, GuestError> {
     Ok(if still { Standing::Still } else { Standing::Disturbed })
 }
 
+/// What QEMU calls a guest whose device state was loaded, until somebody lets it run.
+const ARRIVED: [&str; 2] = ["paused", "prelaunch"];
+
 /// What QEMU calls a guest whose device state was taken, until somebody lets it run.
 const LEFT_STATUS: &str = "postmigrate";
 
@@ -87,7 +90,14 @@ pub fn let_run(place: &Whereabouts) -> Result<(), GuestError> {
 /// As of [`let_run`].
 pub(super) fn let_run_arrived(place: &Whereabouts) -> Result<(), GuestError> {
     let mut qmp = connect(place)?;
-    start(place, &mut qmp)?;
+    let status = qmp.execute(&QueryStatus {})?.status;
+    if ARRIVED.contains(&status.as_str()) {
+        start(place, &mut qmp)?;
+    } else if status != "running" {
+        tracing::warn!(
+            "the guest has run here, and is in the state {status} by now: it is left so"
+        );
+    }
     if place.runs
         && let Err(error) = qmp.execute(&announcement())
     {

@@ -110,8 +110,8 @@ fn measure(
     destination.retain(|beat| beat.operations > left_with);
     let seen = Interruption::measure(&source, &destination, started)?;
     let carried = |direction: &str| {
-        let links = events.iter().filter(|event| event["event"] == "link");
-        links.filter_map(|event| event[direction]["carried_bytes"].as_u64()).max().unwrap_or(0)
+        let told = events.iter().filter(|event| event["event"] == "carried");
+        told.filter_map(|event| event[direction]["carried_bytes"].as_u64()).max().unwrap_or(0)
     };
     Ok(Measured {
         total_ms: report["total_ms"].as_f64().context("a report without total_ms")?,

@@ -58,6 +58,9 @@ pub(super) fn run(
 ) -> Result<Seen> {
     let (link, queue) = (cell.link.spec()?, cell.link.queue_limit()?);
     let mut place = Place::open(link, queue, seed, tools.clone(), Turn::Alone)?;
+    if let Some(mtu) = cell.link.mtu {
+        place.wan.set_mtu(mtu)?;
+    }
     let spec = guest_spec(cell)?;
     let client = match cell.guest.streams() {
         true => Some(StreamClient::listen(
@@ -233,9 +236,12 @@ fn migrate(
     let qemu = [source.pid_file(), destination.pid_file()].map(|path| Who::File(path.to_owned()));
     let mut cuts = Cuts::new(cell.link.cuts()?);
     if let Some(method) = cell.method.native()? {
-        let parameters = &cell.method.parameters;
+        let further = native::Further {
+            parameters: cell.method.parameters.clone(),
+            encrypted: cell.method.tls,
+        };
         let migration =
-            native::Migration::begin(place, source, destination, method, downtime, parameters)?;
+            native::Migration::begin(place, source, destination, method, downtime, &further)?;
         let watch = Watch::start(qemu.to_vec());
         let done = migration.finish(limit, |elapsed| cuts.tick(elapsed, place));
         let Some(done) = done.with_context(|| destination.errors())? else { return Ok(None) };

@@ -123,6 +123,9 @@ fn verify() -> u64 {
     500
 }
 
+/// What QUIC needs at least, and what a virtual network card has room for.
+const MTUS: std::ops::RangeInclusive<u16> = 1280..=65_000;
+
 /// A link that is as fast as the machine.
 pub(super) const UNSHAPED: &str = "none";
 
@@ -134,6 +137,9 @@ pub struct LinkPart {
     pub name: String,
     /// Rate, round trip and, if any, loss; or `none`: two virtual network cards, and nothing that shapes what crosses.
     pub link: String,
+    /// The largest packet in bytes, where nothing shapes the link; 1500 unless told otherwise.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mtu: Option<u16>,
     /// What may wait at each end.
     #[serde(default = "bdp")]
     pub queue: String,
@@ -174,6 +180,9 @@ pub struct MethodPart {
     /// Further arguments of QEMU's command line, on both sides.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub arguments: Vec<String>,
+    /// QEMU's migration is encrypted, by TLS with a key that both sides have.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub tls: bool,
 }
 
 /// One run to be made.
@@ -384,6 +393,8 @@ impl LinkPart {
         let is_unshaped = self.spec()?.is_none();
         self.queue_limit()?;
         ensure!(self.cuts()?.is_empty() || !is_unshaped, "cut: only an emulated link can be cut");
+        ensure!(self.mtu.is_none() || is_unshaped, "mtu: an emulated link has one of 1500");
+        ensure!(self.mtu.is_none_or(|mtu| MTUS.contains(&mtu)), "mtu: from 1280 to 65000");
         Ok(())
     }
 
@@ -412,8 +423,8 @@ impl MethodPart {
     fn check(&self) -> Result<()> {
         match (&self.send, &self.qemu) {
             (Some(_), None) => {
-                let plain = self.parameters.is_empty() && self.arguments.is_empty();
-                ensure!(plain, "parameters and arguments are for QEMU's methods");
+                let plain = self.parameters.is_empty() && self.arguments.is_empty() && !self.tls;
+                ensure!(plain, "parameters, arguments and tls are for QEMU's methods");
             }
             (None, Some(_)) => drop(self.native()?),
             _ => {

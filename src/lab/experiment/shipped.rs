@@ -24,6 +24,7 @@ pub const SHIPPED: &[Shipped] = &[
     Shipped { name: "estimate", text: include_str!("../scenarios/estimate.toml") },
     Shipped { name: "recovery", text: include_str!("../scenarios/recovery.toml") },
     Shipped { name: "huge", text: include_str!("../scenarios/huge.toml") },
+    Shipped { name: "throughput", text: include_str!("../scenarios/throughput.toml") },
     Shipped { name: "smoke", text: include_str!("../scenarios/smoke.toml") },
 ];
 

@@ -5,6 +5,7 @@ use std::fmt;
 use serde_json::Value;
 
 use super::record::{Measured, Outcome, Record};
+use crate::codec::{CodecId, Content};
 
 /// The median of some values, and how far they go.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -96,7 +97,7 @@ pub(super) struct BytesByKind {
     pub(super) whole: f64,
     /// Changes of pages that were sent before.
     pub(super) deltas: f64,
-    /// Everything else towards the destination: zero pages, headers, device state, what was sent again.
+    /// Everything else towards the destination: zero pages, copies of others, headers, device state, what was sent again.
     pub(super) other: f64,
     /// Back to the source.
     pub(super) back: f64,
@@ -109,10 +110,15 @@ impl BytesByKind {
         let (whole, deltas) = match source["bytes_by_codec"].as_object() {
             Some(codecs) => codecs.iter().fold((0.0, 0.0), |(whole, deltas), (codec, bytes)| {
                 let bytes = bytes.as_f64().unwrap_or(0.0);
-                match codec.as_str() {
-                    "zero" | "unchanged" => (whole, deltas),
-                    codec if ["raw", "lz4", "zstd"].contains(&codec) => (whole + bytes, deltas),
-                    _ => (whole, deltas + bytes),
+                let known = CodecId::ALL.into_iter().find(|id| id.name() == codec);
+                match known.map(CodecId::content) {
+                    Some(Content::Whole) => (whole + bytes, deltas),
+                    Some(Content::Words | Content::Lines | Content::Runs) => {
+                        (whole, deltas + bytes)
+                    }
+                    Some(Content::Zero | Content::Unchanged | Content::Copy) | None => {
+                        (whole, deltas)
+                    }
                 }
             }),
             None => {
@@ -214,7 +220,9 @@ fn options(record: &Record) -> String {
             let parameters = serde_json::to_string(&record.method.parameters).unwrap_or_default();
             let parameters = if parameters == "{}" { String::new() } else { parameters };
             let arguments = record.method.arguments.join(" ");
-            let words = ["qemu", method.as_deref().unwrap_or_default(), &parameters, &arguments];
+            let tls = if record.method.tls { "tls" } else { "" };
+            let method = method.as_deref().unwrap_or_default();
+            let words = ["qemu", method, &parameters, &arguments, tls];
             words.into_iter().filter(|word| !word.is_empty()).collect::<Vec<_>>().join(" ")
         }
     }
@@ -283,7 +291,11 @@ mod tests {
         assert_eq!(options(&record), "qemu multifd-zstd");
         record.method.parameters.insert("multifd-channels".to_owned(), 4.into());
         record.method.arguments = ["-global", "a.b=9"].map(str::to_owned).into();
-        assert_eq!(options(&record), "qemu multifd-zstd {\"multifd-channels\":4} -global a.b=9");
+        record.method.tls = true;
+        assert_eq!(
+            options(&record),
+            "qemu multifd-zstd {\"multifd-channels\":4} -global a.b=9 tls"
+        );
     }
 
     #[test]
@@ -296,5 +308,17 @@ mod tests {
         assert_eq!((kinds.whole, kinds.deltas), (6e6, 2e6));
         let all: f64 = kinds.parts().iter().sum();
         assert_eq!(all, (seen.there_bytes + seen.back_bytes) as f64);
+    }
+
+    #[test]
+    fn each_codec_counts_as_what_its_frames_carry() {
+        let scenario = scenario();
+        let cells = scenario.runs(&["farfault".to_owned()]);
+        let mut record = record(&scenario, &cells[0], Outcome::Moved);
+        let by_codec =
+            serde_json::json!({"zstd-kin": 1000, "lines-zstd": 100, "copy": 10, "raw": 1});
+        record.reports.insert("source".to_owned(), serde_json::json!({"bytes_by_codec": by_codec}));
+        let kinds = BytesByKind::of(&record, record.measured.as_ref().unwrap());
+        assert_eq!((kinds.whole, kinds.deltas), (1001.0, 100.0));
     }
 }

@@ -1,6 +1,8 @@
 //! QEMU's own migration, for comparison, over the same link.
 
 use std::fmt;
+use std::fs::File;
+use std::io::Read;
 use std::str::FromStr;
 use std::time::{Duration, Instant};
 
@@ -19,6 +21,10 @@ const MAX_BANDWIDTH_BYTES_PER_S: u64 = 10_000_000_000;
 
 /// The longest that QEMU can be told.
 const MAX_DOWNTIME_MS: u64 = 2_000_000;
+
+/// The name of the key in both QEMUs, and under which the source shows that it has it.
+const KEY_ID: &str = "farfault-lab-key";
+const KEY_USER: &str = "qemu";
 
 /// A way in which QEMU can move a guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -115,7 +121,7 @@ impl Method {
         qmp: &mut Qmp,
         memory_bytes: u64,
         downtime: Duration,
-        further: &Map<String, Value>,
+        further: &Further,
     ) -> Result<()> {
         let on = |name: &&str| json!({ "capability": name, "state": true });
         let capabilities: Vec<Value> = self.capabilities().iter().map(on).collect();
@@ -131,8 +137,11 @@ impl Method {
             parameters["multifd-compression"] = json!("zstd");
             parameters["multifd-channels"] = json!(2);
         }
-        for (name, value) in further {
+        for (name, value) in &further.parameters {
             parameters[name] = value.clone();
+        }
+        if further.encrypted {
+            parameters["tls-creds"] = json!(KEY_ID);
         }
         qmp.execute("migrate-set-parameters", parameters.clone())?;
         // QEMU 7.2 says yes to a `multifd-zstd-level` and keeps the one it had.
@@ -147,6 +156,31 @@ impl Method {
         }
         Ok(())
     }
+}
+
+/// What a scenario asks for beside the method.
+#[derive(Clone, Debug, Default)]
+pub struct Further {
+    /// Of QEMU's migration, as `migrate-set-parameters` has them.
+    pub parameters: Map<String, Value>,
+    /// TLS, with a key that both sides have.
+    pub encrypted: bool,
+}
+
+/// Makes a key and gives it to both sides.
+fn share_key(place: &Place, from: &mut Qmp, to: &mut Qmp) -> Result<()> {
+    let directory = place.path("tls");
+    std::fs::create_dir(&directory)?;
+    let mut key = [0; 32];
+    File::open("/dev/urandom")?.read_exact(&mut key)?;
+    let key: String = key.iter().map(|byte| format!("{byte:02x}")).collect();
+    std::fs::write(directory.join("keys.psk"), format!("{KEY_USER}:{key}\n"))?;
+    let credentials = |endpoint: &str| json!({ "qom-type": "tls-creds-psk", "id": KEY_ID, "dir": directory, "endpoint": endpoint });
+    to.execute("object-add", credentials("server"))?;
+    let mut client = credentials("client");
+    client["username"] = json!(KEY_USER);
+    from.execute("object-add", client)?;
+    Ok(())
 }
 
 /// A migration that has come to its end.
@@ -171,19 +205,21 @@ pub struct Migration {
 
 impl Migration {
     /// Starts `destination`, which is prepared, sets both sides up and lets the guest be moved.
-    /// `further` are parameters of QEMU's migration.
     pub fn begin(
         place: &Place,
         source: &Guest,
         destination: &mut Guest,
         method: Method,
         downtime: Duration,
-        further: &Map<String, Value>,
+        further: &Further,
     ) -> Result<Self> {
         destination.start(place.b().name(), &["-incoming", "defer"])?;
         let (mut from, mut to) = (source.monitor()?, destination.monitor()?);
         let memory = from.execute("query-memory-size-summary", json!({}))?;
         let memory_bytes = memory["base-memory"].as_u64().context("size of memory")?;
+        if further.encrypted {
+            share_key(place, &mut from, &mut to)?;
+        }
         for side in [&mut to, &mut from] {
             method.prepare(side, memory_bytes, downtime, further)?;
         }
@@ -248,7 +284,7 @@ pub fn migrate(
     downtime: Duration,
     limit: Duration,
 ) -> Result<Option<Done>> {
-    Migration::begin(place, source, destination, method, downtime, &Map::new())?
+    Migration::begin(place, source, destination, method, downtime, &Further::default())?
         .finish(limit, |_| Ok(()))
         .with_context(|| destination.errors())
 }

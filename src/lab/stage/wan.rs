@@ -81,6 +81,15 @@ impl Wan {
         Ok(Wan(Kind::Plain(Plain { ends, sent_before: [0; 2] })))
     }
 
+    /// Has packets of up to `mtu` bytes cross a link that nothing shapes.
+    pub fn set_mtu(&self, mtu: u16) -> Result<()> {
+        let Kind::Plain(plain) = &self.0 else { bail!("the emulator has an MTU of its own") };
+        for end in &plain.ends {
+            Netns::existing(end)?.ip(&["link", "set", CARD, "mtu", &mtu.to_string()])?;
+        }
+        Ok(())
+    }
+
     /// Sends a command of `wan` (`cut`, `rate 25Mbit` ...) and gives its answer. A link that nothing shapes
     /// knows `reset` only.
     pub fn command(&mut self, line: &str) -> Result<Value> {

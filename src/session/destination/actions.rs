@@ -75,10 +75,13 @@ impl Session {
             }
             DestinationAction::DiscardGuest => {
                 let (guest, prepared) = (self.guest.clone(), self.prepared.clone());
+                // Of a guest that was to run, and did not.
+                let mapper = self.mapper.take();
                 self.spawn_farewell(async move {
                     // A monitor that waits for a page while it loads would neither return nor end. It
                     // goes on with wrong content, which does no harm: it never runs.
                     blocking(move || {
+                        drop(mapper);
                         if let Some(prepared) = &*prepared.lock().expect("no holder panics") {
                             prepared.userfault.release()?;
                         }
@@ -317,8 +320,12 @@ impl Session {
         let timeline = self.timeline.clone();
         self.spawn_step(async move {
             let begin = Instant::now();
-            if !paused {
-                guest.call(|guest| guest.run()).await?;
+            if !paused && let Err(failure) = guest.call(|guest| guest.run()).await {
+                let stands = guest.call(|guest| Ok(guest.stands_still())).await;
+                return Ok(match stands {
+                    Ok(true) => DestinationEvent::NotStarted(failure),
+                    _ => DestinationEvent::Failed(failure),
+                });
             }
             timeline.part("commit.run", begin.elapsed());
             Ok(DestinationEvent::Running)

@@ -6,13 +6,16 @@ use super::*;
 /// should know.
 pub(super) fn keep_evidence(journal: &mut Journal) -> String {
     let what = "the source does not know yet that the guest runs here with all its pages";
-    // Whoever takes over would trust in less, and serve a guest that needs nothing.
-    if let Err(failure) = journal.record(&DestinationRecord::Complete) {
-        journal.remove();
-        return format!("{what}, and nothing here tells so: {failure}");
-    }
-    // As large as a 2048th of the guest, and of no use any more.
+    let noted = journal.record(&DestinationRecord::Complete);
+    // As large as a 2048th of the guest, and of no use any more. Without the record whoever takes over would serve a guest
+    // that needs nothing: then that is refused, and what was decided stays there for a person to read.
     let _ = std::fs::remove_file(journal.pages_path());
+    if let Err(failure) = noted {
+        return format!(
+            "{what}, and {} tells only that it was to run here: {failure}",
+            journal.path().display()
+        );
+    }
     format!(
         "{what}: it is told by `farfault receive --resume` here and `farfault send --resume` there, by what is in {}",
         journal.path().display()

@@ -1,6 +1,7 @@
 //! What comes on the lanes of pages, and what is asked for on that of faults.
 
 use super::*;
+use crate::session::without_panic;
 
 /// Threads that apply bulk, at most: one takes up what some Gbit/s bring.
 const MAX_BULK_APPLIERS: usize = 8;
@@ -54,18 +55,22 @@ impl Applier {
         let thread = std::thread::Builder::new().name(format!("apply-{:?}", self.lane));
         thread
             .spawn(move || {
-                let mut scratch = DecodeScratch::default();
-                // The link's end is told by the control lane.
-                while let Ok(message) = handle.block_on(self.on_link.link.recv(self.lane)) {
-                    let message = Unapplied { message, may_wait: true };
-                    if let Err(failure) = self.application.apply(message, &mut scratch) {
-                        self.application.tell(DestinationEvent::Failed(failure));
-                        return;
-                    }
+                // Pages that it has begun with would never come otherwise.
+                if let Err(failure) = without_panic(|| self.work(&handle)) {
+                    self.application.tell(DestinationEvent::Failed(failure));
                 }
             })
             .map(drop)
             .map_err(|error| Failure::plain(format!("no thread could be started: {error}")))
+    }
+
+    fn work(&self, handle: &Handle) -> Result<(), Failure> {
+        let mut scratch = DecodeScratch::default();
+        // The link's end is told by the control lane.
+        while let Ok(message) = handle.block_on(self.on_link.link.recv(self.lane)) {
+            self.application.apply(Unapplied { message, may_wait: true }, &mut scratch)?;
+        }
+        Ok(())
     }
 }
 

@@ -224,6 +224,7 @@ impl Destination {
                     DestinationEvent::JournalUnknown(record, failure())
                 }
             },
+            (Step::Run, true) if rng.bool() => DestinationEvent::NotStarted(failure()),
             (Step::Run, failed) => {
                 // A monitor that fails to say that it runs may run all the same.
                 if !failed || rng.bool() {

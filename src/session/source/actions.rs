@@ -188,6 +188,15 @@ impl Session {
                         "begin anew: from the start farfault can do it",
                     ));
                 }
+                // The destination was told at the beginning.
+                let ran = guest.with(|guest| guest.runs());
+                if guest.with(|guest| guest.is_running())? != ran {
+                    let now = if ran { "does not run any more" } else { "runs by now" };
+                    return Err(Failure::new(
+                        format!("the guest {now}, which is not farfault's doing: it would be otherwise at the destination"),
+                        "begin anew: it arrives as it is then",
+                    ));
+                }
                 let begin = Instant::now();
                 *stopped_at.lock().expect("no holder panics") = Some(begin);
                 guest.with(|guest| guest.pause())?;

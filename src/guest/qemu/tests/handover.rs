@@ -1,8 +1,9 @@
 //! Device state out of one QEMU and into another, and what each is like afterwards.
 
-use std::fs;
+use std::fs::{self, File};
 use std::net::UdpSocket;
 
+use nix::fcntl::{FcntlArg, fcntl};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -130,6 +131,54 @@ fn a_guest_moves_to_another_qemu() {
         let (message, _) = refused(from.source());
         assert!(message.contains("migrated before"), "{message}");
     }
+}
+
+/// Takes a lock as QEMU does (its `block/file-posix.c`) that keeps every QEMU from writing to `image`.
+fn keep_from_writing(image: &Path) -> File {
+    /// Nobody else may have the permission with this number added: 1 is to write.
+    const SHARED_BASE: i64 = 200;
+    let file = File::options().read(true).write(true).open(image).expect("the image is there");
+    let lock = libc::flock {
+        l_type: libc::F_RDLCK as i16,
+        l_whence: libc::SEEK_SET as i16,
+        l_start: SHARED_BASE + 1,
+        l_len: 1,
+        l_pid: 0,
+    };
+    fcntl(&file, FcntlArg::F_OFD_SETLK(&lock)).expect("nobody else has it");
+    file
+}
+
+#[test]
+fn a_guest_that_is_not_let_start_because_of_its_disk_runs_on_where_it_was() {
+    if skip() {
+        return;
+    }
+    let directory = tempfile::tempdir().expect("a directory for the image");
+    let image = directory.path().join("disk");
+    File::create(&image).and_then(|file| file.set_len(1 << 20)).expect("an image");
+    let disk = format!("-drive file={},format=raw,if=virtio", image.display());
+    let from = TestQemu::machine("q35", &disk);
+    let to = TestQemu::machine("q35", &format!("{disk} -incoming defer -S"));
+    let mut source = from.source().expect("a running guest can be moved");
+    let mut destination = to.destination().expect("a waiting QEMU can take a guest");
+    source.pause().expect("it stops");
+    let state = source.save_device_state().expect("it hands over its state");
+    fs::copy(&from.ram_files[0], &to.ram_files[0]).expect("RAM files can be copied");
+    destination.load_device_state(&state).expect("it takes the state");
+    let lock = keep_from_writing(&image);
+    let refused = destination.run().expect_err("QEMU cannot have its disk");
+    assert!(refused.message.contains("lock"), "{refused}");
+    assert!(destination.stands_still());
+    // The lock goes while the source is asking for its disk again.
+    let other = thread::spawn(move || {
+        thread::sleep(Duration::from_millis(500));
+        drop(lock);
+    });
+    source.resume().expect("it runs on");
+    other.join().expect("it ends");
+    drop(source);
+    assert_eq!(status(&mut from.qmp()), "running");
 }
 
 /// EtherType of RARP, in which QEMU announces a guest.

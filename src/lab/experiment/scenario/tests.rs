@@ -67,6 +67,8 @@ fn what_cannot_be_tried_is_refused_with_its_place() {
         ("qemu = \"xbzrle\"", "qemu = \"xbzle\"", "multifd-zstd"),
         ("qemu = \"xbzrle\"", "qemu = \"xbzrle\"\nsend = []", "either send"),
         ("\"hybrid\"]", "\"hybrid\"]\n    arguments = [\"-S\"]", "for QEMU's methods"),
+        ("\"hybrid\"]", "\"hybrid\"]\n    tls = true", "for QEMU's methods"),
+        ("1ms\"", "1ms\"\nmtu = 9000", "an emulated link has one of 1500"),
         ("name = \"native\"", "name = \"small\"", "same name"),
         ("name = \"lan\"", "name = \"a/b\"", "letters"),
         ("64MiB", "250MiB", "leave the guest's kernel"),

@@ -254,6 +254,7 @@ impl Handover {
                 DestinationEvent::JournalFailed(record, failure())
             }
             (DestinationEvent::Released, true) => DestinationEvent::LetGoFailed,
+            (DestinationEvent::Running, true) => DestinationEvent::NotStarted(failure()),
             (_, true) => DestinationEvent::Failed(failure()),
             (event, false) => {
                 match &event {
