@@ -182,13 +182,14 @@ fn state_dir(chosen: Option<PathBuf>) -> PathBuf {
     chosen.unwrap_or_else(default_state_dir)
 }
 
-/// A filter of the log. What is no level would be taken for the name of a module, of which alone is then logged.
+/// A filter of the log. A word that is no level would be taken for the name of a module, of which alone is then logged.
 fn log_filter(text: &str) -> Result<String, String> {
-    let is_clear = |directive: &str| {
-        let level = directive.rsplit_once('=').map_or(directive, |(_, level)| level);
-        !level.is_empty() && level.parse::<tracing_subscriber::filter::LevelFilter>().is_ok()
+    let is_word = |part: &str| part.chars().all(char::is_alphanumeric);
+    let is_level = |part: &str| {
+        !part.is_empty() && part.parse::<tracing_subscriber::filter::LevelFilter>().is_ok()
     };
     let parsed = tracing_subscriber::EnvFilter::try_new(text);
+    let is_clear = |part: &str| !is_word(part) || is_level(part);
     let is_known = parsed.is_ok() && text.split(',').all(is_clear);
     is_known.then(|| text.to_owned()).ok_or_else(|| {
         "write off, error, warn, info, debug or trace, or a filter such as farfault::transport=debug".to_owned()
@@ -267,7 +268,8 @@ mod tests {
         for level in ["inf", "nonsense", "farfault=loud", ""] {
             assert!(log_filter(level).is_err(), "{level:?}");
         }
-        for level in ["info", "ERROR", "off", "farfault::transport=debug", "warn,quinn=trace"] {
+        let filters = ["farfault::transport=debug", "warn,quinn=trace", "[span{a=1}]=debug"];
+        for level in ["info", "ERROR", "off"].into_iter().chain(filters) {
             assert!(log_filter(level).is_ok(), "{level:?}");
         }
     }

@@ -58,6 +58,14 @@ fn a_destination_that_takes_no_more_pages_does_not_keep_the_guest_stopped() {
 }
 
 #[test]
+fn a_destination_that_waits_for_a_long_flight_is_given_the_time_for_it() {
+    let mut source = frozen(HandoverForm::Strict);
+    source.handle(BUDGET, SourceEvent::RemainderSent);
+    let deadline = source.deadline().expect("the guest stands still");
+    assert_eq!(deadline, BUDGET + SourceTimeouts::default().load + FLIGHT);
+}
+
+#[test]
 fn after_the_decision_a_destination_that_is_silent_is_given_up_at_last() {
     let mut source = frozen(HandoverForm::OneFlight);
     source.handle(BUDGET, SourceEvent::RemainderSent);

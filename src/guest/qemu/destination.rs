@@ -187,9 +187,11 @@ impl DestinationGuest for QemuDestination {
         Ok(())
     }
 
-    /// QEMU carries out one command after the other: when it answers, the `cont` before has come to its end.
+    /// QEMU carries out one command after the other: when it answers, the `cont` before has come to its end. One that
+    /// others have started is not ended by us: it could be told to run at any time, and may hold disk images.
     fn stands_still(&mut self) -> bool {
-        self.status().is_ok_and(|status| ["paused", "prelaunch"].contains(&status.as_str()))
+        let stands = |status: String| ["paused", "prelaunch"].contains(&status.as_str());
+        self.child.is_some() && self.status().is_ok_and(stands)
     }
 
     fn release(&mut self) -> Result<(), GuestError> {

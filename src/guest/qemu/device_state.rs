@@ -26,6 +26,9 @@ const LOAD_TIMEOUT: Duration = Duration::from_secs(120);
 /// How long the end of a migration may take after its stream has ended.
 const SETTLE_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// How long QEMU is asked again to let a guest run on.
+const AGAIN_TIMEOUT: Duration = Duration::from_secs(10);
+
 /// How long the news may take that the guest runs, when `cont` has been answered.
 const RESUME_TIMEOUT: Duration = Duration::from_secs(1);
 
@@ -192,6 +195,21 @@ pub(super) fn cont(qmp: &mut Qmp) -> Result<(), GuestError> {
     match qmp.execute(&QueryStatus {})?.status.as_str() {
         "running" => Ok(()),
         status => Err(failure(format!("QEMU does not let the guest run: it is {status}"))),
+    }
+}
+
+/// As [`cont`], again and again for ten seconds: a QEMU at the destination that is just ending may hold a lock on a
+/// disk image.
+pub(super) fn cont_again(qmp: &mut Qmp) -> Result<(), GuestError> {
+    let deadline = Instant::now() + AGAIN_TIMEOUT;
+    loop {
+        match cont(qmp) {
+            Err(error) if Instant::now() < deadline => {
+                tracing::debug!(%error, "the guest is asked to run on again");
+                thread::sleep(Duration::from_millis(200));
+            }
+            other => return other,
+        }
     }
 }
 

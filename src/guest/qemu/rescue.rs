@@ -79,7 +79,7 @@ pub(super) fn keep_still(qmp: &mut Qmp) -> Result<bool, GuestError> {
 /// When that QEMU has ended or another answers at its socket; QEMU's own.
 pub fn let_run(place: &Whereabouts) -> Result<(), GuestError> {
     let mut qmp = connect(place)?;
-    start(place, &mut qmp)?;
+    start(place, &mut qmp, device_state::cont_again)?;
     put_back(place, &mut qmp);
     Ok(())
 }
@@ -92,7 +92,7 @@ pub(super) fn let_run_arrived(place: &Whereabouts) -> Result<(), GuestError> {
     let mut qmp = connect(place)?;
     let status = qmp.execute(&QueryStatus {})?.status;
     if ARRIVED.contains(&status.as_str()) {
-        start(place, &mut qmp)?;
+        start(place, &mut qmp, device_state::cont)?;
     } else if status != "running" {
         tracing::warn!(
             "the guest has run here, and is in the state {status} by now: it is left so"
@@ -107,7 +107,11 @@ pub(super) fn let_run_arrived(place: &Whereabouts) -> Result<(), GuestError> {
     Ok(())
 }
 
-fn start(place: &Whereabouts, qmp: &mut Qmp) -> Result<(), GuestError> {
+fn start(
+    place: &Whereabouts,
+    qmp: &mut Qmp,
+    cont: fn(&mut Qmp) -> Result<(), GuestError>,
+) -> Result<(), GuestError> {
     if qmp.execute(&QueryStatus {})?.status != "running" {
         let deadline = Instant::now() + CANCEL_TIMEOUT;
         while qmp.execute(&QueryMigrate {})?.is_active() {
@@ -119,7 +123,7 @@ fn start(place: &Whereabouts, qmp: &mut Qmp) -> Result<(), GuestError> {
         }
         device_state::settle(qmp)?;
         if place.runs {
-            device_state::cont(qmp)?;
+            cont(qmp)?;
         }
     }
     Ok(())

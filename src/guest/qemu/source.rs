@@ -18,9 +18,6 @@ use crate::memory::{Access, DirtyTracker, GuestMemory, TrackerKind, open_tracker
 /// How long a migration that is being cancelled may take to end.
 const CANCEL_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// How long QEMU is asked again to let a guest run on.
-const CONT_TIMEOUT: Duration = Duration::from_secs(10);
-
 /// How long a guest that is to run on is waited for. Until its QEMU answers nobody knows whether it has taken
 /// the order to stop, and nobody else will let it run.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(600);
@@ -196,19 +193,8 @@ impl SourceGuest for QemuSource {
     fn resume(&mut self) -> Result<(), GuestError> {
         self.await_answer()?;
         self.cancel_migration()?;
-        let deadline = Instant::now() + CONT_TIMEOUT;
-        while self.is_stopped_by_us && self.status()? != "running" {
-            match device_state::cont(&mut self.qmp) {
-                // Disk images may be locked by a QEMU at the destination that is just ending.
-                Err(error) if Instant::now() < deadline => {
-                    tracing::debug!(%error, "the guest is asked to run on again");
-                    thread::sleep(Duration::from_millis(200));
-                }
-                other => {
-                    other?;
-                    break;
-                }
-            }
+        if self.is_stopped_by_us && self.status()? != "running" {
+            device_state::cont_again(&mut self.qmp)?;
         }
         self.is_stopped_by_us = false;
         self.restore_settings();

@@ -1,12 +1,11 @@
 //! QEMU's own migration, for comparison, over the same link.
 
 use std::fmt;
-use std::fs::File;
-use std::io::Read;
 use std::str::FromStr;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use ring::rand::{SecureRandom, SystemRandom};
 use serde_json::{Map, Value, json};
 
 use super::place::{ADDRESS_B, Place};
@@ -22,7 +21,7 @@ const MAX_BANDWIDTH_BYTES_PER_S: u64 = 10_000_000_000;
 /// The longest that QEMU can be told.
 const MAX_DOWNTIME_MS: u64 = 2_000_000;
 
-/// The name of the key in both QEMUs, and under which the source shows that it has it.
+/// What both QEMUs call the key, and who has it.
 const KEY_ID: &str = "farfault-lab-key";
 const KEY_USER: &str = "qemu";
 
@@ -172,14 +171,16 @@ fn share_key(place: &Place, from: &mut Qmp, to: &mut Qmp) -> Result<()> {
     let directory = place.path("tls");
     std::fs::create_dir(&directory)?;
     let mut key = [0; 32];
-    File::open("/dev/urandom")?.read_exact(&mut key)?;
+    SystemRandom::new().fill(&mut key).expect("the kernel gives random bytes");
     let key: String = key.iter().map(|byte| format!("{byte:02x}")).collect();
     std::fs::write(directory.join("keys.psk"), format!("{KEY_USER}:{key}\n"))?;
-    let credentials = |endpoint: &str| json!({ "qom-type": "tls-creds-psk", "id": KEY_ID, "dir": directory, "endpoint": endpoint });
-    to.execute("object-add", credentials("server"))?;
-    let mut client = credentials("client");
-    client["username"] = json!(KEY_USER);
-    from.execute("object-add", client)?;
+    for (side, endpoint) in [(to, "server"), (from, "client")] {
+        let mut credentials =
+            json!({ "qom-type": "tls-creds-psk", "id": KEY_ID, "dir": directory });
+        credentials["endpoint"] = json!(endpoint);
+        credentials["username"] = json!(KEY_USER);
+        side.execute("object-add", credentials)?;
+    }
     Ok(())
 }
 

@@ -105,6 +105,29 @@ fn what_its_owner_tells_a_guest_in_pre_copy_holds_after_a_moment_of_standing_sti
     }
 }
 
+/// Has `destination`, whose RAM is in the file `ram`, take the guest of `from`.
+fn carry_over(
+    from: &TestQemu,
+    source: &mut QemuSource,
+    ram: &Path,
+    destination: &mut QemuDestination,
+) {
+    source.pause().expect("it stops");
+    let state = source.save_device_state().expect("it hands over its state");
+    fs::copy(&from.ram_files[0], ram).expect("RAM files can be copied");
+    destination.load_device_state(&state).expect("it takes the state");
+}
+
+/// A destination that farfault has started itself.
+fn spawned(kind: &str, ram: &Path, more: &[String]) -> QemuDestination {
+    let mut command = vec![QEMU.to_owned()];
+    command.extend(words(COMMON));
+    command.extend(machine(kind, ram));
+    command.extend_from_slice(more);
+    let command = command.into_iter().map(Into::into).collect();
+    QemuDestination::spawn(&SpawnOptions { command, log: None }).expect("it starts")
+}
+
 #[test]
 fn a_guest_moves_to_another_qemu() {
     if skip() {
@@ -122,6 +145,7 @@ fn a_guest_moves_to_another_qemu() {
         let too_early = destination.run().expect_err("nothing to run yet");
         assert!(too_early.message.contains("before its device state"));
         destination.load_device_state(&state).expect("it takes the state");
+        assert!(!destination.stands_still(), "others may let it run at any time");
         destination.run().expect("it runs");
         destination.release().expect("it is let go");
         source.release(false).expect("it stays, stopped");
@@ -154,29 +178,31 @@ fn a_guest_that_is_not_let_start_because_of_its_disk_runs_on_where_it_was() {
     if skip() {
         return;
     }
-    let directory = tempfile::tempdir().expect("a directory for the image");
-    let image = directory.path().join("disk");
-    File::create(&image).and_then(|file| file.set_len(1 << 20)).expect("an image");
-    let disk = format!("-drive file={},format=raw,if=virtio", image.display());
-    let from = TestQemu::machine("q35", &disk);
-    let to = TestQemu::machine("q35", &format!("{disk} -incoming defer -S"));
+    let directory = tempfile::tempdir().expect("a directory for the images");
+    let images = ["first", "second"].map(|name| directory.path().join(name));
+    let mut disks = Vec::new();
+    for image in &images {
+        File::create(image).and_then(|file| file.set_len(1 << 20)).expect("an image");
+        disks.extend(words(&format!("-drive file={},format=raw,if=virtio", image.display())));
+    }
+    let from = TestQemu::machine("q35", &disks.join(" "));
     let mut source = from.source().expect("a running guest can be moved");
-    let mut destination = to.destination().expect("a waiting QEMU can take a guest");
-    source.pause().expect("it stops");
-    let state = source.save_device_state().expect("it hands over its state");
-    fs::copy(&from.ram_files[0], &to.ram_files[0]).expect("RAM files can be copied");
-    destination.load_device_state(&state).expect("it takes the state");
-    let lock = keep_from_writing(&image);
-    let refused = destination.run().expect_err("QEMU cannot have its disk");
+    let ram = ram_name();
+    let mut destination = spawned("q35", &ram, &disks);
+    carry_over(&from, &mut source, &ram, &mut destination);
+    // It has the first disk by then.
+    let lock = keep_from_writing(&images[1]);
+    let refused = destination.run().expect_err("QEMU cannot have its second disk");
     assert!(refused.message.contains("lock"), "{refused}");
     assert!(destination.stands_still());
-    // The lock goes while the source is asking for its disk again.
-    let other = thread::spawn(move || {
+    // The disks come free while the source is asking for them again.
+    let ending = thread::spawn(move || {
         thread::sleep(Duration::from_millis(500));
         drop(lock);
+        destination.discard()
     });
     source.resume().expect("it runs on");
-    other.join().expect("it ends");
+    ending.join().expect("no panic").expect("it is gone");
     drop(source);
     assert_eq!(status(&mut from.qmp()), "running");
 }
@@ -206,10 +232,7 @@ fn the_network_is_told_where_a_guest_is_now() {
     let to = TestQemu::machine("q35", &format!("{card} -incoming defer -S"));
     let mut source = from.source().expect("a running guest can be moved");
     let mut destination = to.destination().expect("a waiting QEMU can take a guest");
-    source.pause().expect("it stops");
-    let state = source.save_device_state().expect("it hands over its state");
-    fs::copy(&from.ram_files[0], &to.ram_files[0]).expect("RAM files can be copied");
-    destination.load_device_state(&state).expect("it takes the state");
+    carry_over(&from, &mut source, &to.ram_files[0], &mut destination);
     destination.run().expect("it runs");
     hear("the one that received it");
     destination.release().expect("it is let go");
@@ -234,12 +257,7 @@ fn a_state_that_does_not_fit_is_told_and_the_source_runs_on() {
     source.pause().expect("it stops");
     let state = source.save_device_state().expect("it hands over its state");
     let ram = ram_name();
-    let mut command = vec![QEMU.to_owned()];
-    command.extend(words(COMMON));
-    command.extend(machine("q35", &ram));
-    let options =
-        SpawnOptions { command: command.into_iter().map(Into::into).collect(), log: None };
-    let mut destination = QemuDestination::spawn(&options).expect("it starts");
+    let mut destination = spawned("q35", &ram, &[]);
     fs::copy(&from.ram_files[0], &ram).expect("RAM files can be copied");
     let error = destination.load_device_state(&state).expect_err("it lacks a device");
     assert!(error.message.contains("virtio-rng"), "{}", error.message);
