@@ -14,9 +14,9 @@ use crate::recovery::{migration_id, see_through};
 /// For whatever is waited for.
 pub const LIMIT: Duration = Duration::from_secs(60);
 /// The guest's work, which finds a wrong byte.
-pub const WORK: &str = "ff.ws=64M ff.pattern=sparse ff.rate=1000 ff.verify=50000";
+pub const WORK: &str = "ff.ws=64M ff.pattern=sparse ff.rate=1000 ff.verify=20000";
 /// The same with memory that does not compress: some seconds of post-copy.
-pub const BULKY: &str = "ff.ws=64M ff.pattern=sparse ff.rate=1000 ff.fill=random ff.verify=50000";
+pub const BULKY: &str = "ff.ws=64M ff.pattern=sparse ff.rate=1000 ff.fill=random ff.verify=20000";
 /// How long a side waits for another one that does not come back.
 pub const SHORT: &str = "3s";
 
@@ -101,8 +101,8 @@ impl Move {
     /// It runs there alone, with all its memory as it was.
     pub fn runs_whole_at_the_destination(&self) -> Result<()> {
         assert_ne!(self.source.monitor()?.status()?, "running");
-        let sweeps = self.destination.log.wait_for_sweeps(2, LIMIT);
-        sweeps.with_context(|| self.destination.diagnosis())?;
+        let sweep = self.destination.log.wait_for_a_sweep(LIMIT);
+        sweep.with_context(|| self.destination.diagnosis())?;
         assert_eq!(self.destination.monitor()?.status()?, "running");
         ensure!(self.source.log.complaints().is_empty(), "{:?}", self.source.log.complaints());
         let state = std::fs::read_dir(self.lab.state_directory())?.count();
@@ -183,7 +183,7 @@ impl Move {
     /// The guest runs at the source as if nothing had been.
     pub fn source_goes_on(&self) -> Result<()> {
         assert_eq!(self.source.monitor()?.status()?, "running");
-        self.source.log.wait_for_sweeps(2, LIMIT)
+        self.source.log.wait_for_a_sweep(LIMIT)
     }
 
     /// Neither processes nor files, also no RAM of a QEMU that was ended.

@@ -164,6 +164,11 @@ impl DestinationMachine {
         matches!(self.state, State::Completing | State::Discarding | State::Ended)
     }
 
+    /// True when the guest runs here with all its pages, and only the source's farewell is waited for.
+    pub fn is_completing(&self) -> bool {
+        self.state == State::Completing
+    }
+
     /// True when the source has said that it knows of the migration's success. Until then what is on disk here is the
     /// only evidence of where the guest runs.
     pub fn source_knows(&self) -> bool {

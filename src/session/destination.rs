@@ -247,7 +247,8 @@ impl Session {
                 Ok(link) = listener.accept_resumed(&self.key, None) => self.found(link).await,
                 () = until(give_up) => self.give_up().await,
                 asked = signals.wait() => {
-                    if self.links.is_down() && self.machine.only_tells() {
+                    let unheard = self.links.is_down() && self.machine.only_tells();
+                    if unheard || self.machine.is_completing() {
                         // Who asks does not want to wait for the source.
                         self.give_up().await;
                     }
@@ -279,10 +280,10 @@ impl Session {
         prepared.as_ref().map(|prepared| FaultFigures::of(&prepared.faults.stats()))
     }
 
-    /// A source that says nothing would keep the receiver waiting for ever.
+    /// A source that says nothing on the link would keep the receiver waiting for ever.
     fn silence(&self) -> Option<Failure> {
         let is_silent = self.machine.phase() == MigrationPhase::Connect && self.machine.is_linked();
-        (is_silent && self.timeline.elapsed() > HELLO_WITHIN)
+        (is_silent && self.links.in_use_for() > HELLO_WITHIN)
             .then(|| Failure::plain("the source has connected and does not begin"))
     }
 

@@ -58,6 +58,8 @@ pub(super) struct Links {
     /// Has come before the old one was quiet.
     next: Option<Link>,
     outage: Option<Outage>,
+    /// Since when the current link is in use.
+    since: Instant,
     reconnect_for: Duration,
     given_up: bool,
     /// Outages that were mended.
@@ -81,6 +83,7 @@ impl Links {
             quiet: false,
             next: None,
             outage: None,
+            since: Instant::now(),
             reconnect_for,
             given_up: false,
             reconnects: 0,
@@ -107,6 +110,11 @@ impl Links {
     /// True when there is none.
     pub(super) fn is_down(&self) -> bool {
         self.work.is_none()
+    }
+
+    /// How long the current link, or the last one, has been in use.
+    pub(super) fn in_use_for(&self) -> Duration {
+        self.since.elapsed()
     }
 
     /// How long an outage may last.
@@ -167,6 +175,7 @@ impl Links {
         self.carried.1 += stats.received_bytes;
         self.link = link;
         self.number += 1;
+        self.since = Instant::now();
         self.work = Some(mpsc::channel(1));
         true
     }

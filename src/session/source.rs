@@ -134,7 +134,13 @@ fn check_that_nobody_left_it(
     if guest.process.is_none() {
         return Ok(());
     }
-    let (left, _) = journal::list(state_dir)?;
+    let (left, unreadable) = journal::list(state_dir)?;
+    if let Some(failure) = unreadable.into_iter().next() {
+        return Err(Failure::new(
+            format!("whether this guest lacks pages is not known: {}", failure.reason),
+            "remove what cannot be read if that migration is long over",
+        ));
+    }
     let is_it = |left: &&journal::Found| left.about.guest.process == guest.process;
     let lacks_pages = |left: &&journal::Found| {
         let has = |entry| left.records.has(entry);
@@ -550,6 +556,11 @@ mod tests {
         let about = About::begin("0123456789abcdef", Side::Destination, guest.clone()).unwrap();
         let mut journal = Journal::create(state.path(), &about).unwrap();
         check_that_nobody_left_it(state.path(), &guest, true).expect("nothing came by that one");
+        let damaged = state.path().join("fedcba9876543210.destination");
+        std::fs::create_dir(&damaged).unwrap();
+        let refused = check_that_nobody_left_it(state.path(), &guest, true).unwrap_err();
+        assert!(refused.reason.contains("fedcba9876543210"), "{refused}");
+        std::fs::remove_dir(&damaged).unwrap();
         for record in [DestinationRecord::Started, DestinationRecord::Committed] {
             journal.record(&record).unwrap();
             for runs in [true, false] {

@@ -10,12 +10,13 @@ use tokio::task::JoinSet;
 
 use super::bulk;
 use super::congestion::Gauges;
-use super::error::{ConnectError, LinkError};
+use super::error::{ConnectError, LinkError, close_code};
 use super::link::{Established, Link};
 use super::proof::{self, Claim, Hello, SessionKey, WELCOME_BYTES, Welcome};
 use super::quic::{self, Peer};
 use super::socket::{self, Cap};
 use super::ticket::{MigrationId, Secret, Ticket};
+use super::unkept::CloseUnlessKept;
 use super::{TransportOptions, identity};
 
 /// Addresses are tried in the ticket's order, each a little after the one before, as RFC 8305 does.
@@ -24,7 +25,7 @@ const STAGGER: Duration = Duration::from_millis(100);
 /// Connects to the receiver that made `ticket`, trying all its addresses. A ticket works once.
 ///
 /// # Errors
-/// See [`ConnectError`]; bounded by
+/// See [`ConnectError`]; bounded by twice the
 /// [`connect_timeout_ms`](TransportOptions::connect_timeout_ms).
 pub async fn connect(ticket: &Ticket, options: &TransportOptions) -> Result<Link, ConnectError> {
     establish(ticket, Claim::Ticket, &ticket.secret, options).await
@@ -54,10 +55,10 @@ async fn establish(
     let deadline = tokio::time::Instant::now() + limit;
     let (dialler, dialled) = dial(ticket, options, deadline).await?;
     let late = || ConnectError::Unreachable(format!("{} did not answer in time", dialler.address));
-    let link =
-        tokio::time::timeout_at(deadline, introduce(dialled, ticket, claim, secret, options))
-            .await
-            .map_err(|_| late())??;
+    // As long again: the packet by which a mended network shows may be the last of those that dial.
+    let link = tokio::time::timeout(limit, introduce(dialled, ticket, claim, secret, options))
+        .await
+        .map_err(|_| late())??;
     bulk::keep_wide(&link, dialler);
     Ok(link)
 }
@@ -80,7 +81,7 @@ pub(super) struct Dialled {
 }
 
 /// The first address at which the receiver with the ticket's certificate answers.
-async fn dial(
+pub(super) async fn dial(
     ticket: &Ticket,
     options: &TransportOptions,
     deadline: tokio::time::Instant,
@@ -167,7 +168,8 @@ impl Dialler {
     }
 }
 
-/// Proves on a new connection to hold `secret`. Gives the stream on which that was done, and the answer.
+/// Proves on a new connection to hold `secret`. Gives the stream on which that was done, and the answer. Dropped before, it
+/// closes the connection: the receiver may have taken it into use.
 pub(super) async fn prove(
     connection: &Connection,
     migration: MigrationId,
@@ -179,6 +181,7 @@ pub(super) async fn prove(
     let (mut send, mut recv) = connection.open_bi().await.map_err(lost)?;
     let window = quic::push_window_bytes(options);
     let hello = Hello::new(claim, migration, window, secret, connection);
+    let late = CloseUnlessKept::new(connection.clone(), without_answer(claim));
     let mut answer = [0; WELCOME_BYTES];
     // A refusal shows as an error of either call; the connection knows why.
     let answered = match send.write_all(&hello.encode()).await {
@@ -188,10 +191,23 @@ pub(super) async fn prove(
     if answered.is_err() {
         return Err(lost(connection.closed().await));
     }
+    late.keep();
     Ok(((send, recv), Welcome::decode(answer)))
 }
 
-async fn introduce(
+/// How a connection is closed on which the answer to a proof has not come in time.
+fn without_answer(claim: Claim) -> (u32, &'static str) {
+    const WHY: &str = "the answer to the proof did not come in time";
+    match claim {
+        // Nobody comes again by that ticket.
+        Claim::Ticket => (close_code::TOO_SLOW, WHY),
+        Claim::Session => (close_code::LET_GO, WHY),
+        Claim::Bulk => (close_code::NEVER_USED, WHY),
+    }
+}
+
+/// Proves to the receiver who we are.
+pub(super) async fn introduce(
     dialled: Dialled,
     ticket: &Ticket,
     claim: Claim,

@@ -16,6 +16,7 @@ pub(super) mod close_code {
     pub(crate) const BUSY: u32 = 4;
     pub(crate) const TOO_SLOW: u32 = 5;
     pub(crate) const LET_GO: u32 = 6;
+    pub(crate) const NEVER_USED: u32 = 7;
     pub(crate) const FIRST_SESSION: u32 = 16;
 }
 
@@ -148,6 +149,11 @@ pub(super) fn printable(reason: &[u8]) -> String {
 
 pub(super) fn code(code: u32) -> VarInt {
     VarInt::from_u32(code)
+}
+
+/// True when the peer has closed the connection with this code.
+pub(super) fn closes_with(reason: &ConnectionError, number: u32) -> bool {
+    matches!(reason, ConnectionError::ApplicationClosed(close) if close.error_code == code(number))
 }
 
 /// Why no link came about.

@@ -12,7 +12,7 @@ use tokio::sync::{Mutex, mpsc, oneshot};
 use super::TransportOptions;
 use super::bulk::{BulkConnection, MAX_CONNECTIONS, Side};
 use super::congestion::Gauges;
-use super::error::{LinkError, close_code, code};
+use super::error::{LinkError, close_code, closes_with, code};
 use super::incoming::{self, Assembly, Carries, Core, LaneQueues};
 use super::lanes::{CONTROL_PRIORITY, Lane};
 use super::proof::{self, SessionKey};
@@ -192,7 +192,12 @@ impl Link {
         let (core, main) = (core.clone(), core.connection.clone());
         tokio::spawn(async move {
             tokio::select! {
-                reason = connection.closed() => core.lost(reason).await,
+                reason = connection.closed() => {
+                    // The sender has pushed nothing by it, so nothing is lost.
+                    if side == Side::Sender || !closes_with(&reason, close_code::NEVER_USED) {
+                        core.lost(reason).await;
+                    }
+                }
                 // Whoever closes the link at this end closes this one too, and says the same by all.
                 _ = main.closed() => core.close(close_code::LET_GO, LET_GO_REASON),
             }

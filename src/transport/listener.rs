@@ -1,7 +1,7 @@
 //! The receiver's end: waits for the one sender that holds the ticket.
 
 use std::collections::HashMap;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -11,7 +11,7 @@ use tokio::sync::mpsc;
 
 use super::bulk::{BULK_STREAMS, BULK_WINDOW_BYTES, BulkConnection, Side};
 use super::congestion::Gauges;
-use super::error::{ListenError, close_code, code};
+use super::error::{ListenError, close_code};
 use super::identity::Identity;
 use super::lanes::MAX_STREAMS;
 use super::link::{Established, Link, WeakLink};
@@ -20,6 +20,7 @@ use super::quic::{self, Peer};
 use super::saved::{SavedError, SavedReceiver};
 use super::socket::{self, Cap};
 use super::ticket::{MAX_ADDRESSES, MigrationId, Secret, Ticket};
+use super::unkept::CloseUnlessKept;
 use super::{TransportOptions, addresses};
 
 /// A stranger must have proved its ticket within this time.
@@ -27,7 +28,8 @@ const STRANGER_PATIENCE: Duration = Duration::from_secs(5);
 /// Strangers at a time, in all and from one address.
 const MAX_STRANGERS: usize = 32;
 const MAX_STRANGERS_PER_ADDRESS: usize = 4;
-/// From so many on, a stranger must show that its address is its own.
+/// From so many on, and from the second one of an address on, a stranger must show that its address is its own: others
+/// could take all places of an address by writing that into their packets.
 const STRANGERS_BEFORE_RETRY: usize = 8;
 /// Authenticated links that wait for [`Listener::accept`] or [`Listener::accept_resumed`].
 const LINK_QUEUE: usize = 4;
@@ -244,15 +246,19 @@ enum Known {
 async fn receive_strangers(desk: Arc<Desk>) {
     while let Some(incoming) = desk.endpoint.accept().await {
         let address = incoming.remote_address().ip();
-        let Some(place) = Place::take(&desk, address) else {
+        let may_be_forged = !incoming.remote_address_validated() && incoming.may_retry();
+        let place = match Place::take(&desk, address, may_be_forged) {
+            Ok(place) => place,
+            Err(NoPlace::AddressUnproved) => {
+                let _ = incoming.retry();
+                continue;
+            }
             // Without an answer it asks again, when there may be a place.
-            incoming.ignore();
-            continue;
+            Err(NoPlace::Full) => {
+                incoming.ignore();
+                continue;
+            }
         };
-        if place.crowded && !incoming.remote_address_validated() && incoming.may_retry() {
-            let _ = incoming.retry();
-            continue;
-        }
         let desk = desk.clone();
         tokio::spawn(async move {
             let _place = place;
@@ -275,14 +281,15 @@ impl Desk {
         let Ok(connecting) = incoming.accept_with(Arc::new(config)) else { return };
         let Ok(connection) = connecting.await else { return };
         // A stranger that runs out of time is shown the door, not only forgotten.
-        let impatient = CloseUnlessKept(Some(connection.clone()));
+        let too_slow = (close_code::TOO_SLOW, "no proof of a ticket in time");
+        let impatient = CloseUnlessKept::new(connection.clone(), too_slow);
         let Ok(control) = connection.accept_bi().await else { return };
         match self.admit(connection, control, gauges).await {
             Ok(()) => impatient.keep(),
             Err(None) => {}
             Err(Some((number, reason))) => {
                 tracing::info!(%peer, reason, "a sender was turned away");
-                impatient.close(number, reason);
+                impatient.close((number, reason));
             }
         }
     }
@@ -371,19 +378,39 @@ impl Desk {
 struct Place {
     desk: Arc<Desk>,
     address: IpAddr,
-    crowded: bool,
+}
+
+/// Why there is no place for a stranger.
+enum NoPlace {
+    AddressUnproved,
+    Full,
 }
 
 impl Place {
-    fn take(desk: &Arc<Desk>, address: IpAddr) -> Option<Self> {
+    fn take(desk: &Arc<Desk>, address: IpAddr, may_be_forged: bool) -> Result<Self, NoPlace> {
+        let address = counted_as(address);
         let mut strangers = desk.strangers.lock().unwrap_or_else(PoisonError::into_inner);
         let all: usize = strangers.values().sum();
         let from_here = strangers.get(&address).copied().unwrap_or(0);
-        if all >= MAX_STRANGERS || from_here >= MAX_STRANGERS_PER_ADDRESS {
-            return None;
+        if all >= MAX_STRANGERS {
+            return Err(NoPlace::Full);
+        }
+        if may_be_forged && (from_here > 0 || all >= STRANGERS_BEFORE_RETRY) {
+            return Err(NoPlace::AddressUnproved);
+        }
+        if from_here >= MAX_STRANGERS_PER_ADDRESS {
+            return Err(NoPlace::Full);
         }
         strangers.insert(address, from_here + 1);
-        Some(Place { desk: desk.clone(), address, crowded: all >= STRANGERS_BEFORE_RETRY })
+        Ok(Place { desk: desk.clone(), address })
+    }
+}
+
+/// Who has one address of IPv6 has the other 2^64 - 1 of its network too.
+fn counted_as(address: IpAddr) -> IpAddr {
+    match address.to_canonical() {
+        IpAddr::V6(address) => Ipv6Addr::from_bits(address.to_bits() >> 64 << 64).into(),
+        address @ IpAddr::V4(_) => address,
     }
 }
 
@@ -399,24 +426,15 @@ impl Drop for Place {
     }
 }
 
-struct CloseUnlessKept(Option<Connection>);
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-impl CloseUnlessKept {
-    fn keep(mut self) {
-        self.0 = None;
-    }
-
-    fn close(mut self, number: u32, reason: &str) {
-        if let Some(connection) = self.0.take() {
-            connection.close(code(number), reason.as_bytes());
-        }
-    }
-}
-
-impl Drop for CloseUnlessKept {
-    fn drop(&mut self) {
-        if let Some(connection) = &self.0 {
-            connection.close(code(close_code::TOO_SLOW), b"no proof of a ticket in time");
-        }
+    #[test]
+    fn addresses_of_one_network_count_together_and_those_of_version_4_alone() {
+        let counted = |text: &str| counted_as(text.parse().unwrap()).to_string();
+        assert_eq!(counted("2001:db8:1:2:3:4:5:6"), "2001:db8:1:2::");
+        assert_eq!(counted("192.0.2.7"), "192.0.2.7");
+        assert_eq!(counted("::ffff:192.0.2.7"), "192.0.2.7");
     }
 }

@@ -37,6 +37,7 @@ mod socket;
 #[cfg(test)]
 mod tests;
 mod ticket;
+mod unkept;
 
 pub(crate) use buffers::Buffers;
 pub(crate) use bulk::MAX_CONNECTIONS;

@@ -103,4 +103,9 @@ impl Relay {
     fn cut(self) {
         self.tasks.iter().for_each(JoinHandle::abort);
     }
+
+    /// From now on nothing comes back.
+    fn cut_the_way_back(&self) {
+        self.tasks[1].abort();
+    }
 }

@@ -15,7 +15,7 @@ use serde_json::Value;
 
 const LINK: &str = "500Mbit,10ms";
 const LIMIT: Duration = Duration::from_secs(90);
-const SPARSE: &str = "ff.ws=128M ff.pattern=sparse ff.rate=2000 ff.verify=50000";
+const SPARSE: &str = "ff.ws=128M ff.pattern=sparse ff.rate=2000 ff.verify=20000";
 
 /// A guest that was moved, with everything around it still there.
 struct After {
@@ -65,8 +65,8 @@ impl After {
     /// The guest runs on the destination only, and its memory is right.
     fn guest_is_unharmed(&self) -> Result<()> {
         let log = &self.destination.log;
-        let sweeps = log.wait_for_sweeps(2, LIMIT);
-        sweeps.with_context(|| {
+        let sweep = log.wait_for_a_sweep(LIMIT);
+        sweep.with_context(|| {
             let [source, destination] =
                 [&self.source, &self.destination].map(|guest| guest.diagnosis());
             format!("source: {source}\ndestination: {destination}\n{:?}", self.moved)
@@ -120,19 +120,19 @@ fn pc_moves_by_postcopy() -> Result<()> {
 
 #[test]
 fn microvm_moves_by_postcopy() -> Result<()> {
-    let work = "ff.ws=128M ff.pattern=half ff.rate=1000 ff.verify=50000";
+    let work = "ff.ws=128M ff.pattern=half ff.rate=1000 ff.verify=20000";
     moves_unharmed(&GuestSpec::new(Machine::Microvm, 256, work), "postcopy", &[])
 }
 
 #[test]
 fn a_guest_that_writes_whole_random_pages_moves_by_hybrid() -> Result<()> {
-    let work = "ff.ws=96M ff.pattern=random ff.rate=2000 ff.fill=random ff.verify=50000";
+    let work = "ff.ws=96M ff.pattern=random ff.rate=2000 ff.fill=random ff.verify=20000";
     moves_unharmed(&GuestSpec::new(Machine::Pc, 256, work), "hybrid", &[])
 }
 
 #[test]
 fn an_idle_guest_moves_by_precopy() -> Result<()> {
-    let work = "ff.ws=64M ff.pattern=idle ff.verify=50000";
+    let work = "ff.ws=64M ff.pattern=idle ff.verify=20000";
     moves_unharmed(&GuestSpec::new(Machine::Q35, 256, work), "precopy", &[])
 }
 
@@ -178,7 +178,7 @@ fn devices_go_on(
     strategy: &str,
     link: &str,
 ) -> Result<Option<Value>> {
-    let work = format!("ff.ws=64M ff.verify=50000 {work}");
+    let work = format!("ff.ws=64M ff.verify=20000 {work}");
     let mut spec = GuestSpec::new(machine, 256, &work);
     spec.devices = Devices::All;
     spec.direct_disk = true;
@@ -275,7 +275,7 @@ fn a_qemu_that_waits_already_is_attached_to() -> Result<()> {
     let send = Running::send(&lab, &source, &ticket, &[])?;
     send.wait(LIMIT)?.report().context("send")?;
     receive.wait(LIMIT)?.report().context("receive")?;
-    destination.log.wait_for_sweeps(2, LIMIT)?;
+    destination.log.wait_for_a_sweep(LIMIT)?;
     drop((source, destination));
     nothing_is_left_in(lab)
 }

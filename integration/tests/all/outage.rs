@@ -17,7 +17,7 @@ const LONG_VARIABLE: &str = "FARFAULT_OUTAGE_S";
 /// What a failed attempt to find the link again, and the pause behind it, may take.
 const LONGEST_ATTEMPT: Duration = Duration::from_secs(20);
 /// A writing guest whose memory takes some seconds to cross the link.
-const WORK: &str = "ff.ws=96M ff.pattern=sparse ff.rate=1000 ff.fill=random ff.verify=50000";
+const WORK: &str = "ff.ws=96M ff.pattern=sparse ff.rate=1000 ff.fill=random ff.verify=20000";
 const LINK: &str = "200Mbit,10ms";
 
 /// Whatever is said on standard error fails, as on a terminal that is gone or a disk that is full.
@@ -62,7 +62,7 @@ fn moves_over_cuts(strategy: &str, phase: &str, connections: u32) -> Result<()> 
         let bound_ms = (long + LONGEST_ATTEMPT).as_millis() as u64;
         ensure!(longest < Some(bound_ms), "{longest:?} ms for a cut of {long:?}");
     }
-    destination.log.wait_for_sweeps(2, LIMIT)?;
+    destination.log.wait_for_a_sweep(LIMIT)?;
     ensure!(source.log.complaints().is_empty(), "{:?}", source.log.complaints());
     ensure!(destination.log.complaints().is_empty(), "{:?}", destination.log.complaints());
     ensure!(destination.monitor()?.status()? == "running");

@@ -28,6 +28,10 @@ impl Session {
             }
         };
         let goodbye = failure.as_ref().map_or("done", |failure| failure.reason.as_str());
+        // Of two links the destination would take the one that came last, on which nothing is said.
+        if let Some(search) = self.search.take() {
+            search.abort();
+        }
         if let (SourceOutcome::Stayed(failure), Some(deadline)) = (&outcome, self.links.deadline())
         {
             let limit = deadline.saturating_duration_since(Instant::now()).min(LAST_WORD);
@@ -122,13 +126,17 @@ impl Session {
 
     /// The migration has ended in an outage, with the guest running here. The destination would wait.
     async fn tell_of_stay(&self, failure: &Failure, limit: Duration) {
+        let abort = ToDestination::Abort { reason: failure.reason.clone() };
+        let abort = Bytes::from(encode(&abort));
         let tell = async {
-            let link = self.destination.find().await;
-            let abort = ToDestination::Abort { reason: failure.reason.clone() };
-            if link.control_send(encode(&abort).into()).await.is_ok() {
-                let _ = link.finish().await;
+            loop {
+                let link = self.destination.find().await;
+                let is_told =
+                    link.control_send(abort.clone()).await.is_ok() && link.finish().await.is_ok();
+                if is_told {
+                    return link.close(1, &failure.reason).await;
+                }
             }
-            link.close(1, &failure.reason).await;
         };
         if tokio::time::timeout(limit, tell).await.is_err() {
             tracing::warn!("the destination was not told that the guest stays here");

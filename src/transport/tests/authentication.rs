@@ -77,6 +77,23 @@ async fn garbage_and_silent_strangers_do_not_keep_the_sender_out() {
 }
 
 #[tokio::test]
+async fn who_writes_the_senders_address_into_his_packets_does_not_take_its_places() {
+    let (listener, ticket) = listen(&options());
+    for _ in 0..8 {
+        // What is answered does not reach him.
+        let relay = Relay::start(ticket.addresses[0]).await;
+        relay.cut_the_way_back();
+        let forged = Ticket { addresses: vec![relay.address], ..ticket.clone() };
+        tokio::spawn(async move {
+            let _relay = relay;
+            connect(&forged, &options()).await
+        });
+    }
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    meet(&listener, &ticket, &options()).await;
+}
+
+#[tokio::test]
 async fn a_closed_port_and_a_good_one_make_a_link() {
     let (listener, mut ticket) = listen(&options());
     ticket.addresses.insert(0, "127.0.0.1:9".parse().unwrap());

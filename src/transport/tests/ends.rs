@@ -1,3 +1,5 @@
+use super::super::connect::{dial, introduce};
+use super::super::proof::Claim;
 use super::*;
 
 #[tokio::test]
@@ -21,6 +23,27 @@ async fn a_link_that_is_dropped_is_closed() {
     drop(sender);
     let error = receiver.control_recv().await.unwrap_err();
     assert!(matches!(error, LinkError::Refused { .. }) && error.is_mendable(), "{error}");
+}
+
+#[tokio::test]
+async fn a_sender_that_comes_back_and_hears_the_answer_too_late_may_come_once_more() {
+    let options = TransportOptions { connect_timeout_ms: 500, ..options() };
+    let (listener, mut ticket) = listen(&options);
+    let (sender, _receiver) = meet(&listener, &ticket, &options).await;
+    let session = sender.session_key();
+    let relay = Relay::start(ticket.addresses[0]).await;
+    ticket.addresses = vec![relay.address];
+    let deadline = tokio::time::Instant::now() + Duration::from_secs(3);
+    let (_, dialled) = dial(&ticket, &options, deadline).await.unwrap();
+    relay.cut_the_way_back();
+    let introducing = introduce(dialled, &ticket, Claim::Session, &session.0, &options);
+    let (introduced, again) = tokio::join!(
+        tokio::time::timeout(Duration::from_millis(500), introducing),
+        listener.accept_resumed(&session, Some(Duration::from_secs(3)))
+    );
+    assert!(introduced.is_err(), "the answer cannot come");
+    let error = again.expect("the proof was good").ended().await;
+    assert!(error.is_mendable(), "{error}");
 }
 
 #[tokio::test]

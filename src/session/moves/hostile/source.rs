@@ -36,7 +36,11 @@ fn page_message(version: Version, page: PageIndex) -> Bytes {
 }
 
 fn flight(version: Version, need: &PageSet, zero: &PageSet) -> Bytes {
-    let device_state = PackedState::pack(b"no device has this state", None);
+    flight_of(b"no device has this state", version, need, zero)
+}
+
+fn flight_of(device_state: &[u8], version: Version, need: &PageSet, zero: &PageSet) -> Bytes {
+    let device_state = PackedState::pack(device_state, None);
     let (need, zero) = (PackedSet::pack(need), PackedSet::pack(zero));
     encode(&Flight { final_version: version, need, zero, device_state }).into()
 }
@@ -45,9 +49,11 @@ fn offer(version: Version) -> ToDestination {
     ToDestination::Offer { final_version: version, run_when: RunWhen::Loaded }
 }
 
-/// Receives from a source that does `lie`, which is also told the receiver's directory. Whatever it was, the
-/// receiver ends without a guest and leaves nothing behind.
-fn refuse<F: Future<Output = ()>>(lie: impl FnOnce(Wire, PathBuf) -> F) {
+/// Receives from a source that does `lie`, which is also told the receiver's directory. Gives the report, and what
+/// the receiver has left behind.
+fn receive_lies<F: Future<Output = ()>>(
+    lie: impl FnOnce(Wire, PathBuf) -> F,
+) -> (Report, Vec<PathBuf>) {
     let guest = SharedGuest::new(waiting_threads(&small_plan()));
     let directory = tempfile::tempdir().unwrap();
     let options = TransportOptions::default();
@@ -63,8 +69,14 @@ fn refuse<F: Future<Output = ()>>(lie: impl FnOnce(Wire, PathBuf) -> F) {
         lie(link.clone(), own).await;
         receiving.await.unwrap()
     });
+    let left = std::fs::read_dir(directory.path()).unwrap();
+    (report, left.map(|entry| entry.unwrap().path()).collect())
+}
+
+/// The same. Whatever the lie was, the receiver ends without a guest and leaves nothing behind.
+fn refuse<F: Future<Output = ()>>(lie: impl FnOnce(Wire, PathBuf) -> F) {
+    let (report, left) = receive_lies(lie);
     assert_eq!(report.result, MigrationResult::Refused);
-    let left: Vec<_> = std::fs::read_dir(directory.path()).unwrap().collect();
     assert!(left.is_empty(), "{left:?}");
 }
 
@@ -203,6 +215,35 @@ fn a_decision_about_nothing_can_be_cancelled() {
         assert!(verdict.accepted, "{verdict:?}");
     });
     assert!(told.contains("cancelled"), "{told}");
+}
+
+#[test]
+fn a_receiver_whose_source_does_not_say_farewell_can_be_told_not_to_wait() {
+    if !can_serve_faults("a source that falls silent at the end") {
+        return;
+    }
+    let mut left = ThreadsGuest::boot(&small_plan()).unwrap();
+    left.pause().unwrap();
+    let device_state = left.save_device_state().unwrap();
+    let receiving = receive_lies(async |link, directory| {
+        say(&link, &hello()).await;
+        assert_eq!(hear(&link).await, Ok(ToSource::Prepared));
+        let (none, all) = (PageSet::empty(pages()), PageSet::full(pages()));
+        say(&link, &offer(Version(1))).await;
+        let _ = link.send(Lane::State, flight_of(&device_state, Version(1), &none, &all)).await;
+        say(&link, &ToDestination::Commit).await;
+        loop {
+            match hear(&link).await.expect("the receiver goes on") {
+                ToSource::Done => break,
+                ToSource::Refused { reason, .. } => panic!("{reason}"),
+                _ => {}
+            }
+        }
+        tokio::task::spawn_blocking(move || ask_cancel(&directory).unwrap()).await.unwrap();
+        // The link is up all the time.
+        assert!(!link.ended().await.is_mendable());
+    });
+    assert_eq!(receiving.0.result, MigrationResult::Migrated);
 }
 
 /// Most memory that this process has had.
