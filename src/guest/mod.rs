@@ -104,7 +104,11 @@ impl Shape {
 }
 
 fn ram(layout: &MemoryLayout) -> String {
-    let list = layout.regions().iter().map(|r| format!("{} of {} MiB", r.name, r.size_bytes >> 20));
+    let size = |bytes: u64| match bytes % (1 << 20) {
+        0 => format!("{} MiB", bytes >> 20),
+        _ => format!("{bytes} bytes"),
+    };
+    let list = layout.regions().iter().map(|r| format!("{} of {}", r.name, size(r.size_bytes)));
     list.collect::<Vec<_>>().join(", ")
 }
 
@@ -281,4 +285,23 @@ pub trait DestinationGuest: Send {
 /// A monitor that lives in this process, and so ends with it.
 fn in_this_process(shape: &Shape) -> Whereabouts {
     Whereabouts { monitor: shape.monitor.clone(), runs: true, ..Whereabouts::default() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::RegionLayout;
+
+    #[test]
+    fn ram_that_differs_by_a_page_is_told() {
+        let shape = |size_bytes| {
+            let region = RegionLayout { name: "ram0".to_owned(), size_bytes };
+            let memory = MemoryLayout::new(vec![region]);
+            Shape { monitor: "qemu".to_owned(), memory, properties: BTreeMap::new() }
+        };
+        let (here, there) = (shape(1 << 20), shape((1 << 20) + 4096));
+        assert!(here.differences(&here).is_empty());
+        let told = "RAM: source has ram0 of 1 MiB, destination has ram0 of 1052672 bytes";
+        assert_eq!(here.differences(&there), [told]);
+    }
 }

@@ -3,6 +3,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock, RwLock};
+use std::time::{Duration, Instant};
 
 use crate::codec::CodecCounts;
 use crate::engine::Failure;
@@ -38,6 +39,9 @@ pub(super) enum ApplyError {
     /// A page cannot be both.
     #[error("the source says of {0} pages both that they are zero and that they will come")]
     NeedAndZero(u64),
+    /// A page goes at most once in a version.
+    #[error("a message of the source has more pages than the guest")]
+    TooManyPages,
     /// A version that is not being sent.
     #[error("the source sent pages of version {0:?}, which is over or was never begun")]
     Version(Version),
@@ -54,6 +58,10 @@ impl From<ApplyError> for Failure {
 
 /// Pages whose content is taken away by one call: so many are claimed at a time.
 const CLEARED_TOGETHER_PAGES: u64 = 512;
+
+/// How long it is tried to map pages, and how often.
+const MAP_AGAIN_FOR: Duration = Duration::from_secs(30);
+const MAP_AGAIN_AFTER: Duration = Duration::from_millis(200);
 
 /// Applies messages of pages; shared by the threads that do so.
 pub(super) struct Arrivals {
@@ -126,7 +134,7 @@ impl Arrivals {
     ) -> Result<Applied, ApplyError> {
         let switchover = self.switchover.read().expect("no holder panics");
         let mut applied = Applied::default();
-        let mut rest = message;
+        let (mut rest, mut pages) = (message, 0);
         while !rest.is_empty() {
             let (frame, behind) = Frame::parse(rest, self.memory.pages())?;
             if applied.version != Version::NONE && frame.version() != applied.version {
@@ -139,6 +147,11 @@ impl Arrivals {
             if may_wait && switchover.is_none() && !self.has_kin_of(&frame) {
                 applied.waits_from = Some(message.len() - rest.len());
                 break;
+            }
+            // Runs of zero pages take a few bytes each, and a walk over all their pages.
+            pages = frame.page_count().saturating_add(pages);
+            if pages > self.memory.pages() {
+                return Err(ApplyError::TooManyPages);
             }
             let mut counts = CodecCounts::default();
             counts.add(frame.codec(), frame.page_count(), frame.len_bytes() as u64);
@@ -374,10 +387,22 @@ impl Arrivals {
         Ok(())
     }
 
+    /// Maps pages that are here. A host that is short of memory for page tables may have some again: giving up
+    /// loses a guest all of whose pages may come.
     fn map(&self, pages: &[PageIndex]) -> Result<(), MemoryError> {
-        match self.faults.get() {
-            Some(faults) => faults.map_arrived(pages),
-            None => Ok(()),
+        let Some(faults) = self.faults.get() else { return Ok(()) };
+        let begin = Instant::now();
+        loop {
+            match faults.map_arrived(pages) {
+                Err(error)
+                    if !matches!(error, MemoryError::ProcessGone)
+                        && begin.elapsed() < MAP_AGAIN_FOR =>
+                {
+                    tracing::warn!(%error, "pages that have come are mapped again");
+                    std::thread::sleep(MAP_AGAIN_AFTER);
+                }
+                done => return done,
+            }
         }
     }
 

@@ -1,7 +1,7 @@
 //! The source's pages after the guest was stopped: they do not change any more, so all pushing threads and the
 //! fault lane read and encode them side by side, and wait for each other only where the next page is chosen.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use bytes::Bytes;
@@ -31,6 +31,9 @@ pub(super) struct FrozenPages {
     need: PageSet,
     pusher: Mutex<Pusher>,
     costs: Costs,
+    /// False once the destination has asked for a page that came spoilt: the guest may have written to what it was said
+    /// to be a copy of, and to what many others are.
+    may_copy: AtomicBool,
     counters: Arc<Counters>,
     buffers: Buffers,
 }
@@ -48,8 +51,18 @@ impl FrozenPages {
         counters.remaining_pages.store(need.len(), Ordering::Relaxed);
         let pusher = Mutex::new(Pusher::new(need.clone(), heat, pusher));
         let costs = Costs::new(&counters.codecs());
-        let buffers = Buffers::default();
-        FrozenPages { memory, sent, version, zero, need, pusher, costs, counters, buffers }
+        FrozenPages {
+            memory,
+            sent,
+            version,
+            zero,
+            need,
+            pusher,
+            costs,
+            may_copy: AtomicBool::new(true),
+            counters,
+            buffers: Buffers::default(),
+        }
     }
 
     /// The hottest pages that can go as deltas are pushed first, as many as take `bytes`: the guest will
@@ -197,8 +210,15 @@ impl FrozenPages {
     }
 
     fn encode(&self, pages: &[PageIndex], whole: bool, reader: &mut PageReader, out: &mut Vec<u8>) {
-        let against = Against { sent: &self.sent, sending: &self.need, landed: None };
-        let against = (!whole).then_some(against);
+        if whole {
+            self.may_copy.store(false, Ordering::Relaxed);
+        }
+        let against = (!whole).then(|| Against {
+            sent: &self.sent,
+            sending: &self.need,
+            landed: None,
+            may_copy: self.may_copy.load(Ordering::Relaxed),
+        });
         let counts = reader.encode(&self.memory, against, self.version, pages, out);
         self.costs.learn(&counts);
         self.counters.add_frames(&counts);

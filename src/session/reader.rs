@@ -58,6 +58,8 @@ pub(super) struct Against<'a> {
     pub(super) sending: &'a PageSet,
     /// Those of them that have arrived; only the first round says.
     pub(super) landed: Option<&'a Landed>,
+    /// Whether a page may be told to be a copy of another one.
+    pub(super) may_copy: bool,
 }
 
 /// Pages of the first round that have arrived at the destination: the messages that brought them were
@@ -173,7 +175,8 @@ impl PageReader {
             && self.fixed.is_none()
             && (choice.page == PageCodec::Raw || !self.remembering.pays());
         // Nothing is gained by it where one page goes, and a copy may have to be asked for again.
-        let may_copy = self.purpose != Purpose::Fault;
+        let may_copy =
+            self.purpose != Purpose::Fault && against.is_some_and(|against| against.may_copy);
         let has_kin = self.purpose == Purpose::Round
             && !only_code
             && self.pace.link_bytes_per_s() <= KIN_UP_TO_BYTES_PER_S
@@ -253,7 +256,7 @@ impl PageReader {
         }
         let none = Kin::default();
         let kin = match against {
-            Some(Against { sent, sending, landed }) if has_kin && trusts_kin => {
+            Some(Against { sent, sending, landed, .. }) if has_kin && trusts_kin => {
                 let landed = landed.map(Landed::pages);
                 // What went in the first round went whole and stays until the next. Of later rounds only what was
                 // there before them is certain to be and to stay.

@@ -269,7 +269,8 @@ impl RoundSender {
         let mut bytes = 0;
         for batch in populated.chunks(BATCH_PAGES) {
             let mut trial = Vec::new();
-            let against = Some(Against { sent: &self.sent, sending: dirty, landed: None });
+            let against =
+                Some(Against { sent: &self.sent, sending: dirty, landed: None, may_copy: true });
             let reader = &mut self.readers[0];
             let counts = reader.encode(&self.memory, against, next, batch, &mut trial);
             bytes += counts.total_bytes();
@@ -330,7 +331,8 @@ impl Round<'_> {
                 }
             }
             let (sent, sending) = (self.sent, self.sending);
-            let against = Some(Against { sent, sending, landed: self.landed.as_deref() });
+            let against =
+                Some(Against { sent, sending, landed: self.landed.as_deref(), may_copy: true });
             counts += reader.encode(self.memory, against, self.version, &task.pages, &mut message);
             if let Some(left_over) = reader.left_over() {
                 let full = std::mem::replace(&mut message, left_over);

@@ -17,8 +17,9 @@ pub const PROTOCOL: u16 = 4;
 pub const MAX_REQUEST_PAGES: usize = 256;
 
 /// Most pages of one round that the destination may reject before it gives the migration up: more
-/// than a stray flipped bit means that something is broken.
-pub const MAX_REJECTED_PAGES: usize = 4096;
+/// than stray flipped bits, and than changed lines that do not show by their fingerprints (one of 65,536: as many pages for
+/// 256 GiB of changed lines), means that something is broken.
+pub const MAX_REJECTED_PAGES: usize = 1 << 16;
 
 /// How the guest moves.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

@@ -174,13 +174,13 @@ fn share_key(place: &Place, from: &mut Qmp, to: &mut Qmp) -> Result<()> {
     SystemRandom::new().fill(&mut key).expect("the kernel gives random bytes");
     let key: String = key.iter().map(|byte| format!("{byte:02x}")).collect();
     std::fs::write(directory.join("keys.psk"), format!("{KEY_USER}:{key}\n"))?;
-    for (side, endpoint) in [(to, "server"), (from, "client")] {
-        let mut credentials =
-            json!({ "qom-type": "tls-creds-psk", "id": KEY_ID, "dir": directory });
-        credentials["endpoint"] = json!(endpoint);
-        credentials["username"] = json!(KEY_USER);
-        side.execute("object-add", credentials)?;
-    }
+    let mut credentials = json!({ "qom-type": "tls-creds-psk", "id": KEY_ID, "dir": directory });
+    credentials["endpoint"] = json!("server");
+    to.execute("object-add", credentials.clone())?;
+    credentials["endpoint"] = json!("client");
+    // Only a client is asked who it is.
+    credentials["username"] = json!(KEY_USER);
+    from.execute("object-add", credentials)?;
     Ok(())
 }
 

@@ -24,7 +24,11 @@ impl Mapper {
         let stopped = Arc::clone(&stop);
         let name = "page-mapper";
         let thread = std::thread::Builder::new().name(name.to_owned());
-        let thread = thread.spawn(move || map_all(&service, &stopped));
+        let thread = thread.spawn(move || {
+            map_all(&service, &stopped).inspect_err(
+                |error| tracing::warn!(%error, "pages are left to be mapped when they are touched"),
+            )
+        });
         let thread = thread.map_err(|source| MemoryError::Thread { name, source })?;
         Ok(Mapper { stop, thread: Some(thread) })
     }

@@ -32,6 +32,9 @@ pub(super) const HUGE_PAGES: u64 = 512;
 /// A thread is worth starting for so many pages to hash: 32 MiB, some milliseconds.
 const PAGES_A_THREAD: u64 = 8192;
 
+/// A look at one page by a system call takes as long as hashing so many.
+const PAGES_A_LOOK: u64 = 4;
+
 /// See the module's text.
 pub(super) struct HugeWriteProtect {
     uffd: Uffd,
@@ -126,7 +129,7 @@ impl HugeWriteProtect {
 
     /// Those of `units` that count as unwritten and may have been holes since they were last looked at.
     fn read_anew(&self, units: &[PageRange]) -> Result<Vec<PageRange>, MemoryError> {
-        shared_out(units, units.len() as u64, |unit, found| {
+        shared_out(units, units.len() as u64 * PAGES_A_LOOK, |unit, found| {
             let mut copy = [0; PAGE_SIZE_BYTES];
             if let Some(page) = self.hashes.not_zero(*unit).next() {
                 self.memory.try_read_page(page, &mut copy)?;

@@ -388,3 +388,16 @@ fn kin_that_the_guest_has_written_to_since_gives_no_wrong_page() {
     assert_eq!(world.apply(frame).unwrap().rejected, vec![PageIndex(1)]);
     assert_eq!(world.table.state(PageIndex(1)).stage, Stage::Stale);
 }
+
+#[test]
+fn a_message_that_makes_more_pages_zero_than_there_are_is_refused() {
+    let mut world = World::new();
+    let all = [PageRange::new(0, PAGES)];
+    let mut message = Vec::new();
+    world.encoder.encode_zero_runs(Version(1), &all, &mut message);
+    let World { arrivals, scratch, .. } = &mut world;
+    arrivals.apply(&message, true, scratch).unwrap();
+    let twice = message.repeat(2);
+    let error = arrivals.apply(&twice, true, scratch).unwrap_err();
+    assert!(matches!(error, ApplyError::TooManyPages), "{error}");
+}

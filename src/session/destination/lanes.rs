@@ -108,11 +108,11 @@ impl Application {
             drop(ledger);
             match noted {
                 Noted::Apply(another) => messages.push(another),
-                Noted::Full(unapplied) if messages.is_empty() => {
-                    messages.push(self.wait_with(unapplied));
-                }
                 // What it waits for may be among those that are ready, which only this thread has.
-                Noted::Full(unapplied) => messages.insert(0, unapplied),
+                Noted::Full(unapplied) if messages.iter().any(|other| is_ready(&other.message)) => {
+                    messages.insert(0, unapplied);
+                }
+                Noted::Full(unapplied) => messages.push(self.wait_with(unapplied)),
                 noted => tell_round(noted, &self.happened, &self.asked)?,
             }
             if !was_complete && self.arrivals.is_complete() {

@@ -89,7 +89,8 @@ impl World {
             }
         }
         let World { memory, sent, reader, there, landed } = self;
-        let against = Some(Against { sent, sending: &sending, landed: Some(landed) });
+        let against =
+            Some(Against { sent, sending: &sending, landed: Some(landed), may_copy: true });
         let counts = reader.encode(memory, against, version, &pages, &mut message);
         reader.remember(sent, version, &pages, |_, _| {});
         let (mut rejected, mut rest) = (Vec::new(), &message[..]);
@@ -236,7 +237,7 @@ fn kin_are_what_has_arrived_and_is_not_sent_again() {
     let mut send = |version: u16, pages: std::ops::Range<u64>, sending: &PageSet| {
         let pages: Vec<PageIndex> = pages.map(PageIndex).collect();
         let landed = (version == 1).then_some(&*landed);
-        let against = Some(Against { sent, sending, landed });
+        let against = Some(Against { sent, sending, landed, may_copy: true });
         let mut message = Vec::new();
         reader.encode(memory, against, Version(version), &pages, &mut message);
         reader.remember(sent, Version(version), &pages, |_, _| {});
@@ -257,4 +258,21 @@ fn kin_are_what_has_arrived_and_is_not_sent_again() {
     assert!(!kin.is_empty() && kin.iter().all(|page| ![2, 3, 50].contains(page)), "{kin:?}");
     sent.distrust(PageIndex(3));
     assert!(send(3, 2..4, &sending).0.is_empty(), "what was rejected goes by itself");
+}
+
+#[test]
+fn nothing_goes_as_a_copy_once_copies_have_come_spoilt() {
+    let mut world = World::new(SentLimits { base_cache_bytes: 16 << 20, lines_bytes: 0 });
+    world.round(1, &[0]);
+    world.write(5, &world.here(0));
+    let World { memory, sent, .. } = &world;
+    let sending = PageSet::empty(PAGES);
+    for may_copy in [true, false] {
+        let against = Some(Against { sent, sending: &sending, landed: None, may_copy });
+        let mut message = Vec::new();
+        let mut reader = reader(Purpose::Push, 3_000_000);
+        let counts = reader.encode(memory, against, Version(2), &[PageIndex(5)], &mut message);
+        let contents: Vec<Content> = counts.used().map(|(codec, _, _)| codec.content()).collect();
+        assert_eq!(contents == [Content::Copy], may_copy, "{contents:?}");
+    }
 }
