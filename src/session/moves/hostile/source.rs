@@ -225,7 +225,7 @@ fn a_receiver_whose_source_does_not_say_farewell_can_be_told_not_to_wait() {
     let mut left = ThreadsGuest::boot(&small_plan()).unwrap();
     left.pause().unwrap();
     let device_state = left.save_device_state().unwrap();
-    let receiving = receive_lies(async |link, directory| {
+    let (report, _) = receive_lies(async |link, directory| {
         say(&link, &hello()).await;
         assert_eq!(hear(&link).await, Ok(ToSource::Prepared));
         let (none, all) = (PageSet::empty(pages()), PageSet::full(pages()));
@@ -243,7 +243,7 @@ fn a_receiver_whose_source_does_not_say_farewell_can_be_told_not_to_wait() {
         // The link is up all the time.
         assert!(!link.ended().await.is_mendable());
     });
-    assert_eq!(receiving.0.result, MigrationResult::Migrated);
+    assert_eq!(report.result, MigrationResult::Migrated);
 }
 
 /// Most memory that this process has had.
