@@ -7,8 +7,8 @@ use bytes::Bytes;
 use crate::page::{PageIndex, Version};
 use crate::wire::message::MAX_REJECTED_PAGES;
 
-/// Most pages that are asked for again after pre-copy. A source that sends more of them spoilt is
-/// broken or hostile, and must not fill the queue of requests.
+/// Most pages that are asked for again after pre-copy: the queue of requests must not grow without end. Beside damage
+/// it is copies of a page that the guest has written to since; once one has come, the source makes no more of them.
 const MAX_ASKED_AGAIN: usize = 1 << 20;
 
 /// Messages that wait for others, at most: 25 to 64 MiB, what may be unread otherwise. What they wait for was

@@ -90,7 +90,8 @@ async fn who_writes_the_senders_address_into_his_packets_does_not_take_its_place
         });
     }
     tokio::time::sleep(Duration::from_millis(100)).await;
-    meet(&listener, &ticket, &options()).await;
+    let limit = Duration::from_secs(4);
+    tokio::time::timeout(limit, meet(&listener, &ticket, &options())).await.expect("a place");
 }
 
 #[tokio::test]
