@@ -26,6 +26,7 @@ use farfault::memory::{
 };
 use farfault::page::{PAGE_SIZE_BYTES, PageIndex};
 use farfault::report::{Output, Report};
+use farfault::session::StopSignals;
 use farfault::session::destination::{ReceiveOptions, receive};
 use farfault::session::source::{SendOptions, send};
 use farfault::transport::{Listener, TransportOptions};
@@ -148,7 +149,8 @@ async fn migrate(
     let migration = ticket.migration.to_string();
     let receiving = tokio::spawn(async move {
         let output = Arc::new(Output::new(true));
-        receive(Box::new(destination), &listener, &migration, options, output).await.unwrap()
+        let (guest, signals) = (Box::new(destination), StopSignals::listen().unwrap());
+        receive(guest, &listener, &migration, options, signals, output).await.unwrap()
     });
     let options = SendOptions {
         engine: SourceConfig {

@@ -73,6 +73,7 @@ pub fn main() -> ExitCode {
         .with_writer(std::io::stderr)
         .log_internal_errors(false)
         .init();
+    crate::memory::keep_freed_memory();
     match arguments.command {
         Command::Receive(receive) => {
             run_migration(receive.json, receive.metrics, |output| receive.run(output))

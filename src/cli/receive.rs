@@ -12,6 +12,7 @@ use crate::engine::Failure;
 use crate::guest::DestinationGuest;
 use crate::guest::qemu::{QemuDestination, SpawnOptions};
 use crate::report::{Output, Report};
+use crate::session::StopSignals;
 use crate::session::destination::{ReceiveOptions, receive, resume_receive};
 use crate::session::journal::{Side, find};
 use crate::transport::{Listener, TransportOptions};
@@ -90,6 +91,8 @@ impl Receive {
             let found = find(&state_dir(self.state_dir.clone()), id, Some(Side::Destination))?;
             return resume_receive(found, &transport, self.reconnect_for, output).await;
         }
+        // Before there is a QEMU: one that is being started is ended too when we are.
+        let signals = StopSignals::listen()?;
         let advertised = self.advertise.clone();
         let (listener, ticket) = Listener::bind(self.listen, advertised, &transport)
             .map_err(|error| Failure::plain(error.to_string()))?;
@@ -110,7 +113,7 @@ impl Receive {
             trace: self.trace.clone(),
         };
         let migration = ticket.migration.to_string();
-        receive(guest, &listener, &migration, options, output).await
+        receive(guest, &listener, &migration, options, signals, output).await
     }
 }
 

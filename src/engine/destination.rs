@@ -175,6 +175,11 @@ impl DestinationMachine {
         self.source_knows
     }
 
+    /// True when the source needs no word of a refusal: it was told, or has said itself that it runs the guest.
+    pub fn source_knows_of_refusal(&self) -> bool {
+        self.refusal_told || self.source_done
+    }
+
     /// True while another link would be of use, should this one break.
     pub fn wants_link(&self) -> bool {
         self.state != State::Ended
@@ -479,8 +484,10 @@ impl DestinationMachine {
                 self.release();
             }
             State::Starting => {
-                let reason = format!("the guest is loaded but did not start: {failure}");
-                let hint = "continue it here by hand; the source will not run it any more";
+                let reason = format!("the guest is loaded and may not have started: {failure}");
+                // Not `cont` by hand: nobody would give it the pages that it waits for.
+                let hint = "let `farfault receive --resume` here and `farfault send --resume` on the source \
+                            go on with it; the source will not run it by itself any more";
                 self.end(DestinationOutcome::InDoubt(Failure::new(reason, hint)));
             }
             State::Postcopy => self.end(DestinationOutcome::LostPages(failure)),

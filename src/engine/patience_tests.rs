@@ -58,6 +58,25 @@ fn a_destination_that_takes_no_more_pages_does_not_keep_the_guest_stopped() {
 }
 
 #[test]
+fn a_disk_that_does_not_answer_is_named_and_the_guest_stands_until_the_decision_is_taken_back() {
+    let mut source = frozen(HandoverForm::OneFlight);
+    source.handle(BUDGET, SourceEvent::RemainderSent);
+    let decides = SourceAction::Journal(SourceRecord::Decided);
+    assert!(std::iter::from_fn(|| source.poll()).any(|action| action == decides));
+    let deadline = source.deadline().expect("the guest stands still");
+    source.handle(deadline, SourceEvent::Tick);
+    let Some(SourceAction::Send(ToDestination::Abort { reason })) = source.poll() else {
+        panic!("the destination is told");
+    };
+    assert!(reason.contains("the disk does not answer"), "{reason}");
+    assert_eq!(source.poll(), Some(SourceAction::Journal(SourceRecord::Void)));
+    source.handle(deadline, SourceEvent::Journaled(SourceRecord::Decided));
+    assert_eq!((source.poll(), source.deadline()), (None, None));
+    source.handle(deadline, SourceEvent::Journaled(SourceRecord::Void));
+    assert_eq!(source.poll(), Some(SourceAction::ResumeGuest));
+}
+
+#[test]
 fn a_destination_that_waits_for_a_long_flight_is_given_the_time_for_it() {
     let mut source = frozen(HandoverForm::Strict);
     source.handle(BUDGET, SourceEvent::RemainderSent);

@@ -224,7 +224,7 @@ impl SourceMachine {
                         self.failure.take().map_or(String::new(), |f| format!(" (after: {f})"));
                     let reason =
                         format!("the guest could not be let run on here: {failure}{first}");
-                    let hint = "look at the monitor and continue the guest by hand";
+                    let hint = "look at its monitor; then let it run by `farfault send --resume`";
                     self.end(SourceOutcome::Stayed(Failure::new(reason, hint)));
                 }
             }
@@ -427,6 +427,10 @@ impl SourceMachine {
             return;
         }
         self.deadline = None;
+        if self.state == State::Deciding {
+            let reason = "the decision could not be written down in time: the disk does not answer";
+            return self.fail(Failure::plain(reason), true);
+        }
         let what = match self.state {
             State::Preparing => "did not prepare its guest",
             State::Draining(..) => "did not acknowledge a pre-copy round",

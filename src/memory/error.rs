@@ -72,6 +72,9 @@ pub enum MemoryError {
     /// The process whose memory is shared has ended.
     #[error("the guest's process has ended")]
     ProcessGone,
+    /// The thread that serves the guest's faults has failed: touches of missing pages wait from then on.
+    #[error("the thread that serves the guest's faults has failed")]
+    FaultReaderGone,
     /// A userfaultfd operation failed in a way that has no name of its own.
     #[error("userfaultfd: cannot {action}: {source}")]
     Userfault {

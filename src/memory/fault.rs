@@ -2,6 +2,7 @@
 //! asked for.
 
 use std::collections::HashMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -114,7 +115,12 @@ impl FaultServer {
         let shared = Arc::clone(&service);
         let name = "fault-reader";
         let thread = std::thread::Builder::new().name(name.to_owned());
-        let thread = thread.spawn(move || shared.run(&ask, &may_ask_again));
+        let thread = thread.spawn(move || {
+            let served = AssertUnwindSafe(|| shared.run(&ask, &may_ask_again));
+            if catch_unwind(served).is_err() {
+                *lock(&shared.failure) = Some(MemoryError::FaultReaderGone);
+            }
+        });
         let thread = Some(thread.map_err(|source| MemoryError::Thread { name, source })?);
         Ok(FaultServer { service, thread })
     }
@@ -182,8 +188,8 @@ impl FaultServer {
         (touches, asked.touches_cut)
     }
 
-    /// What went wrong, once: the guest's process has ended (then no fault is served any more), or
-    /// there is no memory for a page (then it is tried again until there is).
+    /// What went wrong, once: the guest's process has ended or the fault reader has panicked (then no fault is
+    /// served any more), or there is no memory for a page (then it is tried again until there is).
     pub fn take_failure(&self) -> Option<MemoryError> {
         lock(&self.service.failure).take()
     }

@@ -8,6 +8,7 @@ mod fault;
 pub mod fuzz;
 mod guest_mapping;
 mod guest_memory;
+mod heap;
 mod huge_file;
 #[cfg(test)]
 mod huge_pool;
@@ -25,6 +26,7 @@ pub use error::MemoryError;
 pub use fault::{AskedFor, FaultOptions, FaultServer, FaultStats, Mapper, Touched};
 pub use guest_mapping::GuestMapping;
 pub use guest_memory::{Access, GuestMemory, RegionBacking};
+pub use heap::keep_freed_memory;
 pub use layout::{MemoryLayout, RegionLayout};
 pub use probe::{Capability, HostCapabilities, Status};
 pub use table::{Claim, PageState, PageTable, Stage, StageCounts, Want};

@@ -19,7 +19,9 @@ use super::journal::{About, Journal, Side};
 use super::ledger::{Noted, RoundLedger, Unapplied};
 use super::links::{Heard, Links, OnLink, until, until_quiet};
 use super::rounds::ms;
-use super::{PROGRESS_INTERVAL, ProgressMeter, Shared, StopSignals, Timeline, blocking};
+use super::{
+    PROGRESS_INTERVAL, ProgressMeter, Shared, StopSignals, Timeline, blocking, lock, panic_of,
+};
 use crate::engine::destination::*;
 use crate::engine::{Failure, MigrationPhase};
 use crate::guest::{DestinationGuest, Shape};
@@ -74,9 +76,9 @@ pub async fn receive(
     listener: &Listener,
     migration: &str,
     options: ReceiveOptions,
+    mut signals: StopSignals,
     output: Arc<Output>,
 ) -> Result<Report, Failure> {
-    let mut signals = StopSignals::listen()?;
     let guest = Shared::new(guest);
     let begin = || {
         let place = guest.with(|guest| guest.whereabouts());
@@ -245,6 +247,11 @@ impl Session {
             tokio::select! {
                 Some(happened) = self.happenings.recv() => self.take_in(happened).await,
                 Ok(link) = listener.accept_resumed(&self.key, None) => self.found(link).await,
+                Some(ended) = self.tasks.join_next() => {
+                    if let Some(failure) = panic_of(ended) {
+                        self.handle(DestinationEvent::Failed(failure)).await;
+                    }
+                }
                 () = until(give_up) => self.give_up().await,
                 asked = signals.wait() => {
                     let unheard = self.links.is_down() && self.machine.only_tells();
@@ -276,7 +283,7 @@ impl Session {
     /// How the guest waits for its pages, once it runs here.
     fn fault_figures(&self) -> Option<FaultFigures> {
         self.runs_since?;
-        let prepared = self.prepared.lock().expect("no holder panics");
+        let prepared = lock(&self.prepared);
         prepared.as_ref().map(|prepared| FaultFigures::of(&prepared.faults.stats()))
     }
 
@@ -289,9 +296,10 @@ impl Session {
 
     /// What keeps the fault reader from its work for good.
     fn fault_failure(&self) -> Option<Failure> {
-        let prepared = self.prepared.lock().expect("no holder panics");
+        let prepared = lock(&self.prepared);
         let error = prepared.as_ref()?.faults.take_failure()?;
-        matches!(error, MemoryError::ProcessGone).then(|| error.into())
+        matches!(error, MemoryError::ProcessGone | MemoryError::FaultReaderGone)
+            .then(|| error.into())
     }
 
     /// Takes messages of the source.

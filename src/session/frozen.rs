@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex};
 
 use bytes::Bytes;
 
+use super::lock;
 use super::reader::{Against, BATCH_PAGES, PageReader, is_full};
 use crate::codec::{CodecCounts, Content, SentPages};
 use crate::engine::heat::Heat;
@@ -69,7 +70,7 @@ impl FrozenPages {
     /// want them at once.
     pub(super) fn push_hottest_first(&self, bytes: u64) {
         let pages = bytes / u64::from(self.costs.of(true).max(1));
-        let mut pusher = self.pusher.lock().expect("no holder panics");
+        let mut pusher = lock(&self.pusher);
         pusher.hottest_first(pages as usize, &|page| self.sent.knows(page));
     }
 
@@ -84,7 +85,7 @@ impl FrozenPages {
         for run in without_base.runs() {
             self.sent.forget(run);
         }
-        let mut pusher = self.pusher.lock().expect("no holder panics");
+        let mut pusher = lock(&self.pusher);
         pusher.begin_again(missing);
         self.counters.remaining_pages.store(pusher.left(), Ordering::Relaxed);
     }
@@ -106,8 +107,7 @@ impl FrozenPages {
 
     /// For the report.
     pub(super) fn figures(&self, policy: PusherKind) -> PushFigures {
-        let BundleStats { useful, useless } =
-            self.pusher.lock().expect("no holder panics").bundles();
+        let BundleStats { useful, useless } = lock(&self.pusher).bundles();
         PushFigures {
             policy: policy.name().into(),
             pushed_pages: self.counters.pushed_pages.load(Ordering::Relaxed),
@@ -128,7 +128,7 @@ impl FrozenPages {
         let mut pages = Vec::with_capacity(BATCH_PAGES);
         while !is_full(message) {
             {
-                let mut pusher = self.pusher.lock().expect("no holder panics");
+                let mut pusher = lock(&self.pusher);
                 pusher.take(BATCH_PAGES, &|page| self.encoded_bytes(page), &mut pages);
                 self.counters.remaining_pages.store(pusher.left(), Ordering::Relaxed);
             }
@@ -159,7 +159,7 @@ impl FrozenPages {
         if !self.need.contains(wanted.page) {
             return false;
         }
-        let mut pusher = self.pusher.lock().expect("no holder panics");
+        let mut pusher = lock(&self.pusher);
         let room = (bundle_bytes / u64::from(self.encoded_bytes(wanted.page).max(1))) as usize;
         let due = pusher.request(wanted, room, &|page| self.encoded_bytes(page), bundle);
         self.counters.remaining_pages.store(pusher.left(), Ordering::Relaxed);
@@ -169,7 +169,7 @@ impl FrozenPages {
 
     /// Those of `wanted`, for which no thread is named, that are to be sent now.
     pub(super) fn give(&self, wanted: impl Iterator<Item = Wanted>) -> Vec<PageIndex> {
-        let mut pusher = self.pusher.lock().expect("no holder panics");
+        let mut pusher = lock(&self.pusher);
         let given = wanted.filter(|wanted| pusher.give(*wanted)).map(|wanted| wanted.page);
         let given = given.collect();
         self.counters.remaining_pages.store(pusher.left(), Ordering::Relaxed);

@@ -112,6 +112,18 @@ async fn blocking<T: Send + 'static>(
     }
 }
 
+/// Locks what is looked at until the end of a migration, also after one of its threads has panicked: the others have
+/// to tell of it.
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+/// The failure that the end of a task is, if it has panicked: what it would have done does not come.
+fn panic_of(ended: Result<(), tokio::task::JoinError>) -> Option<Failure> {
+    let error = ended.err().filter(tokio::task::JoinError::is_panic)?;
+    Some(Failure::plain(format!("a thread of farfault failed: {error}")))
+}
+
 /// Does `step`; its panic becomes a failure of the migration.
 fn without_panic<T>(step: impl FnOnce() -> Result<T, Failure>) -> Result<T, Failure> {
     let done = std::panic::catch_unwind(std::panic::AssertUnwindSafe(step));
@@ -215,7 +227,7 @@ impl ProgressMeter {
 }
 
 /// The operator's wish to end: Ctrl-C, SIGTERM, a terminal that is closed, or `farfault cancel`.
-struct StopSignals {
+pub struct StopSignals {
     interrupt: tokio::signal::unix::Signal,
     terminate: tokio::signal::unix::Signal,
     hangup: tokio::signal::unix::Signal,
@@ -239,7 +251,8 @@ impl StopRequest {
 }
 
 impl StopSignals {
-    fn listen() -> Result<Self, Failure> {
+    /// From now on these signals end nothing by themselves.
+    pub fn listen() -> Result<Self, Failure> {
         let open = |kind| {
             signal(kind).map_err(|e| Failure::plain(format!("signals cannot be received: {e}")))
         };
@@ -279,3 +292,24 @@ impl StopSignals {
 mod moves;
 #[cfg(test)]
 mod simulation;
+
+#[cfg(test)]
+mod tests {
+    use tokio::task::JoinSet;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn only_a_task_that_panics_is_a_failure() {
+        let mut tasks = JoinSet::new();
+        tasks.spawn(async {});
+        tasks.spawn(async { panic!("as a test") });
+        tasks.spawn(std::future::pending()).abort();
+        let mut failures = Vec::new();
+        while let Some(ended) = tasks.join_next().await {
+            failures.extend(panic_of(ended));
+        }
+        let [failure] = &failures[..] else { panic!("{failures:?}") };
+        assert!(failure.to_string().contains("a thread of farfault failed"), "{failure}");
+    }
+}

@@ -22,6 +22,7 @@ use crate::lab::replay::{Link, Simulation, from_trace};
 use crate::memory::{HostCapabilities, TrackerKind};
 use crate::page::{PAGE_SIZE_BYTES, PageIndex, PageRange, PageSet};
 use crate::report::{MigrationResult, Output, Report, TraceRecord, read_trace};
+use crate::session::StopSignals;
 use crate::session::destination::{ReceiveOptions, receive};
 use crate::session::source::{SendOptions, send};
 use crate::transport::{Connections, Listener, Ticket, TransportOptions};
@@ -153,7 +154,8 @@ async fn receive_from(
 ) -> Report {
     let (guest, output) = (Box::new(destination), Arc::new(Output::new(false)));
     let migration = ticket.migration.to_string();
-    receive(guest, &listener, &migration, options, output).await.expect("a sender comes")
+    let signals = StopSignals::listen().unwrap();
+    receive(guest, &listener, &migration, options, signals, output).await.expect("a sender comes")
 }
 
 fn receive_options(method: Method, state_dir: &std::path::Path) -> ReceiveOptions {
@@ -169,10 +171,23 @@ fn receive_options(method: Method, state_dir: &std::path::Path) -> ReceiveOption
 
 fn run_both(source: &SharedGuest, destination: &SharedGuest, method: Method) -> Moved {
     let directory = tempfile::tempdir().unwrap();
-    let state_dir = directory.path().join("state");
+    let moved = run_both_in(directory.path(), source, destination, method);
+    let left: Vec<_> = std::fs::read_dir(directory.path().join("state")).unwrap().collect();
+    assert!(left.is_empty(), "journals of a migration that is over: {left:?}");
+    moved
+}
+
+/// The journals are in `state` of the directory.
+fn run_both_in(
+    directory: &std::path::Path,
+    source: &SharedGuest,
+    destination: &SharedGuest,
+    method: Method,
+) -> Moved {
+    let state_dir = directory.join("state");
     std::fs::create_dir(&state_dir).unwrap();
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
-    let moved = runtime.block_on(async {
+    runtime.block_on(async {
         let address = (Ipv4Addr::LOCALHOST, 0).into();
         let (listener, mut ticket) =
             Listener::bind(address, Vec::new(), &transport(method)).unwrap();
@@ -189,14 +204,11 @@ fn run_both(source: &SharedGuest, destination: &SharedGuest, method: Method) -> 
         let received = receiving.await.unwrap();
         drop(relay);
         for side in ["destination", "source"].into_iter().filter(|_| method.traced) {
-            let text = std::fs::read(directory.path().join(format!("{side}.trace"))).unwrap();
+            let text = std::fs::read(directory.join(format!("{side}.trace"))).unwrap();
             trace.extend(read_trace(&text[..]).unwrap());
         }
         Moved { sent, received, trace }
-    });
-    let left: Vec<_> = std::fs::read_dir(&state_dir).unwrap().collect();
-    assert!(left.is_empty(), "journals of a migration that is over: {left:?}");
-    moved
+    })
 }
 
 fn wait_until(what: &str, is_so: impl Fn() -> bool) {

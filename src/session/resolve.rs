@@ -135,13 +135,17 @@ pub fn advise(found: &Found) -> Advice {
     let both = format!("farfault resolve {id} --show; ask the other host before you choose");
     let tidy = format!("nothing; then remove {}", found.directory.display());
     let (situation, next) = match found.about.side {
-        Side::Source if has(Entry::RunSource) => ("resolved: the guest runs here", tidy),
-        Side::Source if has(Entry::RunDestination) => {
-            ("resolved: the guest runs at the destination", tidy)
-        }
+        Side::Source if has(Entry::RunSource) => (
+            "resolved: the guest is to run here",
+            format!("where it stands still: {} again; else {tidy}", resolve(Choice::RunSource)),
+        ),
         Side::Source if has(Entry::Complete) => {
             ("complete: the guest runs at the destination with all its pages", tidy)
         }
+        Side::Source if has(Entry::RunDestination) => (
+            "resolved: the guest is to run at the destination, and some of its memory may be only here",
+            resume("send"),
+        ),
         Side::Source if has(Entry::Running) => (
             "interrupted: the guest runs at the destination, and some of its memory is only here",
             resume("send"),
@@ -180,11 +184,14 @@ pub fn resolve(found: &Found, choice: Choice) -> Result<&'static str, Failure> {
     // The lock first: nobody may begin to work on it between the judgement and the deed.
     let mut journal = Journal::take_over(found)?;
     let permit = judge(found.about.side, &found.records, choice)?;
+    let place = &found.about.guest;
+    let in_doubt = found.records.has(Entry::Decided) && !found.records.has(Entry::Void);
+    if permit.act == Act::LetRun && place.process.is_some_and(|qemu| !qemu.lives()) {
+        return Err(gone(journal, in_doubt));
+    }
     if let Some(record) = permit.record {
         journal.record(&record)?;
     }
-    let place = &found.about.guest;
-    let in_doubt = found.records.has(Entry::Decided) && !found.records.has(Entry::Void);
     match permit.act {
         Act::LeaveStopped => {
             Ok("the guest stays stopped here, for `farfault send --resume`; it is to run at \
@@ -211,6 +218,19 @@ pub fn resolve(found: &Found, choice: Choice) -> Result<&'static str, Failure> {
                         stopped: end that")
         }
     }
+}
+
+/// The guest's monitor here has ended, so it cannot run here whatever a person decides.
+fn gone(journal: Journal, in_doubt: bool) -> Failure {
+    let what = "the guest's QEMU here has ended, and the guest in it";
+    if in_doubt {
+        return Failure::new(
+            format!("{what}: if there is a copy, it is at the destination"),
+            "choose --run-destination, on the destination first",
+        );
+    }
+    journal.remove();
+    Failure::new(what, "it had not been handed over: nothing of it is left")
 }
 
 #[cfg(test)]
@@ -272,6 +292,59 @@ mod tests {
                 assert_eq!((again.record, again.act), (None, expected.unwrap().act));
                 let other = if choice == RunSource { RunDestination } else { RunSource };
                 assert!(judge(*side, &after, other).is_err(), "{side} {entries:?} then {other:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_only_the_source_has_is_not_advised_to_be_removed() {
+        use crate::guest::Whereabouts;
+        use crate::session::journal::{About, find};
+        let advice = |entries: &[Entry]| {
+            let dir = tempfile::tempdir().unwrap();
+            let about = About::begin("aa01", Side::Source, Whereabouts::default()).unwrap();
+            let mut journal = Journal::create(dir.path(), &about).unwrap();
+            entries.iter().for_each(|entry| journal.record(entry).unwrap());
+            advise(&find(dir.path(), "aa01", None).unwrap())
+        };
+        for entries in [
+            &[Started, Decided, Running][..],
+            &[Started, Decided, Entry::RunDestination],
+            &[Started, Decided, Running, Entry::RunDestination],
+        ] {
+            let Advice { next, situation } = advice(entries);
+            assert_eq!(next, "farfault send --resume aa01", "{entries:?}: {situation}");
+        }
+        let complete = advice(&[Started, Decided, Running, Entry::RunDestination, Complete]);
+        assert!(complete.next.starts_with("nothing; then remove"), "{complete:?}");
+        // The guest may not have been let run: that can be repeated.
+        let here = advice(&[Started, Decided, Entry::RunSource]);
+        assert!(here.next.contains("farfault resolve aa01.source --run-source again"), "{here:?}");
+    }
+
+    #[test]
+    fn a_guest_whose_monitor_has_ended_is_not_said_to_run_here() {
+        use crate::guest::Whereabouts;
+        use crate::memory::adopt::ProcessIdentity;
+        use crate::session::journal::{About, find};
+        let me = ProcessIdentity::own().unwrap();
+        let ended = ProcessIdentity { start_ticks: me.start_ticks + 1, ..me };
+        for (entries, stays) in [(&[Started][..], false), (&[Started, Decided], true)] {
+            let dir = tempfile::tempdir().unwrap();
+            let place = Whereabouts { process: Some(ended), ..Whereabouts::default() };
+            let about = About::begin("aa01", Side::Source, place).unwrap();
+            let mut journal =
+                Journal::create(dir.path(), &About { owner: ended, ..about }).unwrap();
+            entries.iter().for_each(|entry| journal.record(entry).unwrap());
+            drop(journal);
+            let found = find(dir.path(), "aa01", None).unwrap();
+            let failure = resolve(&found, RunSource).unwrap_err();
+            assert!(failure.reason.contains("QEMU here has ended"), "{failure}");
+            let left = find(dir.path(), "aa01", None);
+            assert_eq!(left.is_ok(), stays, "{entries:?}");
+            if let Ok(left) = left {
+                // The other way is still open.
+                judge(Side::Source, &left.records, RunDestination).unwrap();
             }
         }
     }

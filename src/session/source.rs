@@ -21,7 +21,8 @@ use super::rehearsal::{Rehearsal, Rehearsed, rehearse};
 use super::rounds::{Encoding, RoundSender, ms};
 use super::standstill::Standstill;
 use super::{
-    PROGRESS_INTERVAL, ProgressMeter, Shared, StopSignals, Timeline, blocking, without_panic,
+    PROGRESS_INTERVAL, ProgressMeter, Shared, StopSignals, Timeline, blocking, panic_of,
+    without_panic,
 };
 use crate::codec::SentLimits;
 use crate::codec::ladder::CodecChoice;
@@ -93,19 +94,27 @@ pub async fn send(
 ) -> Result<Report, Failure> {
     let mut signals = StopSignals::listen()?;
     check_that_nobody_left_it(&options.state_dir, &guest.whereabouts(), guest.runs())?;
-    let link = tokio::select! {
-        link = connect(ticket, transport) => {
-            link.map_err(|error| Failure::plain(error.to_string()))?
-        }
-        asked = signals.wait() => {
-            asked.answer(Verdict::accepted());
-            return Err(Failure::plain("cancelled by the operator"));
-        }
-    };
+    // What may fail here comes before the ticket is used up.
     let trace = super::begin_trace(options.trace.as_deref(), guest.memory().pages())?;
     let about = About::begin(&ticket.migration.to_string(), Side::Source, guest.whereabouts())?;
     let journal = Journal::create(&options.state_dir, &about)?;
     signals.listen_at(&journal, &output);
+    let connected = tokio::select! {
+        link = connect(ticket, transport) => {
+            link.map_err(|error| Failure::plain(error.to_string()))
+        }
+        asked = signals.wait() => {
+            asked.answer(Verdict::accepted());
+            Err(Failure::plain("cancelled by the operator"))
+        }
+    };
+    let link = match connected {
+        Ok(link) => link,
+        Err(failure) => {
+            journal.remove();
+            return Err(failure);
+        }
+    };
     output.link(LinkState::Up);
     let keep = Keep {
         session: SavedSender::of(ticket, &link),
@@ -160,8 +169,7 @@ fn check_that_nobody_left_it(
         ));
     }
     let was_stopped = |left: &&journal::Found| {
-        let resolved = left.records.has(journal::Entry::RunSource);
-        left.about.side == Side::Source && left.about.guest.runs && !resolved && !left.is_owned()
+        left.about.side == Side::Source && left.about.guest.runs && !left.is_owned()
     };
     match left.iter().filter(is_it).find(was_stopped).filter(|_| !runs) {
         None => Ok(()),
@@ -338,6 +346,11 @@ impl Session {
             let give_up = self.links.deadline();
             tokio::select! {
                 Some(happened) = self.happenings.recv() => self.take_in(happened).await,
+                Some(ended) = self.tasks.join_next() => {
+                    if let Some(failure) = panic_of(ended) {
+                        self.handle(SourceEvent::Failed(failure)).await;
+                    }
+                }
                 () = tokio::time::sleep(wait) => self.handle(SourceEvent::Tick).await,
                 () = until(give_up) => self.give_up().await,
                 asked = signals.wait() => {

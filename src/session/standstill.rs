@@ -26,10 +26,15 @@ impl Standstill {
         Standstill { guest, timeline, stands: Arc::default() }
     }
 
-    /// True from the order to stop until the guest is known to run again. Who ends the migration meanwhile waits
-    /// for that: nobody else lets it run.
+    /// True from the order to stop for a moment until the guest is known to run again, and when it is left standing. Who
+    /// ends the migration meanwhile waits for that, and leaves the evidence: nobody else lets it run.
     pub(super) fn is_on(&self) -> bool {
         self.stands.load(Ordering::SeqCst)
+    }
+
+    /// The guest was stopped to move, and could not be let run on.
+    pub(super) fn is_left_standing(&self) {
+        self.stands.store(true, Ordering::SeqCst);
     }
 
     /// Does `step` with the guest stopped. One that its owner has paused stays so. Gives what has come of the
@@ -63,7 +68,7 @@ impl Standstill {
         resumed.map_err(|error| {
             Failure::new(
                 format!("the guest does not run on after it was stopped for a moment: {error}"),
-                "the guest is stopped here: look at the monitor and continue it by hand",
+                "the guest is stopped here: look at its monitor",
             )
         })?;
         self.stands.store(false, Ordering::SeqCst);

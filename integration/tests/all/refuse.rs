@@ -101,6 +101,10 @@ fn a_wrong_ticket_is_refused_and_the_right_one_still_works() -> Result<()> {
     let sent = case.send(&String::from_iter(wrong))?;
     says(&sent, &["ticket"])?;
     case.source_goes_on()?;
+    // What the sender's own host lacks does not use up the ticket.
+    let unwritable = ["--trace", "/no/such/directory/trace"];
+    let sent = Running::send(&case.lab, &case.source, &ticket, &unwritable)?.wait(LIMIT)?;
+    says(&sent, &["/no/such/directory/trace"])?;
 
     case.send(&ticket)?.report().context("with the right ticket")?;
     receive.wait(LIMIT)?.report()?;
@@ -260,6 +264,24 @@ fn a_receiver_that_is_ended_in_precopy_leaves_nothing_and_the_source_runs() -> R
     says(&send.wait(LIMIT)?, &[])?;
     case.source_goes_on()?;
     case.nothing_is_left()
+}
+
+#[test]
+fn a_receiver_that_is_ended_while_it_starts_its_qemu_leaves_nothing() -> Result<()> {
+    let Some(lab) = Lab::start("200Mbit,10ms")? else { return Ok(()) };
+    let destination = Guest::prepare(&lab, "destination", &small_pc())?;
+    let before = Inventory::of(&lab)?;
+    let slowly = ["--listen", "127.0.0.1:0", "--", "sh", "-c", "sleep 2; exec \"$@\"", "sh"];
+    let command = destination.command_line().iter().map(String::as_str);
+    let arguments: Vec<&str> = slowly.into_iter().chain(command).collect();
+    let receive = Running::start(&lab, lab.b(), &[], "receive", &arguments)?;
+    std::thread::sleep(Duration::from_secs(1));
+    says(&receive.terminate(LIMIT)?, &["cancelled at the destination"])?;
+    let mut left = before.new_since(&lab)?;
+    let ram = destination.ram_files();
+    left.retain(|what| !ram.iter().any(|path| path.display().to_string() == *what));
+    ensure!(left.is_empty(), "left behind: {left:?}");
+    Ok(())
 }
 
 #[test]

@@ -20,6 +20,7 @@ use crate::engine::source::{SourceConfig, SourceTimeouts};
 use crate::lab::relay::MAX_DATAGRAM_BYTES;
 use crate::memory::{PageTable, TrackerKind};
 use crate::report::{MemoryMap, Output, Role};
+use crate::session::StopSignals;
 use crate::session::destination::{ReceiveOptions, receive};
 use crate::session::journal::remove_state;
 use crate::session::share::{default_encoders, default_limits};
@@ -124,8 +125,9 @@ impl Side {
             trace: None,
         };
         let migration = ticket.migration.to_string();
+        let (guest, signals) = (guest.arriving()?, StopSignals::listen()?);
         let report =
-            receive(guest.arriving()?, &listener, &migration, options, self.output.clone()).await?;
+            receive(guest, &listener, &migration, options, signals, self.output.clone()).await?;
         self.output.report(&report);
         Ok(())
     }

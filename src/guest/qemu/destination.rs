@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use nix::sys::statfs::{HUGETLBFS_MAGIC, fstatfs};
 use nix::sys::statvfs::fstatvfs;
+use qapi::qmp::quit;
 
 use super::announce::announcement;
 use super::commands::QueryStatus;
@@ -72,6 +73,16 @@ impl QemuDestination {
 
     fn adopt(mut qmp: Qmp, path: &Path, child: Option<Spawned>) -> Result<Self, GuestError> {
         let found = process::find(&mut qmp)?;
+        if let Some(child) = child.as_ref().filter(|child| child.pid() != found.pid) {
+            // It would outlive the one that is ended when the guest does not come.
+            let _ = qmp.execute(&quit {});
+            return Err(failure(format!(
+                "the command that was started is process {}, QEMU is process {}: give the command of QEMU itself, or \
+                 one that becomes it by exec",
+                child.pid(),
+                found.pid
+            )));
+        }
         guards::check_destination_state(&mut qmp, &process::command_line(found.pid))?;
         settings::check(&mut qmp)?;
         let devices = guards::devices(&mut qmp)?;

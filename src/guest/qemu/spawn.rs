@@ -314,7 +314,8 @@ fn ram_files(arguments: &[OsString]) -> Vec<PathBuf> {
         let json: serde_json::Value = serde_json::from_str(&word).ok()?;
         Some(json.get("mem-path")?.as_str()?.to_owned())
     });
-    paths.map(PathBuf::from).collect()
+    // Who removes them later may work in another directory.
+    paths.map(|path| std::path::absolute(&path).unwrap_or_else(|_| path.into())).collect()
 }
 
 #[cfg(test)]

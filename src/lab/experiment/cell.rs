@@ -10,6 +10,7 @@ use serde_json::Value;
 
 use super::record::{Measured, Outcome};
 use super::scenario::{Cell, Scenario};
+use crate::lab::stage::ballast::Ballast;
 use crate::lab::stage::film::Camera;
 use crate::lab::stage::place::{Place, Tools, Turn};
 use crate::lab::stage::process::{pause, wait_for};
@@ -79,10 +80,16 @@ pub(super) fn run(
     let estimate = estimate(scenario, cell, &place, &source)?;
     pause(BEFORE)?;
     let mut destination = Guest::prepare(&place, "destination", &spec)?;
+    let ballast = match scenario.ready_memory {
+        true => Some(Ballast::take(cell.guest.memory_bytes()?)?),
+        false => None,
+    };
     place.wan.command("reset")?;
 
     let traces = if scenario.trace { Some(Traces::prepare(traces, cell)?) } else { None };
+    let giving_back = ballast.map(Ballast::give_back).transpose()?;
     let moved = migrate(scenario, cell, &mut place, &source, &mut destination, traces.as_ref())?;
+    drop(giving_back);
     let [there_bytes, back_bytes] = place.wan.carried_bytes_each_way()?;
     let Some(Moved { started, took, mut reports, usage, camera }) = moved else {
         return Ok(Seen::not_converged());

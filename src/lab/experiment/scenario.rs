@@ -48,6 +48,9 @@ pub struct Scenario {
     /// Write traces of farfault's migrations of guests in QEMU, for `farfault replay`; they run slower then.
     #[serde(default)]
     pub trace: bool,
+    /// Have memory ready for destinations in QEMU, which the host of a virtual machine may give slowly.
+    #[serde(default)]
+    pub ready_memory: bool,
     /// What is moved.
     pub guest: Vec<GuestPart>,
     /// What it is moved over.

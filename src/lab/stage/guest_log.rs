@@ -13,8 +13,10 @@ use anyhow::{Context, Result, bail};
 use super::process::wait_for;
 use super::timeline::Beat;
 
-/// The guest writes byte by byte: reading once per this takes whole lines, and dates them this well.
-const READ_EVERY: Duration = Duration::from_micros(500);
+/// The guest writes byte by byte: reading this long after a first byte takes whole lines, and dates them this well.
+const READ_AFTER: Duration = Duration::from_micros(500);
+/// How often a reader that hears nothing looks whether it is still wanted.
+const LOOK_EVERY: Duration = Duration::from_millis(20);
 /// A guest says about 4 KB a second.
 const MAX_LINES: usize = 2_000_000;
 
@@ -135,19 +137,22 @@ impl Drop for GuestLog {
 }
 
 fn read_all(listener: &UnixListener, to: &Mutex<Vec<Line>>, stop: &AtomicBool) {
-    let mut stream: Option<UnixStream> = None;
+    let mut stream = loop {
+        if stop.load(Relaxed) {
+            return;
+        }
+        match listener.accept() {
+            Ok((stream, _)) => break stream,
+            Err(_) => std::thread::sleep(LOOK_EVERY),
+        }
+    };
+    if stream.set_read_timeout(Some(LOOK_EVERY)).is_err() {
+        return;
+    }
     let mut unfinished = Vec::new();
     let mut buffer = [0; 65_536];
     while !stop.load(Relaxed) {
-        std::thread::sleep(READ_EVERY);
-        if stream.is_none() {
-            stream = listener.accept().ok().map(|(stream, _)| stream);
-            if let Some(stream) = &stream {
-                let _ = stream.set_nonblocking(true);
-            }
-        }
-        let Some(open) = &mut stream else { continue };
-        match open.read(&mut buffer) {
+        match stream.read(&mut buffer) {
             Ok(0) => return,
             Ok(count) => {
                 let at = Instant::now();
@@ -162,9 +167,13 @@ fn read_all(listener: &UnixListener, to: &Mutex<Vec<Line>>, stop: &AtomicBool) {
                     }
                 }
             }
-            Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+            Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {
+                continue;
+            }
+            Err(error) if error.kind() == ErrorKind::Interrupted => continue,
             Err(_) => return,
         }
+        std::thread::sleep(READ_AFTER);
     }
 }
 

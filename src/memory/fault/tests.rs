@@ -235,6 +235,31 @@ fn zero_pages_stay_holes_until_they_are_touched() {
 }
 
 #[test]
+fn a_fault_reader_that_panics_is_noticed() {
+    let mut destination = Destination::prepare();
+    let server = destination.serve(|page, _| panic!("as a test: {page:?}"));
+    let page = PageIndex(7);
+    let Destination { guest, memory, table, .. } = &mut destination;
+    let failure = std::thread::scope(|scope| {
+        let reader = scope.spawn(|| guest.read_whole(page));
+        let failure = loop {
+            match server.take_failure() {
+                Some(failure) => break failure,
+                None => std::thread::sleep(TICK),
+            }
+        };
+        // What comes is mapped all the same, and wakes who waits.
+        let _ = table.claim(page, Version(1));
+        memory.write_page(page, &content(page, 1)).unwrap();
+        assert!(table.finish(page, Version(1), false, true));
+        server.map_arrived(&[page]).unwrap();
+        assert_eq!(reader.join().unwrap(), expected(page, 1));
+        failure
+    });
+    assert!(matches!(failure, MemoryError::FaultReaderGone), "{failure}");
+}
+
+#[test]
 fn a_guest_that_ends_is_noticed() {
     let destination = Destination::prepare();
     destination.apply(PageIndex(1), 1, true);

@@ -64,7 +64,7 @@ impl Session {
                 self.spawn_farewell(async move {
                     blocking(move || {
                         drop(mapper);
-                        if let Some(prepared) = &*prepared.lock().expect("no holder panics") {
+                        if let Some(prepared) = &*lock(&prepared) {
                             prepared.userfault.release()?;
                         }
                         Ok(())
@@ -82,7 +82,7 @@ impl Session {
                     // goes on with wrong content, which does no harm: it never runs.
                     blocking(move || {
                         drop(mapper);
-                        if let Some(prepared) = &*prepared.lock().expect("no holder panics") {
+                        if let Some(prepared) = &*lock(&prepared) {
                             prepared.userfault.release()?;
                         }
                         Ok(())
@@ -166,7 +166,7 @@ impl Session {
                 let _ = watched.set(table.clone());
                 let arrivals = Arrivals::new(memory, table.clone(), counters);
                 let ready = serve(arrivals, userfault, table, fault_options, asked.clone())?;
-                *prepared.lock().expect("no holder panics") = Some(ready);
+                *lock(&prepared) = Some(ready);
                 Ok(DestinationEvent::Prepared)
             })
             .await
@@ -175,7 +175,7 @@ impl Session {
 
     /// Applies a message that has waited for pages which were rejected, and others like it.
     fn apply_now(&mut self, message: Unapplied) {
-        let prepared = self.prepared.lock().expect("no holder panics");
+        let prepared = lock(&self.prepared);
         let arrivals = prepared.as_ref().map(|prepared| prepared.arrivals.clone());
         drop(prepared);
         let (Some(arrivals), Some(on_link)) = (arrivals, self.links.on_link()) else { return };
@@ -196,7 +196,7 @@ impl Session {
         let asked = self.asked.clone();
         self.spawn_step(async move {
             blocking(move || {
-                let prepared = prepared.lock().expect("no holder panics");
+                let prepared = lock(&prepared);
                 let prepared = prepared.as_ref().expect("prepared before pages");
                 let table = prepared.arrivals.table();
                 let pages = match of {
@@ -282,7 +282,7 @@ impl Session {
                 *state_bytes.lock().expect("no holder panics") =
                     flight.device_state.coded_bytes() as u64;
                 *remaining.lock().expect("no holder panics") = need.len();
-                let prepared = prepared.lock().expect("no holder panics");
+                let prepared = lock(&prepared);
                 let arrivals = &prepared.as_ref().expect("prepared before the offer").arrivals;
                 let missing = arrivals.switch_over(offered, &need, &zero)?;
                 if let Some(trace) = &mut *trace.lock().expect("no holder panics") {
@@ -301,13 +301,15 @@ impl Session {
             .await;
             let event = event.unwrap_or_else(DestinationEvent::Failed);
             let _ = steps.send(Happened::Event(event));
+            // Until here this is work on the link: another one is taken after it.
+            drop(on_link);
         });
     }
 
     fn run_guest(&mut self) {
         let prepared = self.prepared.clone();
         // A page that is mapped beforehand would not be seen to be touched.
-        if let Some(Prepared { faults, .. }) = &*prepared.lock().expect("no holder panics")
+        if let Some(Prepared { faults, .. }) = &*lock(&prepared)
             && self.options.trace.is_none()
         {
             match Mapper::start(faults) {

@@ -5,7 +5,7 @@ use super::*;
 /// The guest runs here with all its pages, and the source has not been told: keeps what tells so. Gives what a person
 /// should know.
 pub(super) fn keep_evidence(journal: &mut Journal) -> String {
-    let what = "the source does not know yet that the guest runs here with all its pages";
+    let what = "the source may not know that the guest runs here with all its pages";
     let noted = journal.record(&DestinationRecord::Complete);
     // As large as a 2048th of the guest, and of no use any more. Without the record whoever takes over would serve a guest
     // that needs nothing: then that is refused, and what was decided stays there for a person to read.
@@ -18,6 +18,16 @@ pub(super) fn keep_evidence(journal: &mut Journal) -> String {
     }
     format!(
         "{what}: it is told by `farfault receive --resume` here and `farfault send --resume` there, by what is in {}",
+        journal.path().display()
+    )
+}
+
+/// The guest was refused after the source may have decided, and the source has not been told: what a person should know of
+/// the journal that tells so.
+pub(super) fn tell_of_refusal(journal: &Journal) -> String {
+    format!(
+        "the source may wait for the word that the guest was refused here: it is told by `farfault receive --resume` here \
+         and `farfault send --resume` there, by what is in {}; or choose --run-source on both sides, see `farfault status`",
         journal.path().display()
     )
 }
@@ -47,6 +57,13 @@ impl Session {
                 let kept = keep_evidence(&mut self.journal.lock().expect("no holder panics"));
                 self.output.note(&kept);
             }
+            // The same, once it may have decided.
+            DestinationOutcome::Refused(_)
+                if self.keep.final_version.is_some() && !self.machine.source_knows_of_refusal() =>
+            {
+                let tell = tell_of_refusal(&self.journal.lock().expect("no holder panics"));
+                self.output.note(&tell);
+            }
             DestinationOutcome::Migrated | DestinationOutcome::Refused(_) => {
                 self.journal.lock().expect("no holder panics").remove();
             }
@@ -69,7 +86,7 @@ impl Session {
         self.finish_trace();
         self.counters.note_own_memory();
         let codecs = self.counters.codecs();
-        let prepared = self.prepared.lock().expect("no holder panics");
+        let prepared = lock(&self.prepared);
         let faults = prepared.as_ref().map(|prepared| prepared.faults.stats());
         Report {
             role: Role::Destination,
@@ -122,8 +139,8 @@ impl Session {
     }
 
     fn finish_trace(&self) {
-        let Some(mut trace) = self.trace.lock().expect("no holder panics").take() else { return };
-        if let Some(prepared) = &*self.prepared.lock().expect("no holder panics") {
+        let Some(mut trace) = lock(&self.trace).take() else { return };
+        if let Some(prepared) = &*lock(&self.prepared) {
             let (touches, cut) = prepared.faults.take_touches();
             let record = |touch: Touched| TraceRecord::Touch {
                 at_us: touch.at.as_micros() as u64,

@@ -10,7 +10,7 @@ impl Session {
     /// Starts to work on the lanes of the current link, once the guest's memory is registered.
     pub(super) fn start_lanes(&mut self) {
         let Some(on_link) = self.links.on_link() else { return };
-        let arrivals = match &*self.prepared.lock().expect("no holder panics") {
+        let arrivals = match &*lock(&self.prepared) {
             Some(prepared) => prepared.arrivals.clone(),
             None => return,
         };

@@ -9,7 +9,7 @@
 use tokio::task::JoinHandle;
 
 use super::actions::serve;
-use super::ending::keep_evidence;
+use super::ending::{keep_evidence, tell_of_refusal};
 use super::*;
 use crate::guest::Whereabouts;
 use crate::guest::qemu::{LeftQemu, end, let_run_when_it_answers};
@@ -57,6 +57,8 @@ pub async fn resume_receive(
     journal.own(&found.about)?;
     signals.listen_at(&journal, &output);
     let place = found.about.guest.clone();
+    // The source may have decided, and be in doubt.
+    let awaited = keep.final_version.is_some();
     let left = if !committed {
         Left::give_up(place).await?
     } else if has(Entry::Complete) {
@@ -85,7 +87,9 @@ pub async fn resume_receive(
         Ok(link) => link,
         Err(failure) => {
             let refused = matches!(left.standing, Standing::GivenUp);
-            let hint = if refused {
+            let hint = if refused && awaited {
+                tell_of_refusal(&journal)
+            } else if refused {
                 journal.remove();
                 "the guest was ended here, where it never ran; on the source see `farfault status`"
                     .to_owned()
@@ -261,7 +265,7 @@ impl Left {
         });
         (session.asked, session.counters, session.mapper) = (asked, counters, mapper);
         session.asking = Arc::new(tokio::sync::Mutex::new(asking));
-        *session.prepared.lock().expect("no holder panics") = Some(prepared);
+        *lock(&session.prepared) = Some(prepared);
         session.start_lanes();
     }
 }
@@ -424,7 +428,7 @@ mod tests {
         let killed = Killed::after(&COMPLETE, qemu.0.clone()).await;
         let failure = killed.resume(Duration::from_millis(200)).await.unwrap().unwrap_err();
         // Where the guest runs is told to whoever asks here.
-        assert!(failure.hint.as_ref().unwrap().contains("does not know yet"), "{failure}");
+        assert!(failure.hint.as_ref().unwrap().contains("may not know"), "{failure}");
         assert!(!qemu.waits() && qemu.0.process.unwrap().lives() && !killed.leaves_nothing());
     }
 
@@ -447,6 +451,17 @@ mod tests {
         }
         assert_eq!(receiving.await.unwrap().unwrap().result, MigrationResult::Migrated);
         assert!(!killed.leaves_nothing(), "the only evidence of where the guest runs");
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_refusal_that_the_source_may_wait_for_is_kept() {
+        let killed = Killed::after(&[DestinationRecord::Loaded], ended_guest()).await;
+        let failure = killed.resume(Duration::from_millis(100)).await.unwrap().unwrap_err();
+        let hint = failure.hint.as_ref().unwrap();
+        assert!(hint.contains("`farfault receive --resume` here and"), "{failure}");
+        let left =
+            find(killed.state.path(), "", None).expect("the evidence that it never ran here");
+        assert!(left.records.has(Entry::Refused));
     }
 
     #[tokio::test(flavor = "multi_thread")]

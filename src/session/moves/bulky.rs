@@ -7,6 +7,7 @@ use super::*;
 use crate::guest::workload::{GuestStatus, WorkingGuest};
 use crate::guest::{DestinationGuest, GuestError, Shape};
 use crate::memory::{DirtyTracker, GuestMemory, Userfault};
+use crate::session::journal;
 
 /// As much as QEMU's PC has of firmware and tables.
 const BULK_BYTES: usize = 700 << 10;
@@ -24,6 +25,8 @@ enum Oddity {
     Panics,
     /// Its owner pauses it when it is about to move.
     IsPausedByItsOwner,
+    /// The same as the first, and then it is not let run on.
+    PanicsAndDoesNotResume,
 }
 
 impl Bulky {
@@ -64,7 +67,8 @@ impl SourceGuest for Bulky {
     }
 
     fn save_device_state(&mut self) -> Result<Vec<u8>, GuestError> {
-        assert!(self.oddity != Oddity::Panics, "as planned");
+        let panics = [Oddity::Panics, Oddity::PanicsAndDoesNotResume].contains(&self.oddity);
+        assert!(!panics, "as planned");
         // Something in front grows each time, so that all behind it moves.
         let times = self.saved.fetch_add(1, Ordering::Relaxed) + 1;
         let mut state = times.to_le_bytes().to_vec();
@@ -75,7 +79,10 @@ impl SourceGuest for Bulky {
     }
 
     fn resume(&mut self) -> Result<(), GuestError> {
-        self.guest.resume()
+        match self.oddity {
+            Oddity::PanicsAndDoesNotResume => Err(GuestError::new("as planned")),
+            _ => self.guest.resume(),
+        }
     }
 
     fn release(&mut self, quit: bool) -> Result<(), GuestError> {
@@ -191,4 +198,29 @@ fn a_guest_that_cannot_be_frozen_runs_on() {
         work_for_a_while(&source);
         expect_whole(&source);
     }
+}
+
+#[test]
+fn a_guest_that_is_left_standing_after_a_freeze_leaves_what_lets_it_run() {
+    if !can_serve_faults("freezes that fail") {
+        return;
+    }
+    let plan = plan(Pattern::Sparse, 5_000, 16, 2);
+    let mut boot = ThreadsGuest::boot(&plan).unwrap();
+    SourceGuest::resume(&mut boot).unwrap();
+    let oddity = Oddity::PanicsAndDoesNotResume;
+    let source =
+        SharedGuest::new(Box::new(Bulky { guest: boot, saved: AtomicU64::new(0), oddity }));
+    let destination = SharedGuest::new(waiting_threads(&plan));
+    let method = Method { strategy: Strategy::Postcopy, ..Method::default() };
+    let directory = tempfile::tempdir().unwrap();
+    let Moved { sent, received, .. } = run_both_in(directory.path(), &source, &destination, method);
+    assert_eq!(sent.result, MigrationResult::Stayed);
+    assert_eq!(received.result, MigrationResult::Refused);
+    let (left, unreadable) = journal::list(&directory.path().join("state")).unwrap();
+    assert!(unreadable.is_empty(), "{unreadable:?}");
+    let [left] = &left[..] else { panic!("{left:?}") };
+    assert_eq!(left.about.side, journal::Side::Source);
+    // `send --resume` lets such a one run.
+    assert!(!left.records.has(journal::Entry::Decided), "{left:?}");
 }

@@ -61,19 +61,25 @@ impl Session {
             SourceAction::ResumeGuest => {
                 // Before the guest is asked for: whoever has it later sees this.
                 self.is_to_stand.store(false, Ordering::SeqCst);
-                let guest = self.guest.clone();
+                let (guest, standstill) = (self.guest.clone(), self.standstill.clone());
                 self.spawn_step(async move {
                     let resumed = guest.call(|guest| guest.resume()).await;
+                    if resumed.is_err() {
+                        standstill.is_left_standing();
+                    }
                     Ok(resumed.map_or_else(SourceEvent::ResumeFailed, |()| SourceEvent::Resumed))
                 });
             }
             SourceAction::ReleaseGuest => {
                 let (guest, quit) = (self.guest.clone(), self.options.quit_source);
+                let output = self.output.clone();
                 self.spawn_step(async move {
-                    guest
-                        .call(move |guest| guest.release(quit))
-                        .await
-                        .map(|()| SourceEvent::Released)
+                    let released = guest.call(move |guest| guest.release(quit)).await;
+                    // It is no failure of the migration.
+                    if let Err(failure) = &released {
+                        output.note(&format!("the guest has moved; here: {failure}"));
+                    }
+                    released.map(|()| SourceEvent::Released)
                 });
             }
             SourceAction::End(outcome) => self.outcome = Some(outcome),
@@ -164,9 +170,16 @@ impl Session {
                 }
             };
             // What the link still holds is waited for by the destination's acknowledgement.
-            if let Ok(Err(error)) = forward.await {
-                link_ended(&happened, &on_link, error);
-            }
+            let result = match forward.await {
+                Ok(Ok(())) => result,
+                Ok(Err(error)) => {
+                    link_ended(&happened, &on_link, error);
+                    result
+                }
+                Err(error) => {
+                    Err(Failure::plain(format!("the thread that hands on a round failed: {error}")))
+                }
+            };
             let _ = happened.send(Happened::Round(sender, result));
         });
     }

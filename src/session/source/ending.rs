@@ -58,7 +58,8 @@ impl Session {
         let path = self.journal.lock().expect("no holder panics").path().to_owned();
         match &outcome {
             SourceOutcome::Stayed(_) if self.standstill.is_on() => self.output.note(&format!(
-                "the guest may stand still here: `farfault send --resume` lets it run on, by what is in {}",
+                "the guest may stand still here: `farfault send --resume {}` lets it run on, by what is in {}",
+                self.destination.ticket.migration,
                 path.display()
             )),
             SourceOutcome::Migrated | SourceOutcome::Stayed(_) => {

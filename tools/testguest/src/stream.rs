@@ -34,6 +34,8 @@ const PAGES: usize = 8;
 const PART_BYTES: usize = 1024;
 const FRAME_BYTES: usize = PAGES * PAGE_BYTES as usize;
 const PARTS: usize = FRAME_BYTES / PART_BYTES;
+/// How often it is looked whether a part can leave: a frame that is late is later by no more than that.
+const LOOK_EVERY: Duration = Duration::from_millis(1);
 /// Frames that are overdue by more are left out.
 const MAX_LATE: Duration = Duration::from_secs(1);
 
@@ -63,8 +65,9 @@ impl Work for StreamWork {
         self.library.verify_next(count)
     }
 
-    fn keep_up(&mut self, now: Instant) {
+    fn keep_up(&mut self, now: Instant) -> Duration {
         self.server.keep_up(now, self.library.set());
+        LOOK_EVERY
     }
 
     fn verify_anew(&mut self) {

@@ -62,6 +62,8 @@ const BATCH_PAGES: u64 = 16;
 /// CORRUPT lines at most; the count goes on in the heartbeats.
 const MAX_CORRUPT_LINES: u64 = 100;
 const IO_REPORT_EVERY: Duration = Duration::from_millis(100);
+/// Waking up is dear under emulation: what is due sooner waits, and is done together.
+const SHORTEST_SLEEP: Duration = Duration::from_millis(1);
 /// An operation that takes so long has waited for its page: the work itself takes microseconds.
 const SLOW_TOUCH: Duration = Duration::from_micros(500);
 
@@ -92,8 +94,15 @@ impl Pace {
         pages as u64
     }
 
-    fn flat_out(&self) -> bool {
-        self.per_second == 0
+    /// How long until something is due, after [`Self::due`] found nothing.
+    fn pause(&self) -> Duration {
+        if self.per_second == 0 {
+            return Duration::ZERO;
+        }
+        let missing = 1_000_000_000_u128.saturating_sub(self.credit);
+        Duration::from_nanos(
+            u64::try_from(missing / u128::from(self.per_second)).unwrap_or(u64::MAX),
+        )
     }
 }
 
@@ -111,8 +120,11 @@ pub(crate) trait Work {
     fn verify_next(&mut self, count: u64) -> Result<(), String>;
     /// Makes the first thing the next to be verified.
     fn verify_anew(&mut self);
-    /// What is due at a moment whatever the rate of the operations is; called again and again.
-    fn keep_up(&mut self, _now: Instant) {}
+    /// What is due at a moment whatever the rate of the operations is; called again after the time that it
+    /// returns, or sooner.
+    fn keep_up(&mut self, _now: Instant) -> Duration {
+        Duration::MAX
+    }
     /// What was done so far.
     fn progress(&self) -> &Progress;
 }
@@ -211,7 +223,7 @@ pub(crate) fn run(
             say!("io {activity}");
             next_io = now + IO_REPORT_EVERY;
         }
-        work.keep_up(now);
+        let mut pause = work.keep_up(now);
         let due = if idle { 0 } else { pace.due(now) };
         let verify_due = verify_pace.due(now);
         if due > 0 {
@@ -220,10 +232,15 @@ pub(crate) fn run(
         if verify_due > 0 {
             work.verify_next(verify_due)?;
         }
-        let busy = verify_pace.flat_out() || (!idle && pace.flat_out());
-        if due + verify_due == 0 && !busy {
-            let until = next_heartbeat.saturating_duration_since(now);
-            std::thread::sleep(until.min(Duration::from_millis(1)));
+        if due + verify_due == 0 {
+            pause = pause.min(verify_pace.pause());
+            if !idle {
+                pause = pause.min(pace.pause());
+            }
+            if !pause.is_zero() {
+                let until = next_heartbeat.saturating_duration_since(now);
+                std::thread::sleep(pause.max(SHORTEST_SLEEP).min(until));
+            }
         }
     }
 }
@@ -373,5 +390,15 @@ mod tests {
         let after_pause = start + Duration::from_secs(100);
         let caught_up: u64 = (0..100).map(|_| pace.due(after_pause)).sum();
         assert_eq!(caught_up, 40);
+    }
+
+    #[test]
+    fn a_pace_knows_when_the_next_page_is_due() {
+        let mut pace = Pace::new(2000);
+        let start = pace.since;
+        assert_eq!(pace.due(start + Duration::from_micros(200)), 0);
+        assert_eq!(pace.pause(), Duration::from_micros(300));
+        assert_eq!(pace.due(start + Duration::from_micros(500)), 1);
+        assert_eq!(Pace::new(0).pause(), Duration::ZERO);
     }
 }

@@ -129,6 +129,30 @@ fn spawned(kind: &str, ram: &Path, more: &[String]) -> QemuDestination {
 }
 
 #[test]
+fn a_command_that_stays_beside_its_qemu_is_refused_and_both_are_ended() {
+    if skip() {
+        return;
+    }
+    let directory = tempfile::tempdir().expect("a directory");
+    let ram = directory.path().join("ram");
+    let mut command = words("sh -c");
+    command.extend(["\"$@\"; true".to_owned(), "sh".to_owned(), QEMU.to_owned()]);
+    command.extend(words(COMMON));
+    command.extend(machine("q35", &ram));
+    let command = command.into_iter().map(Into::into).collect();
+    let refused = QemuDestination::spawn(&SpawnOptions { command, log: None }).map(drop);
+    let refused = refused.expect_err("the one that would be ended is not QEMU").to_string();
+    assert!(refused.contains("give the command of QEMU itself"), "{refused}");
+    assert!(!ram.exists(), "its RAM is left");
+    let name = ram.to_string_lossy().into_owned();
+    wait_until("QEMU has ended", || {
+        let processes = fs::read_dir("/proc").expect("processes").flatten();
+        let mut lines = processes.map(|process| fs::read(process.path().join("cmdline")));
+        !lines.any(|line| line.is_ok_and(|line| String::from_utf8_lossy(&line).contains(&name)))
+    });
+}
+
+#[test]
 fn a_guest_moves_to_another_qemu() {
     if skip() {
         return;
