@@ -147,7 +147,11 @@ impl Links {
     pub(super) fn lose(&mut self, why: LinkError) -> Option<(u32, mpsc::Receiver<()>)> {
         // All that holds the sender now are those who work on the link.
         let (_, quiet) = self.work.take()?;
-        self.link.abandon();
+        // Else the conversation is over: who waits for us to be found again would wait for nothing, and hears why when
+        // the session closes the link.
+        if why.is_mendable() {
+            self.link.abandon();
+        }
         self.quiet = false;
         self.next = None;
         self.outage.get_or_insert(Outage { since: Instant::now(), why });
