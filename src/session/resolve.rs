@@ -187,7 +187,8 @@ pub fn resolve(found: &Found, choice: Choice) -> Result<&'static str, Failure> {
     let place = &found.about.guest;
     let in_doubt = found.records.has(Entry::Decided) && !found.records.has(Entry::Void);
     if permit.act == Act::LetRun && place.process.is_some_and(|qemu| !qemu.lives()) {
-        return Err(gone(journal, in_doubt));
+        let belongs_here = !in_doubt || found.records.has(Entry::RunSource);
+        return Err(gone(journal, belongs_here));
     }
     if let Some(record) = permit.record {
         journal.record(&record)?;
@@ -221,16 +222,16 @@ pub fn resolve(found: &Found, choice: Choice) -> Result<&'static str, Failure> {
 }
 
 /// The guest's monitor here has ended, so it cannot run here whatever a person decides.
-fn gone(journal: Journal, in_doubt: bool) -> Failure {
+fn gone(journal: Journal, belongs_here: bool) -> Failure {
     let what = "the guest's QEMU here has ended, and the guest in it";
-    if in_doubt {
+    if !belongs_here {
         return Failure::new(
             format!("{what}: if there is a copy, it is at the destination"),
             "choose --run-destination, on the destination first",
         );
     }
     journal.remove();
-    Failure::new(what, "it had not been handed over: nothing of it is left")
+    Failure::new(what, "it belonged here: nothing is left to decide")
 }
 
 #[cfg(test)]
@@ -329,7 +330,12 @@ mod tests {
         use crate::session::journal::{About, find};
         let me = ProcessIdentity::own().unwrap();
         let ended = ProcessIdentity { start_ticks: me.start_ticks + 1, ..me };
-        for (entries, stays) in [(&[Started][..], false), (&[Started, Decided], true)] {
+        for (entries, stays) in [
+            (&[Started][..], false),
+            (&[Started, Decided], true),
+            // It has run here, and ended, since that was chosen.
+            (&[Started, Decided, Entry::RunSource], false),
+        ] {
             let dir = tempfile::tempdir().unwrap();
             let place = Whereabouts { process: Some(ended), ..Whereabouts::default() };
             let about = About::begin("aa01", Side::Source, place).unwrap();

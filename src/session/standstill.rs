@@ -33,7 +33,7 @@ impl Standstill {
     }
 
     /// The guest was stopped to move, and could not be let run on.
-    pub(super) fn is_left_standing(&self) {
+    pub(super) fn leave_standing(&self) {
         self.stands.store(true, Ordering::SeqCst);
     }
 

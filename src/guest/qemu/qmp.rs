@@ -311,13 +311,18 @@ impl Qmp {
             path: path.to_owned(),
             said: String::from_utf8_lossy(&said[..said.len().min(80)]).trim().to_owned(),
         };
-        let line = match self.read_line(Instant::now() + GREETING_TIMEOUT, "the greeting") {
-            Ok(Some(line)) => line,
-            // The monitor for people prompts without ending its line.
-            Ok(None) if !self.partial.is_empty() => return Err(not_qmp(&self.partial)),
-            Ok(None) | Err(QmpError::Closed { .. }) => return Err(silent()),
-            Err(QmpError::Reply { .. }) => return Err(not_qmp(&self.partial)),
-            Err(other) => return Err(other),
+        let deadline = Instant::now() + GREETING_TIMEOUT;
+        let line = loop {
+            match self.read_line(deadline, "the greeting") {
+                // QEMU may tell of what happens at this moment before it has seen that somebody else listens now.
+                Ok(Some(line)) if self.take_event(&line) => {}
+                Ok(Some(line)) => break line,
+                // The monitor for people prompts without ending its line.
+                Ok(None) if !self.partial.is_empty() => return Err(not_qmp(&self.partial)),
+                Ok(None) | Err(QmpError::Closed { .. }) => return Err(silent()),
+                Err(QmpError::Reply { .. }) => return Err(not_qmp(&self.partial)),
+                Err(other) => return Err(other),
+            }
         };
         let greeting: Greeting = serde_json::from_slice(&line).map_err(|_| not_qmp(&line))?;
         let Triple { major, minor, micro } = greeting.qmp.version.qemu;

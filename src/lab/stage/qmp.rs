@@ -26,7 +26,14 @@ impl Qmp {
         stream.set_read_timeout(Some(ANSWER_TIMEOUT))?;
         let lines = BufReader::new(stream.try_clone()?);
         let mut qmp = Qmp { stream, lines };
-        ensure!(qmp.line()?.get("QMP").is_some(), "{} is not a QMP socket", path.display());
+        let greeting = loop {
+            let line = qmp.line()?;
+            // QEMU may tell of what happens at this moment before it has seen that somebody else listens now.
+            if line.get("event").is_none() {
+                break line;
+            }
+        };
+        ensure!(greeting.get("QMP").is_some(), "{} is not a QMP socket", path.display());
         qmp.execute("qmp_capabilities", json!({}))?;
         Ok(qmp)
     }

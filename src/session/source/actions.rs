@@ -65,7 +65,7 @@ impl Session {
                 self.spawn_step(async move {
                     let resumed = guest.call(|guest| guest.resume()).await;
                     if resumed.is_err() {
-                        standstill.is_left_standing();
+                        standstill.leave_standing();
                     }
                     Ok(resumed.map_or_else(SourceEvent::ResumeFailed, |()| SourceEvent::Resumed))
                 });

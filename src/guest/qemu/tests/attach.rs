@@ -35,6 +35,29 @@ fn a_socket_that_is_not_qmp_is_refused_in_bounded_time() {
 }
 
 #[test]
+fn what_happens_before_the_greeting_does_not_hide_it() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let path = directory.path().join("socket");
+    let listener = UnixListener::bind(&path).expect("a socket");
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            let (mut client, _) = listener.accept().expect("a client");
+            let said = concat!(
+                r#"{"timestamp": {"seconds": 1, "microseconds": 2}, "event": "RESUME"}"#,
+                "\r\n",
+                r#"{"QMP": {"version": {"qemu": {"micro": 1, "minor": 2, "major": 7}}, "capabilities": []}}"#,
+                "\r\n",
+                r#"{"return": {}, "id": 1}"#,
+                "\r\n"
+            );
+            client.write_all(said.as_bytes()).expect("it reads");
+            let _ = std::io::Read::read(&mut client, &mut [0; 256]);
+        });
+        Qmp::connect(&path).expect("it greets");
+    });
+}
+
+#[test]
 fn the_monitor_for_people_and_a_busy_socket_are_told_apart() {
     if skip() {
         return;
