@@ -72,6 +72,7 @@ pub mod engine;
 mod fuzz_cases;
 pub mod guest;
 pub mod lab;
+mod meminfo;
 pub mod memory;
 pub mod page;
 pub mod report;

@@ -2,6 +2,7 @@
 
 use crate::codec::SentLimits;
 use crate::cores::cores;
+use crate::meminfo::meminfo_bytes;
 
 /// Of the memory that is available when the migration begins, the base cache takes an eighth
 const BASE_CACHE_SHARE: u64 = 8;
@@ -14,8 +15,7 @@ const MAX_ENCODERS: usize = 8;
 
 /// What a source keeps of what it sends.
 pub fn default_limits() -> SentLimits {
-    let meminfo = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    limits_of(available_bytes(&meminfo).unwrap_or(0))
+    limits_of(meminfo_bytes("MemAvailable").unwrap_or(0))
 }
 
 /// As many threads as this process may use at a time, up to eight.
@@ -31,24 +31,15 @@ fn limits_of(available_bytes: u64) -> SentLimits {
     }
 }
 
-fn available_bytes(meminfo: &str) -> Option<u64> {
-    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
-    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
-    Some(kib << 10)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn a_share_of_what_is_available_and_no_lines_where_that_is_little() {
-        let meminfo = "MemTotal:       16384000 kB\nMemAvailable:    8388608 kB\nCached: 1 kB\n";
-        assert_eq!(available_bytes(meminfo), Some(8 << 30));
         let limits = limits_of(8 << 30);
         assert_eq!((limits.base_cache_bytes, limits.lines_bytes), (1 << 30, 256 << 20));
         let little = limits_of(512 << 20);
         assert_eq!((little.base_cache_bytes, little.lines_bytes), (64 << 20, 0));
-        assert_eq!(available_bytes("nothing of the kind"), None);
     }
 }

@@ -1,6 +1,5 @@
 //! Which guest is moved, and whether this host can move it.
 
-use std::fs;
 use std::path::Path;
 
 use clap::ValueEnum;
@@ -12,6 +11,7 @@ use crate::guest::GuestError;
 #[cfg(target_arch = "x86_64")]
 use crate::guest::kvm;
 use crate::guest::workload::GuestPlan;
+use crate::meminfo::meminfo_bytes;
 use crate::memory::{Capability, HostCapabilities, Status};
 use crate::units::format_bytes;
 
@@ -131,8 +131,7 @@ fn check_host(choice: GuestChoice) -> Result<(), Failure> {
 /// Both guests, of which the second is a copy, must find room in this host's memory.
 pub(super) fn check_room(plan: &GuestPlan) -> Result<(), Failure> {
     let needed = plan.memory_bytes / 100 * u64::from(plan.used_percent) * 2;
-    let known = fs::read_to_string("/proc/meminfo").ok();
-    match known.and_then(|text| available_bytes(&text)) {
+    match meminfo_bytes("MemAvailable") {
         Some(available) if needed > available => Err(Failure::new(
             format!(
                 "source and destination, guests of {}, use {} of memory, and {} are available",
@@ -144,11 +143,6 @@ pub(super) fn check_room(plan: &GuestPlan) -> Result<(), Failure> {
         )),
         _ => Ok(()),
     }
-}
-
-fn available_bytes(meminfo: &str) -> Option<u64> {
-    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
-    Some(line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? << 10)
 }
 
 #[cfg(test)]
@@ -186,6 +180,5 @@ mod tests {
         assert!(check_room(&plan(2 << 20)).is_ok());
         let failure = check_room(&plan(1 << 50)).unwrap_err();
         assert!(failure.hint.is_some_and(|hint| hint.contains("--memory")));
-        assert_eq!(available_bytes("MemFree: 1 kB\nMemAvailable:   17 kB\n"), Some(17 << 10));
     }
 }

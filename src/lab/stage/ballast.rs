@@ -5,7 +5,6 @@
 //! A host that migrates has memory of its own. With a [`Ballast`] the destination gets what the host has given to
 //! the laboratory before.
 
-use std::fs;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::thread::JoinHandle;
@@ -14,6 +13,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use memmap2::{Advice, MmapMut};
 
+use crate::meminfo::meminfo_bytes;
 use crate::page::PAGE_SIZE_BYTES;
 
 /// What is given back at a time.
@@ -108,13 +108,7 @@ impl Drop for GivingBack {
 }
 
 fn read_meminfo(what: &str) -> Result<u64> {
-    let text = fs::read_to_string("/proc/meminfo").context("read /proc/meminfo")?;
-    value_of(&text, what).with_context(|| format!("/proc/meminfo has no {what}"))
-}
-
-fn value_of(meminfo: &str, what: &str) -> Option<u64> {
-    let line = meminfo.lines().find_map(|line| line.strip_prefix(what)?.strip_prefix(':'))?;
-    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok().map(|kib| kib << 10)
+    meminfo_bytes(what).with_context(|| format!("/proc/meminfo has no {what}"))
 }
 
 #[cfg(test)]
@@ -122,13 +116,6 @@ mod tests {
     use std::time::Instant;
 
     use super::*;
-
-    #[test]
-    fn a_value_of_meminfo_is_found_by_its_whole_name() {
-        let text = "MemTotal:       16384000 kB\nMemFreeable:  1 kB\nMemFree:    8388608 kB\n";
-        assert_eq!(value_of(text, "MemFree"), Some(8 << 30));
-        assert_eq!(value_of(text, "Mem"), None);
-    }
 
     #[test]
     fn more_than_there_is_is_refused() {
