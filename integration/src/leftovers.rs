@@ -1,12 +1,11 @@
 //! What a migration, or a failed one, must not leave behind.
 //!
 //! Everything in a laboratory has a place that is its own: its namespaces, its name in shared
-//! memory, and the directories that farfault is given for its journal and its temporary files. So
-//! what other migrations on this machine do is not mistaken for a leftover.
+//! memory, and the directories that farfault is given for its journal and its temporary files; page tables in shared
+//! memory have the names of its migrations. So what other migrations on this machine do is not mistaken for a leftover.
 
 use std::collections::BTreeSet;
 use std::path::Path;
-use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 
@@ -21,9 +20,7 @@ impl Inventory {
     pub fn of(lab: &Lab) -> Result<Self> {
         let mut found = BTreeSet::new();
         for netns in [lab.a(), lab.b()] {
-            let output = Command::new("ip").args(["netns", "pids", netns.name()]).output()?;
-            ensure!(output.status.success(), "`ip netns pids` failed");
-            for pid in String::from_utf8_lossy(&output.stdout).split_whitespace() {
+            for pid in netns.pids()? {
                 let command_line =
                     std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
                 let words = String::from_utf8_lossy(&command_line).replace('\0', " ");
@@ -37,6 +34,7 @@ impl Inventory {
         for directory in [lab.state_directory(), lab.temporary_directory()] {
             collect(&directory, "", &mut found);
         }
+        found.extend(lab.page_tables().found().iter().map(|path| path.display().to_string()));
         Ok(Inventory(found))
     }
 
@@ -46,7 +44,16 @@ impl Inventory {
     }
 }
 
-/// Fails when anything is left of the laboratory of this name, which has been dropped.
+/// Drops a laboratory, and fails when anything is left of it.
+pub fn nothing_is_left_after(lab: Lab) -> Result<()> {
+    let (name, page_tables) = (lab.name().to_owned(), lab.page_tables().clone());
+    drop(lab);
+    let left = page_tables.found();
+    ensure!(left.is_empty(), "left behind: {left:?}");
+    nothing_is_left_of(&name)
+}
+
+/// Fails when anything is left that has the name of a laboratory, which has been dropped.
 pub fn nothing_is_left_of(lab_name: &str) -> Result<()> {
     let mut found = BTreeSet::new();
     for directory in [Path::new("/dev/shm"), Path::new("/run/netns"), &std::env::temp_dir()] {

@@ -6,7 +6,7 @@ use anyhow::{Context, Result, ensure};
 use farfault_integration::farfault::{self, Moved, Running};
 use farfault_integration::huge_pool::HugePool;
 use farfault_integration::lab::Lab;
-use farfault_integration::leftovers::{Inventory, nothing_is_left_of};
+use farfault_integration::leftovers::{Inventory, nothing_is_left_after};
 use farfault_integration::process::wait_for;
 use farfault_integration::qemu::{Devices, Guest, GuestSpec, Machine, Ram};
 use farfault_integration::ram;
@@ -89,9 +89,7 @@ impl After {
 
 fn nothing_is_left_in(lab: Lab) -> Result<()> {
     assert_eq!(Inventory::of(&lab)?, Inventory::default(), "farfault has left something");
-    let name = lab.name().to_owned();
-    drop(lab);
-    nothing_is_left_of(&name)
+    nothing_is_left_after(lab)
 }
 
 /// A running guest moves, and everything is as it should be.

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::Result;
 use farfault_integration::lab::Lab;
-use farfault_integration::leftovers::nothing_is_left_of;
+use farfault_integration::leftovers::nothing_is_left_after;
 use farfault_integration::native::{self, Method};
 use farfault_integration::qemu::{Guest, GuestSpec, Machine, Ram};
 use farfault_integration::timeline::Interruption;
@@ -32,7 +32,6 @@ fn a_guest_moved_by_qemu_itself_is_seen_to_stop_and_go_on_unharmed() -> Result<(
     assert!(seen.recovered_after.is_some(), "{seen:?}");
     assert_eq!(source.monitor()?.status()?, "postmigrate");
     assert_eq!(destination.monitor()?.status()?, "running");
-    let name = lab.name().to_owned();
-    drop((source, destination, lab));
-    nothing_is_left_of(&name)
+    drop((source, destination));
+    nothing_is_left_after(lab)
 }

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use farfault_integration::lab::{ADDRESS_A, ADDRESS_B, Lab};
-use farfault_integration::leftovers::nothing_is_left_of;
+use farfault_integration::leftovers::nothing_is_left_after;
 use farfault_wan::netns::Netns;
 
 fn udp(netns: &Netns, address: &str) -> Result<UdpSocket> {
@@ -47,9 +47,8 @@ fn packets_take_the_round_trip_time_and_cuts_and_changes_apply_at_once() -> Resu
 
     let totals = lab.wan.command("reset")?;
     assert!(totals["a_to_b"]["dropped_cut_packets"].as_u64() > Some(0), "{totals}");
-    let name = lab.name().to_owned();
-    drop((near, far, lab));
-    nothing_is_left_of(&name)
+    drop((near, far));
+    nothing_is_left_after(lab)
 }
 
 #[test]

@@ -11,7 +11,7 @@ use anyhow::{Context, Result, bail, ensure};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
-use super::place::{ADDRESS_B, Place};
+use super::place::{ADDRESS_B, PageTables, Place};
 use super::process::{Guarded, command_in, describe, is_interrupted, wait_for};
 use super::qemu::Guest;
 use crate::lab::netns::Netns;
@@ -59,13 +59,14 @@ impl Running {
             }
         };
         command.arg(subcommand).arg("--json").arg("--state-dir").arg(place.state_directory());
-        Self::spawn(command.args(arguments).env("TMPDIR", place.temporary_directory()))
+        command.args(arguments).env("TMPDIR", place.temporary_directory());
+        Self::spawn(&mut command, place.page_tables().clone())
     }
 
     /// Starts farfault outside of any laboratory, with a directory for its temporary files.
     pub fn here(program: &Path, arguments: &[&str], temporary: &Path) -> Result<Self> {
         let mut command = Command::new(program);
-        Self::spawn(command.args(arguments).env("TMPDIR", temporary))
+        Self::spawn(command.args(arguments).env("TMPDIR", temporary), PageTables::default())
     }
 
     /// `farfault receive`, listening on the destination's address, which starts `guest`.
@@ -112,7 +113,8 @@ impl Running {
         Self::start(place, place.a(), wrapper, "send", &arguments)
     }
 
-    fn spawn(command: &mut Command) -> Result<Self> {
+    /// A receiver's page table is noted in `page_tables`.
+    fn spawn(command: &mut Command, page_tables: PageTables) -> Result<Self> {
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut process = Guarded::spawn("farfault", command)?;
         let stdout = process.child().stdout.take().context("stdout")?;
@@ -123,8 +125,13 @@ impl Running {
         let to = Arc::clone(&output);
         std::thread::spawn(move || {
             for line in BufReader::new(stdout).lines().map_while(Result::ok) {
-                match serde_json::from_str(&line) {
-                    Ok(event) => lock(&to.events).push(event),
+                match serde_json::from_str::<Value>(&line) {
+                    Ok(event) => {
+                        if let Some(ticket) = event["ticket"].as_str() {
+                            page_tables.note(ticket);
+                        }
+                        lock(&to.events).push(event);
+                    }
                     Err(_) => lock(&to.strange).push(line),
                 }
             }

@@ -1,9 +1,11 @@
 //! The place of one migration: two namespaces, a link, and names for files that no one else uses.
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -15,6 +17,8 @@ use super::qemu::Programs;
 use super::wan::Wan;
 use crate::lab::netns::Netns;
 use crate::lab::spec::{LinkSpec, QueueLimit};
+use crate::session::journal::{Side, pages_path, remove_state};
+use crate::transport::Ticket;
 
 /// The source's address on the link.
 pub const ADDRESS_A: &str = "10.77.0.1";
@@ -23,6 +27,12 @@ pub const ADDRESS_B: &str = "10.77.0.2";
 
 /// All names begin with this, then the pid of the process that made it, then a number.
 pub const PREFIX: &str = "farfault-lab-";
+
+/// Where namespaces have their names, and guests their memory.
+const NAMESPACES: &str = "/run/netns";
+const SHARED_MEMORY: &str = "/dev/shm";
+/// In a laboratory's directory, for farfault's journals.
+const STATE: &str = "state";
 
 /// While another laboratory is in use.
 const ASK_AGAIN: Duration = Duration::from_millis(200);
@@ -101,6 +111,7 @@ pub struct Place {
     a: Netns,
     b: Netns,
     directory: tempfile::TempDir,
+    page_tables: PageTables,
     tools: Tools,
     _turn: Flock<File>,
 }
@@ -130,7 +141,8 @@ impl Place {
             None => Wan::plain(&a, &b)?,
         };
         let directory = tempfile::Builder::new().prefix(&format!("{name}-")).tempdir()?;
-        let place = Place { name, wan, a, b, directory, tools, _turn: turn };
+        let page_tables = PageTables::default();
+        let place = Place { name, wan, a, b, directory, page_tables, tools, _turn: turn };
         for directory in [place.state_directory(), place.temporary_directory()] {
             std::fs::create_dir(directory)?;
         }
@@ -180,12 +192,58 @@ impl Place {
 
     /// Where farfault keeps its journals.
     pub fn state_directory(&self) -> PathBuf {
-        self.path("state")
+        self.path(STATE)
+    }
+
+    /// What its receivers have in shared memory beside the guests' memory.
+    pub fn page_tables(&self) -> &PageTables {
+        &self.page_tables
     }
 
     /// Where farfault makes temporary files.
     pub fn temporary_directory(&self) -> PathBuf {
         self.path("tmp")
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        // A QEMU that a receiver has started does not end with it.
+        for netns in [&self.a, &self.b] {
+            if let Err(error) = netns.end_all() {
+                eprintln!("{error:#}");
+            }
+        }
+        self.page_tables.remove();
+    }
+}
+
+/// Page tables of the receivers of a laboratory. They are in shared memory under the names of their migrations, which
+/// do not tell whose they are, and stay when a receiver is killed.
+#[derive(Clone, Debug, Default)]
+pub struct PageTables(Arc<Mutex<BTreeSet<PathBuf>>>);
+
+impl PageTables {
+    /// Notes where the receiver that gives this ticket will have its own.
+    pub(super) fn note(&self, ticket: &str) {
+        let Ok(ticket) = ticket.parse::<Ticket>() else { return };
+        let side = format!("{}.{}", ticket.migration, Side::Destination);
+        self.lock().insert(pages_path(Path::new(&side)));
+    }
+
+    /// Those that are there.
+    pub fn found(&self) -> Vec<PathBuf> {
+        self.lock().iter().filter(|path| path.exists()).cloned().collect()
+    }
+
+    fn remove(&self) {
+        for path in self.found() {
+            let _ = std::fs::remove_file(path);
+        }
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, BTreeSet<PathBuf>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -211,27 +269,178 @@ fn take(turn: Turn) -> Result<Flock<File>> {
     }
 }
 
-/// A laboratory whose process was killed has left its namespaces and files.
-fn remove_remains_of_dead_labs() {
-    let is_dead = |name: &str| {
-        let pid = name.strip_prefix(PREFIX).and_then(|rest| rest.split('-').next());
-        pid.is_some_and(|pid| !Path::new("/proc").join(pid).exists())
-    };
-    for directory in [Path::new("/run/netns"), Path::new("/dev/shm"), &std::env::temp_dir()] {
-        let Ok(entries) = std::fs::read_dir(directory) else { continue };
-        for entry in entries.flatten() {
-            let name = entry.file_name().to_string_lossy().into_owned();
-            if !is_dead(&name) {
-                continue;
+/// What a laboratory whose process was killed has left.
+#[derive(Clone, Copy, Debug)]
+enum Remains {
+    Namespace,
+    GuestMemory,
+    Directory,
+}
+
+impl Remains {
+    /// Whether names of this kind have such an end behind `farfault-lab-PID-N-`.
+    fn end_so(self, end: &str) -> bool {
+        match self {
+            Remains::Namespace => end == "a" || end == "b",
+            Remains::GuestMemory => {
+                end.rsplit_once("-ram").is_some_and(|(_, node)| number(node).is_some())
             }
-            eprintln!("removing what a killed laboratory has left: {}", entry.path().display());
-            if directory.ends_with("netns") {
-                let _ = Command::new("ip").args(["netns", "del", &name]).status();
-            } else if entry.path().is_dir() {
-                let _ = std::fs::remove_dir_all(entry.path());
-            } else {
-                let _ = std::fs::remove_file(entry.path());
+            // As the crate tempfile makes names.
+            Remains::Directory => end.len() == 6 && end.bytes().all(|b| b.is_ascii_alphanumeric()),
+        }
+    }
+
+    /// The process that has made what has this name, if a laboratory has: other things may be called `farfault-lab-`
+    /// too, results of an experiment for instance.
+    fn maker(self, name: &str) -> Option<u32> {
+        let (pid, rest) = name.strip_prefix(PREFIX)?.split_once('-')?;
+        let (count, end) = rest.split_once('-')?;
+        number(count)?;
+        number(pid).filter(|_| self.end_so(end))
+    }
+
+    fn remove(self, path: &Path, name: &str) {
+        match self {
+            Remains::Namespace => {
+                // A QEMU that a receiver has started, and whoever held the laboratory did not live to end.
+                if let Err(error) = Netns::existing(name).and_then(|netns| netns.end_all()) {
+                    eprintln!("{error:#}");
+                }
+                let _ = Command::new("ip").args(["netns", "del", name]).status();
+            }
+            Remains::GuestMemory => drop(std::fs::remove_file(path)),
+            Remains::Directory => {
+                remove_state(&path.join(STATE));
+                let _ = std::fs::remove_dir_all(path);
             }
         }
+    }
+
+    fn remove_all_in(self, directory: &Path) {
+        let Ok(entries) = std::fs::read_dir(directory) else { return };
+        for entry in entries.flatten() {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            let Some(pid) = self.maker(&name) else { continue };
+            if !Path::new("/proc").join(pid.to_string()).exists() {
+                eprintln!("removing what a killed laboratory has left: {}", entry.path().display());
+                self.remove(&entry.path(), &name);
+            }
+        }
+    }
+}
+
+fn remove_remains_of_dead_labs() {
+    // Processes first, which may use the others.
+    Remains::Namespace.remove_all_in(Path::new(NAMESPACES));
+    Remains::GuestMemory.remove_all_in(Path::new(SHARED_MEMORY));
+    Remains::Directory.remove_all_in(&std::env::temp_dir());
+}
+
+/// In digits alone.
+fn number(text: &str) -> Option<u32> {
+    text.bytes().all(|byte| byte.is_ascii_digit()).then(|| text.parse().ok())?
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::Ipv4Addr;
+
+    use super::super::process::wait_for;
+    use super::*;
+    use crate::transport::{Listener, TransportOptions};
+
+    #[test]
+    fn names_of_a_laboratory_are_told_from_those_that_others_give() {
+        for (kind, name) in [
+            (Remains::Namespace, "farfault-lab-17-0-a"),
+            (Remains::GuestMemory, "farfault-lab-17-12-destination-ram1"),
+            (Remains::Directory, "farfault-lab-17-3-x1Y2z3"),
+        ] {
+            assert_eq!(kind.maker(name), Some(17), "{name}");
+        }
+        for name in [
+            "farfault-lab-results",
+            "farfault-lab-wan-2",
+            "farfault-lab-2026-11-27",
+            "farfault-lab-17",
+            "farfault-lab-17-0",
+            "farfault-lab-17-0-",
+            "farfault-lab-17-0-results",
+            "farfault-lab-17-wan-x1Y2z3",
+            "farfault-lab-+7-0-x1Y2z3",
+            "farfault-lab--0-x1Y2z3",
+            "farfault-lab-99999999999-0-x1Y2z3",
+            "farfault-lab.lock",
+            "other-17-0-x1Y2z3",
+        ] {
+            for kind in [Remains::Namespace, Remains::GuestMemory, Remains::Directory] {
+                assert_eq!(kind.maker(name), None, "{kind:?} {name}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_a_dead_laboratory_has_left_is_removed_with_its_page_tables_and_nothing_else() {
+        let mut process = Command::new("true").spawn().unwrap();
+        process.wait().unwrap();
+        let (dead, alive) = (process.id(), std::process::id());
+        let parent = tempfile::tempdir().unwrap();
+        let side =
+            parent.path().join(format!("{PREFIX}{dead}-0-abcdef/{STATE}/{alive}.destination"));
+        std::fs::create_dir_all(&side).unwrap();
+        std::fs::write(pages_path(&side), b"table").unwrap();
+        let kept = [format!("{PREFIX}{alive}-0-abcdef"), format!("{PREFIX}results")];
+        for name in &kept {
+            std::fs::create_dir(parent.path().join(name)).unwrap();
+        }
+        let ram = parent.path().join(format!("{PREFIX}{dead}-0-source-ram0"));
+        std::fs::write(&ram, b"memory").unwrap();
+        Remains::Directory.remove_all_in(parent.path());
+        assert!(!pages_path(&side).exists() && ram.exists());
+        Remains::GuestMemory.remove_all_in(parent.path());
+        let left = std::fs::read_dir(parent.path()).unwrap().flatten();
+        let mut left: Vec<String> =
+            left.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
+        left.sort();
+        assert_eq!(left, kept);
+    }
+
+    #[test]
+    fn the_namespace_of_a_dead_laboratory_goes_with_the_processes_in_it() {
+        if !nix::unistd::geteuid().is_root() {
+            eprintln!("*** SKIPPED: not root ***");
+            return;
+        }
+        let name = format!("farfault-test-{}-dead", std::process::id());
+        assert!(Command::new("ip").args(["netns", "add", &name]).status().unwrap().success());
+        let mut command = Command::new("ip");
+        let mut qemu = command.args(["netns", "exec", &name, "sleep", "60"]).spawn().unwrap();
+        let netns = Netns::existing(&name).unwrap();
+        wait_for("a process in it", Duration::from_secs(10), || {
+            Ok(netns.pids()?.contains(&qemu.id()).then_some(()))
+        })
+        .unwrap();
+        Remains::Namespace.remove(&netns.path(), &name);
+        assert!(!netns.path().exists());
+        assert!(!qemu.wait().unwrap().success());
+    }
+
+    #[test]
+    fn page_tables_are_found_by_the_tickets_of_their_receivers() {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let ticket = runtime.block_on(async {
+            let address = (Ipv4Addr::LOCALHOST, 0).into();
+            Listener::bind(address, Vec::new(), &TransportOptions::default()).unwrap().1
+        });
+        let tables = PageTables::default();
+        tables.note("no ticket");
+        tables.note(&ticket.to_string());
+        assert!(tables.found().is_empty());
+        let path =
+            PathBuf::from(format!("/dev/shm/farfault-{}.destination.pages", ticket.migration));
+        std::fs::write(&path, b"table").unwrap();
+        assert_eq!(tables.found(), [path]);
+        tables.remove();
+        assert!(tables.found().is_empty());
     }
 }
