@@ -361,7 +361,8 @@ impl Migration {
     }
 
     /// Waits for the end of both sides, which must succeed; `tick` is called again and again with the
-    /// time since the start. `None` when it took longer than `limit`: then it was cancelled.
+    /// time since the start. `None` when it took longer than `limit`: then it was cancelled, or, after the switchover,
+    /// killed.
     pub fn finish(
         mut self,
         limit: Duration,
@@ -376,9 +377,7 @@ impl Migration {
                 break;
             }
             if self.started.elapsed() > limit {
-                self.send.terminate(CANCEL_TIMEOUT).context("cancel send")?;
-                // A receiver whose sender has cancelled ends by itself, or is killed on drop.
-                let _ = self.receive.wait(CANCEL_TIMEOUT);
+                give_up(self.send, self.receive, CANCEL_TIMEOUT)?;
                 return Ok(None);
             }
             std::thread::sleep(POLL_EVERY);
@@ -402,6 +401,22 @@ impl Migration {
     }
 }
 
+/// Ends a migration that has taken too long.
+///
+/// # Errors
+/// When that was interrupted.
+fn give_up(send: Running, receive: Running, timeout: Duration) -> Result<()> {
+    match send.terminate(timeout) {
+        // A receiver whose sender has cancelled ends by itself, or is killed on drop.
+        Ok(_) => drop(receive.wait(timeout)),
+        Err(error) if is_interrupted() => return Err(error.context("cancel send")),
+        // After the switchover a sender does not let itself be cancelled: the guest would lose the pages that are left.
+        // Both sides are killed on drop, as the guest is.
+        Err(_) => {}
+    }
+    Ok(())
+}
+
 /// Moves a guest; both sides must succeed within `timeout`.
 pub fn migrate(
     place: &Place,
@@ -418,4 +433,30 @@ pub fn migrate(
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn shell(script: &str) -> Running {
+        let mut command = Command::new("sh");
+        let mut running =
+            Running::spawn(command.args(["-c", script]), PageTables::default()).unwrap();
+        running.wait_for_event("readiness", READY_TIMEOUT, |event| event["ready"] == 1).unwrap();
+        running
+    }
+
+    #[test]
+    fn a_sender_that_does_not_let_itself_be_cancelled_is_given_up_and_killed() {
+        let send = shell("trap '' TERM; echo '{\"ready\": 1}'; while :; do sleep 0.05; done");
+        let receive = shell("echo '{\"ready\": 1}'; exec sleep 60");
+        let pids = [send.pid(), receive.pid()];
+        let since = Instant::now();
+        give_up(send, receive, Duration::from_millis(200)).unwrap();
+        assert!(since.elapsed() < Duration::from_secs(10), "{:?}", since.elapsed());
+        for pid in pids {
+            assert!(!Path::new("/proc").join(pid.to_string()).exists(), "{pid} lives");
+        }
+    }
 }
