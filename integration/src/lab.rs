@@ -9,6 +9,8 @@ pub use farfault::lab::stage::place::{ADDRESS_A, ADDRESS_B};
 use farfault::lab::stage::place::{Image, Place, Tools, Turn};
 use farfault_wan::spec::QueueLimit;
 
+use crate::skip::skipped;
+
 /// The losses of a lossy link are the same in every run of a test.
 const SEED: u64 = 1;
 
@@ -31,10 +33,7 @@ impl Lab {
 
     fn open(link: &str, turn: Turn) -> Result<Option<Self>> {
         if let Err(error) = Place::requirements() {
-            if std::env::var_os("FARFAULT_REQUIRE_LAB").is_some_and(|v| v == "1") {
-                return Err(error);
-            }
-            eprintln!("\n*** SKIPPED, nothing was tested: {error:#} ***\n");
+            skipped(&format!("{error:#}"))?;
             return Ok(None);
         }
         let tools = Tools {

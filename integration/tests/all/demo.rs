@@ -7,6 +7,7 @@ use anyhow::Result;
 use farfault_integration::farfault::{Ended, Running};
 use farfault_integration::lab::{guest_image, workspace_program};
 use farfault_integration::process::wait_for;
+use farfault_integration::skip::skipped;
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -27,7 +28,7 @@ impl Demo {
     /// The same of Linux in QEMU.
     fn start_qemu(arguments: &str) -> Result<Option<Self>> {
         if !nix::unistd::geteuid().is_root() {
-            eprintln!("SKIPPED: farfault demo --guest qemu: not root");
+            skipped("farfault demo --guest qemu: not root")?;
             return Ok(None);
         }
         let kernel = guest_image()?.kernel;
@@ -38,7 +39,7 @@ impl Demo {
 
     fn start_with(guest: &[&str], arguments: &str) -> Result<Option<Self>> {
         if !nix::unistd::geteuid().is_root() {
-            eprintln!("SKIPPED: farfault demo: not root");
+            skipped("farfault demo: not root")?;
             return Ok(None);
         }
         let further: Vec<&str> = arguments.split(' ').collect();

@@ -11,6 +11,7 @@ use farfault_integration::lab::Lab;
 use farfault_integration::moving::{BULKY, LIMIT, Move, SHORT, WORK};
 use farfault_integration::process::wait_for;
 use farfault_integration::qemu::{Guest, GuestSpec, Machine};
+use farfault_integration::skip::skipped;
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
@@ -254,8 +255,7 @@ const FAKE_CLOCK: &str = "/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1";
 #[test]
 fn wall_clocks_that_differ_and_jump_do_no_harm() -> Result<()> {
     if !Path::new(FAKE_CLOCK).exists() {
-        eprintln!("skipped: there is no {FAKE_CLOCK} (Debian: libfaketime)");
-        return Ok(());
+        return skipped(&format!("there is no {FAKE_CLOCK} (Debian: libfaketime)"));
     }
     let Some(lab) = Lab::start("50Mbit,20ms")? else { return Ok(()) };
     let files = ["source-clock", "destination-clock"].map(|name| lab.path(name));
