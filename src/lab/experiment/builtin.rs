@@ -61,7 +61,6 @@ pub(super) fn run(scenario: &Scenario, cell: &Cell, program: &Path) -> Result<Se
 
 fn arguments(scenario: &Scenario, cell: &Cell) -> Result<Vec<String>> {
     let kind = if cell.guest.kind == GuestKind::Kvm { "kvm" } else { "threads" };
-    let downtime = format!("{}ms", scenario.downtime()?.as_millis());
     let link =
         cell.link.spec()?.context("a built-in guest moves over an emulated link")?.to_string();
     let work = cell.guest.workload()?.to_string();
@@ -69,8 +68,8 @@ fn arguments(scenario: &Scenario, cell: &Cell) -> Result<Vec<String>> {
     let chosen = ["--link", &link, "--work", &work];
     let mut all: Vec<String> = fixed.into_iter().chain(chosen).map(str::to_owned).collect();
     all.extend(cell.method.send.iter().flatten().cloned());
-    if !all.iter().any(|option| option == "--downtime") {
-        all.extend(["--downtime".to_owned(), downtime]);
+    if cell.method.downtime()?.is_none() {
+        all.extend(["--downtime".to_owned(), scenario.downtime.clone()]);
     }
     Ok(all)
 }

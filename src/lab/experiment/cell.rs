@@ -179,9 +179,8 @@ fn estimate(
         return Ok(None);
     }
     let qmp = source.qmp_path().display().to_string();
-    let downtime = format!("{}ms", scenario.downtime()?.as_millis());
     let arguments = ["estimate", "--json", "--qmp", &qmp, "--link", &cell.link.link];
-    let arguments = [&arguments[..], &["--downtime", &downtime]].concat();
+    let arguments = [&arguments[..], &["--downtime", scenario.downtime_of(&cell.method)]].concat();
     let running =
         farfault::Running::here(&place.tools().farfault, &arguments, &place.temporary_directory())?;
     let ended = running.wait(ESTIMATE_LIMIT)?;
@@ -239,7 +238,7 @@ fn migrate(
     destination: &mut Guest,
     traces: Option<&Traces>,
 ) -> Result<Option<Moved>> {
-    let (downtime, limit) = (scenario.downtime()?, scenario.limit()?);
+    let limit = scenario.limit()?;
     let qemu = [source.pid_file(), destination.pid_file()].map(|path| Who::File(path.to_owned()));
     let mut cuts = Cuts::new(cell.link.cuts()?);
     if let Some(method) = cell.method.native()? {
@@ -247,6 +246,7 @@ fn migrate(
             parameters: cell.method.parameters.clone(),
             encrypted: cell.method.tls,
         };
+        let downtime = scenario.downtime()?;
         let migration =
             native::Migration::begin(place, source, destination, method, downtime, &further)?;
         let watch = Watch::start(qemu.to_vec());
@@ -257,10 +257,9 @@ fn migrate(
         let native::Done { started, took, .. } = done;
         return Ok(Some(Moved { started, took, reports, usage, camera: None }));
     }
-    let downtime = format!("{}ms", downtime.as_millis());
     let mut options: Vec<&str> = cell.method.send.iter().flatten().map(String::as_str).collect();
-    if !options.contains(&"--downtime") {
-        options.extend(["--downtime", &downtime]);
+    if cell.method.downtime()?.is_none() {
+        options.extend(["--downtime", &scenario.downtime]);
     }
     let mut receive_options: Vec<&str> = Vec::new();
     if let Some(Traces { source, destination }) = traces {

@@ -18,6 +18,10 @@ use crate::units::{parse_bytes, parse_duration};
 const REDIS: &str = "redis";
 /// That on its pages, and frames of them for a client outside.
 const STREAM: &str = "stream";
+/// The test guest takes no less.
+const MIN_WORKING_SET_BYTES: u64 = 64 << 10;
+/// Of farfault.
+const DOWNTIME: &str = "--downtime";
 /// More cells than this are a slip of the pen.
 const MAX_CELLS: usize = 10_000;
 
@@ -249,6 +253,15 @@ impl Scenario {
         let cells = self.guest.len() * self.link.len() * self.method.len();
         let runs = cells.saturating_mul(self.repeat as usize);
         ensure!(runs <= MAX_CELLS, "{runs} runs are more than {MAX_CELLS}");
+        let in_qemu = self.guest.iter().any(|guest| guest.kind == GuestKind::Qemu);
+        ensure!(in_qemu || !self.ready_memory, "ready_memory: there is no guest in QEMU");
+        let moves_them = in_qemu && self.method.iter().any(|method| method.send.is_some());
+        for (option, is_set) in [("trace", self.trace), ("estimate", self.estimate)] {
+            ensure!(
+                moves_them || !is_set,
+                "{option}: there is no guest in QEMU that farfault would move"
+            );
+        }
         let builtin = self.guest.iter().find(|guest| guest.kind != GuestKind::Qemu);
         let unshaped = |link: &&LinkPart| link.link == UNSHAPED;
         if let Some(link) = self.link.iter().find(unshaped).filter(|_| self.estimate) {
@@ -275,7 +288,16 @@ impl Scenario {
 
     /// The downtime that is allowed.
     pub fn downtime(&self) -> Result<Duration> {
-        parse_duration(&self.downtime).context("downtime")
+        let downtime = parse_duration(&self.downtime).context("downtime")?;
+        let is_whole = downtime.subsec_nanos().is_multiple_of(1_000_000);
+        // QEMU counts in them.
+        ensure!(is_whole && !downtime.is_zero(), "downtime: whole milliseconds, at least one");
+        Ok(downtime)
+    }
+
+    /// What farfault is told of it with a method: that of its own, if it has one.
+    pub fn downtime_of<'a>(&'a self, method: &'a MethodPart) -> &'a str {
+        method.told(DOWNTIME).unwrap_or(&self.downtime)
     }
 
     /// All runs, in the order in which they are to be made: every repetition of the whole matrix is
@@ -322,10 +344,13 @@ impl GuestPart {
             );
             ensure!(self.working_set.is_none(), "working_set is for guests in QEMU");
             ensure!(self.usable.is_none(), "usable is for guests in QEMU");
+            ensure!(self.fill == text(), "fill is for guests in QEMU");
+            ensure!(self.verify == verify(), "verify is for guests in QEMU");
             return Ok(());
         }
         ensure!(memory.is_multiple_of(1 << 20), "memory: whole MiB");
         let working_set = self.working_set_bytes()?;
+        ensure!(working_set >= MIN_WORKING_SET_BYTES, "working_set: at least 64KiB");
         let usable = self.usable_bytes()?.unwrap_or(memory);
         ensure!(usable.is_multiple_of(1 << 20) && usable <= memory, "usable: whole MiB of memory");
         ensure!(
@@ -333,7 +358,7 @@ impl GuestPart {
             "working_set: leave the guest's kernel 64 MiB of its memory"
         );
         ensure!(
-            self.work != REDIS || working_set / 2 * 3 + (64 << 20) <= memory,
+            self.work != REDIS || working_set / 2 * 3 + (64 << 20) <= usable,
             "working_set: redis takes up to half as much again as its data, and the kernel 64 MiB"
         );
         let works = [
@@ -395,6 +420,7 @@ impl LinkPart {
     fn check(&self) -> Result<()> {
         let is_unshaped = self.spec()?.is_none();
         self.queue_limit()?;
+        ensure!(self.queue == bdp() || !is_unshaped, "queue: only an emulated link has one");
         ensure!(self.cuts()?.is_empty() || !is_unshaped, "cut: only an emulated link can be cut");
         ensure!(self.mtu.is_none() || is_unshaped, "mtu: an emulated link has one of 1500");
         ensure!(self.mtu.is_none_or(|mtu| MTUS.contains(&mtu)), "mtu: from 1280 to 65000");
@@ -434,7 +460,28 @@ impl MethodPart {
                 bail!("either send = [options of farfault send], or qemu = \"a method of QEMU's\"")
             }
         }
+        self.downtime()?;
         Ok(())
+    }
+
+    /// The downtime that farfault is told with this method alone.
+    pub fn downtime(&self) -> Result<Option<Duration>> {
+        let text = self.told(DOWNTIME);
+        text.map(|text| parse_duration(text).context(DOWNTIME)).transpose()
+    }
+
+    /// What farfault is told with an option: `--option value` or `--option=value`.
+    fn told(&self, option: &str) -> Option<&str> {
+        let mut words = self.send.iter().flatten();
+        while let Some(word) = words.next() {
+            if word == option {
+                return Some(words.next().map_or("", String::as_str));
+            }
+            if let Some(value) = word.strip_prefix(option).and_then(|rest| rest.strip_prefix('=')) {
+                return Some(value);
+            }
+        }
+        None
     }
 
     /// QEMU's method, if it is one.

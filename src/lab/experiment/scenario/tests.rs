@@ -77,8 +77,49 @@ fn what_cannot_be_tried_is_refused_with_its_place() {
         ("repeat = 2", "repeat = 0", "at least 1"),
         ("repeat = 2", "repeats = 2", "unknown field"),
         ("1ms\"", "1ms\"\nqueue = \"10bdp\"", "built-in"),
+        ("1Gbit,1ms\"", "none\"\nqueue = \"10bdp\"", "only an emulated link has one"),
+        (
+            "working_set = \"64MiB\"\n    work = \"sparse\"",
+            "working_set = \"80MiB\"\n    usable = \"160MiB\"\n    work = \"redis\"",
+            "redis",
+        ),
+        ("64MiB", "60KiB", "at least 64KiB"),
+        ("\"16MiB\"", "\"16MiB\"\n    fill = \"random\"", "fill is for guests in QEMU"),
+        ("\"16MiB\"", "\"16MiB\"\n    verify = 1", "verify is for guests in QEMU"),
+        ("repeat = 2", "downtime = \"0.5ms\"", "whole milliseconds"),
+        ("repeat = 2", "downtime = \"1.5ms\"", "whole milliseconds"),
+        ("\"hybrid\"]", "\"hybrid\", \"--downtime=soon\"]", "--downtime"),
+        ("\"hybrid\"]", "\"hybrid\", \"--downtime\"]", "--downtime"),
     ] {
         let error = Scenario::parse(&TEXT.replacen(from, to, 1)).unwrap_err();
         assert!(format!("{error:#}").contains(word), "{to}: {error:#}");
+    }
+}
+
+#[test]
+fn what_no_guest_or_method_would_notice_is_refused() {
+    let refused = |text: &str| format!("{:#}", Scenario::parse(text).unwrap_err());
+    for option in ["trace", "estimate", "ready_memory"] {
+        let text = TEXT.replace("repeat = 2", &format!("{option} = true"));
+        Scenario::parse(&text).unwrap();
+        let (begin, rest) = text.split_once("[[guest]]").unwrap();
+        let (_, rest) = rest.split_once("[[guest]]").unwrap();
+        let builtin = format!("{begin}[[guest]]{rest}");
+        assert!(refused(&builtin).starts_with(&format!("{option}: ")), "{builtin}");
+    }
+    let text = TEXT.replace("repeat = 2", "estimate = true");
+    let theirs = text.replace("send = [\"--strategy\", \"hybrid\"]", "qemu = \"precopy\"");
+    assert!(refused(&theirs).starts_with("estimate: "));
+}
+
+#[test]
+fn a_method_may_have_a_downtime_of_its_own() {
+    let mut scenario = Scenario::parse(TEXT).unwrap();
+    assert_eq!(scenario.downtime_of(&scenario.method[0]), "300ms");
+    for words in [&["--downtime", "50ms"][..], &["--strategy", "hybrid", "--downtime=50ms"]] {
+        scenario.method[0].send = Some(words.iter().map(|&word| word.to_owned()).collect());
+        assert_eq!(scenario.downtime_of(&scenario.method[0]), "50ms");
+        let own = scenario.method[0].downtime().unwrap();
+        assert_eq!(own, Some(Duration::from_millis(50)));
     }
 }
