@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 
-use super::scenario::{Cell, GuestPart, LinkPart, MethodPart, Scenario};
+use super::scenario::{Cell, GuestKind, GuestPart, LinkPart, MethodPart, Scenario};
 use crate::lab::stage::film::MemoryFilm;
 use crate::lab::stage::place::Image;
 use crate::lab::stage::stream::StreamSeen;
@@ -31,6 +31,9 @@ pub struct Record {
     pub downtime: String,
     /// Limit of the migration.
     pub limit: String,
+    /// Whether the destination had memory that was touched before.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub ready_memory: bool,
     /// Decided which packets were lost.
     pub seed: u64,
     /// Where it was run.
@@ -207,15 +210,42 @@ fn qemu_version() -> Option<String> {
 pub(super) fn key(scenario: &Scenario, cell: &Cell) -> String {
     let conditions = (&cell.guest, &cell.link, &cell.method, &scenario.downtime, &scenario.limit);
     let mut text = serde_json::to_vec(&conditions).unwrap_or_default();
-    if scenario.trace {
-        text.extend(b"traced");
+    let in_qemu = cell.guest.kind == GuestKind::Qemu;
+    // Each only where it is asked for: other runs keep the keys that they had before there was such a thing.
+    for (is_set, word) in [
+        (scenario.trace, &b"traced"[..]),
+        (scenario.ready_memory && in_qemu, b"ready memory"),
+        (scenario.estimate && in_qemu && cell.method.send.is_some(), b"estimated"),
+    ] {
+        if is_set {
+            text.extend(word);
+        }
     }
     format!("{}#{:016x}", cell.name(), xxh3_64(&text))
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::testing::scenario;
     use super::*;
+
+    #[test]
+    fn a_run_is_another_one_when_a_condition_that_matters_for_it_is_set() {
+        let plain = scenario();
+        let cells = plain.runs(&["lan".to_owned()]);
+        let cell = |method: &str| cells.iter().find(|cell| cell.method.name == method).unwrap();
+        let (ours, theirs) = (cell("farfault"), cell("xbzrle"));
+        let estimated = Scenario { estimate: true, ..plain.clone() };
+        let ready = Scenario { ready_memory: true, ..plain.clone() };
+        let keys = [&plain, &estimated, &ready].map(|scenario| key(scenario, ours));
+        assert!(keys[0] != keys[1] && keys[0] != keys[2] && keys[1] != keys[2], "{keys:?}");
+        assert_eq!(key(&plain, theirs), key(&estimated, theirs));
+        assert_ne!(key(&plain, theirs), key(&ready, theirs));
+        // What was found before there were such conditions is found for ever.
+        let conditions = (&ours.guest, &ours.link, &ours.method, "300ms", "120s");
+        let hash = xxh3_64(&serde_json::to_vec(&conditions).unwrap());
+        assert_eq!(keys[0], format!("db/lan/farfault#{hash:016x}"));
+    }
 
     #[test]
     fn this_machine_can_be_told_from_others() {

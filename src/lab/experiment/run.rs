@@ -57,7 +57,7 @@ pub fn run(
         let example = scenario.runs(&[]).first().map(Cell::name).unwrap_or_default();
         bail!("no cell's name contains any of {:?}; they have names like {example}", options.only);
     }
-    let is_made = |cell: &Cell| store.has(&key(scenario, cell), cell.repetition);
+    let is_made = |cell: &Cell| store.has(scenario, cell);
     let (kept, todo): (Vec<Cell>, Vec<Cell>) = all.into_iter().partition(is_made);
     let program = std::env::current_exe().context("where is this program?")?;
     let needs_qemu = todo.iter().any(|cell| cell.guest.kind == GuestKind::Qemu);
@@ -108,8 +108,7 @@ fn make(
 ) -> Result<Record> {
     let begin = Instant::now();
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    // The same losses for each method, others in each repetition.
-    let seed = scenario.seed.wrapping_add(u64::from(cell.repetition));
+    let seed = scenario.seed_of(cell.repetition);
     let seen = match tools.filter(|_| cell.guest.kind == GuestKind::Qemu) {
         Some(tools) => cell::run(scenario, cell, seed, tools, traces),
         None => builtin::run(scenario, cell, program),
@@ -129,6 +128,7 @@ fn make(
         method: cell.method.clone(),
         downtime: scenario.downtime.clone(),
         limit: scenario.limit.clone(),
+        ready_memory: scenario.ready_memory && cell.guest.kind == GuestKind::Qemu,
         seed,
         machine: machine.clone(),
         unix_s: now.as_secs(),

@@ -300,6 +300,11 @@ impl Scenario {
         method.told(DOWNTIME).unwrap_or(&self.downtime)
     }
 
+    /// Decides which packets are lost: the same for each method, others in each repetition.
+    pub fn seed_of(&self, repetition: u32) -> u64 {
+        self.seed.wrapping_add(u64::from(repetition))
+    }
+
     /// All runs, in the order in which they are to be made: every repetition of the whole matrix is
     /// shuffled for itself, so that neither a slow hour of the machine nor an end before the time
     /// favours a method. QEMU's methods are for guests in QEMU only.

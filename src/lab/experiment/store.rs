@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, ensure};
 
 use super::record::{Outcome, Record, key};
-use super::scenario::Scenario;
+use super::scenario::{Cell, Scenario};
 
 const SCENARIO: &str = "scenario.toml";
 const RESULTS: &str = "results.jsonl";
@@ -49,8 +49,11 @@ impl Store {
     }
 
     /// Whether this run has come to an end, and not to a failure.
-    pub fn has(&self, key: &str, repetition: u32) -> bool {
-        let is_it = |record: &Record| record.key == key && record.repetition == repetition;
+    pub fn has(&self, scenario: &Scenario, cell: &Cell) -> bool {
+        let (key, seed) = (key(scenario, cell), scenario.seed_of(cell.repetition));
+        let is_it = |record: &Record| {
+            record.key == key && record.repetition == cell.repetition && record.seed == seed
+        };
         self.records.iter().any(|record| is_it(record) && record.outcome != Outcome::Failed)
     }
 
@@ -86,7 +89,8 @@ impl Store {
     /// once, the last.
     pub fn of(&self, scenario: &Scenario) -> Vec<&Record> {
         let mut latest: BTreeMap<(&str, u32), &Record> = BTreeMap::new();
-        for record in &self.records {
+        let has_its_seed = |record: &&Record| record.seed == scenario.seed_of(record.repetition);
+        for record in self.records.iter().filter(has_its_seed) {
             latest.insert((&record.key, record.repetition), record);
         }
         let mut cells = scenario.runs(&[]);
@@ -143,9 +147,8 @@ mod tests {
         file.write_all(b"{\"key\": \"half").unwrap();
 
         let (mut store, noted) = Store::existing(directory.path()).unwrap();
-        let has = |store: &Store, scenario: &Scenario, index: usize| {
-            store.has(&key(scenario, &cells[index]), cells[index].repetition)
-        };
+        let has =
+            |store: &Store, scenario: &Scenario, index: usize| store.has(scenario, &cells[index]);
         assert_eq!(noted.runs(&[]).len(), cells.len());
         assert!(has(&store, &scenario, 0) && !has(&store, &scenario, 1));
         store.add(record(&scenario, &cells[1], Outcome::NotConverged)).unwrap();
@@ -154,6 +157,10 @@ mod tests {
         assert_eq!(of.len(), 2, "{of:?}");
         assert!(!of.contains(&Outcome::Failed));
 
+        scenario.seed += 1;
+        assert!(!has(&store, &scenario, 0) && store.of(&scenario).is_empty(), "other losses");
+        scenario.seed -= 1;
+        assert!(has(&store, &scenario, 0));
         scenario.downtime = "30ms".to_owned();
         assert!(!has(&store, &scenario, 0), "other conditions");
         assert!(store.of(&scenario).is_empty());
