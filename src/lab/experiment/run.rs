@@ -6,7 +6,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use anyhow::{Context, Result, bail};
 
 use super::record::{Machine, Outcome, Record, key};
-use super::scenario::{Cell, GuestKind, Scenario};
+use super::scenario::{Cell, GuestKind, Scenario, is_wanted};
 use super::store::Store;
 use super::{builtin, cell};
 use crate::lab::stage::place::{Image, Place, Tools};
@@ -37,7 +37,7 @@ pub struct Tally {
     pub failed: usize,
     /// Runs that are left, since the budget was spent.
     pub left: usize,
-    /// Pages found corrupt in the runs made now.
+    /// Pages found corrupt in any of these runs, whenever they were made.
     pub corrupt_pages: u64,
 }
 
@@ -92,9 +92,11 @@ pub fn run(
         tell(&format!("        {}", in_a_line(&record)));
         tally.made += 1;
         tally.failed += usize::from(record.outcome == Outcome::Failed);
-        tally.corrupt_pages += record.measured.as_ref().map_or(0, |seen| seen.corrupt_pages);
         store.add(record)?;
     }
+    let of_these = |record: &&Record| is_wanted(&record.name(), &options.only);
+    let seen = store.of(scenario).into_iter().filter(of_these).flat_map(|record| &record.measured);
+    tally.corrupt_pages = seen.map(|seen| seen.corrupt_pages).sum();
     Ok(tally)
 }
 
@@ -204,6 +206,25 @@ mod tests {
         let options = RunOptions { only: vec!["nothing".to_owned()], ..options };
         let error = run(&scenario, &mut store, &options, |_| {}).unwrap_err();
         assert!(error.to_string().contains("nothing"));
+    }
+
+    #[test]
+    fn a_corrupt_page_of_an_earlier_run_is_not_forgotten() {
+        let (_directory, scenario, mut store) = store();
+        for cell in scenario.runs(&[]) {
+            let mut made = record(&scenario, &cell, Outcome::Moved);
+            let is_bad = cell.name() == "db/wan/xbzrle" && cell.repetition == 1;
+            made.measured.as_mut().unwrap().corrupt_pages = if is_bad { 3 } else { 0 };
+            store.add(made).unwrap();
+        }
+        let corrupt_pages_of = |store: &mut Store, only: &[&str]| {
+            let only = only.iter().map(|&text| text.to_owned()).collect();
+            let options = RunOptions { only, ..RunOptions::default() };
+            run(&scenario, store, &options, |_| {}).unwrap().corrupt_pages
+        };
+        assert_eq!(corrupt_pages_of(&mut store, &[]), 3);
+        assert_eq!(corrupt_pages_of(&mut store, &["wan/"]), 3);
+        assert_eq!(corrupt_pages_of(&mut store, &["lan/"]), 0);
     }
 
     #[test]

@@ -330,12 +330,14 @@ impl Scenario {
             }
             all.extend(cells);
         }
-        let wanted = |cell: &Cell| {
-            only.is_empty() || only.iter().any(|pattern| cell.name().contains(pattern.as_str()))
-        };
-        all.retain(wanted);
+        all.retain(|cell| is_wanted(&cell.name(), only));
         all
     }
+}
+
+/// Whether the cell of this name is among those that are wanted: all, when nothing is said of any.
+pub(super) fn is_wanted(name: &str, only: &[String]) -> bool {
+    only.is_empty() || only.iter().any(|text| name.contains(text.as_str()))
 }
 
 impl GuestPart {
