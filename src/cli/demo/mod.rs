@@ -56,6 +56,8 @@ const SLOW_MEMORY_BYTES: u64 = 8 << 20;
 /// A plain pre-copy is given so many times as long as farfault took, and at least as many seconds.
 const PATIENCE: f64 = 3.0;
 const PATIENCE_AT_LEAST: Duration = Duration::from_secs(5);
+/// The same losses in every run.
+const SEED: u64 = 0xfa17;
 /// Exit status of a command that Ctrl-C has ended, by the shells' custom.
 const INTERRUPTED: u8 = 130;
 
@@ -70,6 +72,9 @@ pub(super) struct Demo {
     /// Rate, round trip and, if any, loss of the link.
     #[arg(long, value_name = "RATE,RTT[,LOSS]", default_value = "100Mbit,40ms")]
     link: LinkSpec,
+    /// Which packets a lossy link loses; `farfault lab` tells.
+    #[arg(long, value_name = "N", default_value_t = SEED, hide = true)]
+    seed: u64,
     /// What is moved. auto: a virtual machine where KVM runs at the processor's speed, else native
     /// threads that do the same work on the same kind of memory. qemu: Linux in QEMU, which needs root.
     #[arg(long, value_enum, default_value_t)]
@@ -195,6 +200,7 @@ impl Demo {
             kind: chosen.kind.clone(),
             guest,
             link: self.link,
+            seed: self.seed,
             method: Method {
                 strategy: self.strategy.into(),
                 handover: self.handover.into(),

@@ -27,9 +27,6 @@ const MIGRATION_LIMIT: Duration = Duration::from_secs(30 * 60);
 const REPORT_LIMIT: Duration = Duration::from_secs(20);
 /// An emulated KVM checks hundreds of pages a second.
 const VERIFY_LIMIT: Duration = Duration::from_secs(10 * 60);
-/// Which packets a lossy link loses, the same in every run.
-const SEED: u64 = 0xfa17;
-
 /// What a run is to be.
 #[derive(Clone, Debug)]
 pub(super) struct RunPlan {
@@ -39,6 +36,8 @@ pub(super) struct RunPlan {
     pub(super) kind: GuestKind,
     pub(super) guest: GuestPlan,
     pub(super) link: LinkSpec,
+    /// Decides which packets a lossy link loses.
+    pub(super) seed: u64,
     pub(super) method: Method,
     /// How long the guest works before it is moved, and afterwards.
     pub(super) work_for: Duration,
@@ -176,7 +175,7 @@ impl Stage<'_> {
         let mut ticket: Ticket =
             text.parse().map_err(|error: TicketError| bad(error.to_string()))?;
         let Some(to) = ticket.addresses.first() else { return Err(bad("no address".to_owned())) };
-        let relay = Relay::start(plan.link, *to, SEED)
+        let relay = Relay::start(plan.link, *to, plan.seed)
             .map_err(|error| Failure::plain(format!("the emulated link: {error}")))?;
         ticket.addresses = vec![relay.address()];
         self.relay = Some(relay);

@@ -22,10 +22,10 @@ const KEPT: Duration = Duration::from_secs(120);
 const LOOK_EVERY: Duration = Duration::from_millis(20);
 
 /// Carries out a run.
-pub(super) fn run(scenario: &Scenario, cell: &Cell, program: &Path) -> Result<Seen> {
+pub(super) fn run(scenario: &Scenario, cell: &Cell, seed: u64, program: &Path) -> Result<Seen> {
     let temporary = tempfile::tempdir()?;
     let limit = scenario.limit()?;
-    let arguments = arguments(scenario, cell)?;
+    let arguments = arguments(scenario, cell, seed)?;
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     let mut running = Running::here(program, &arguments, temporary.path())?;
     let since = Instant::now();
@@ -59,13 +59,14 @@ pub(super) fn run(scenario: &Scenario, cell: &Cell, program: &Path) -> Result<Se
     Ok(Seen { outcome: Outcome::Moved, measured: Some(measured), reports: reports.into() })
 }
 
-fn arguments(scenario: &Scenario, cell: &Cell) -> Result<Vec<String>> {
+fn arguments(scenario: &Scenario, cell: &Cell, seed: u64) -> Result<Vec<String>> {
     let kind = if cell.guest.kind == GuestKind::Kvm { "kvm" } else { "threads" };
+    let seed = seed.to_string();
     let link =
         cell.link.spec()?.context("a built-in guest moves over an emulated link")?.to_string();
     let work = cell.guest.workload()?.to_string();
     let fixed = ["demo", "--json", "--guest", kind, "--memory", &cell.guest.memory];
-    let chosen = ["--link", &link, "--work", &work];
+    let chosen = ["--link", &link, "--seed", &seed, "--work", &work];
     let mut all: Vec<String> = fixed.into_iter().chain(chosen).map(str::to_owned).collect();
     all.extend(cell.method.send.iter().flatten().cloned());
     if cell.method.downtime()?.is_none() {
@@ -124,4 +125,27 @@ fn measure(
         throughput: Throughput::of(&source, &destination, BIN, KEPT, KEPT),
         ..Measured::default()
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::scenario;
+    use super::*;
+
+    #[test]
+    fn the_demo_is_told_the_seed_and_one_downtime() {
+        let mut scenario = scenario();
+        scenario.guest[0].kind = GuestKind::Threads;
+        let told = |scenario: &Scenario| {
+            let cells = scenario.runs(&["lan/farfault".to_owned()]);
+            arguments(scenario, &cells[0], 7).unwrap().join(" ")
+        };
+        let all = told(&scenario);
+        assert!(all.contains(" --seed 7 ") && all.ends_with(" --downtime 300ms"), "{all}");
+        for own in ["--downtime=50ms", "--downtime 50ms"] {
+            scenario.method[0].send = Some(own.split(' ').map(str::to_owned).collect());
+            let all = told(&scenario);
+            assert!(all.ends_with(own) && all.matches("--downtime").count() == 1, "{all}");
+        }
+    }
 }

@@ -113,7 +113,7 @@ fn make(
     let seed = scenario.seed_of(cell.repetition);
     let seen = match tools.filter(|_| cell.guest.kind == GuestKind::Qemu) {
         Some(tools) => cell::run(scenario, cell, seed, tools, traces),
-        None => builtin::run(scenario, cell, program),
+        None => builtin::run(scenario, cell, seed, program),
     };
     if is_interrupted() {
         return Err(seen.err().unwrap_or_else(|| anyhow::anyhow!("interrupted")));
