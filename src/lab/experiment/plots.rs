@@ -71,11 +71,14 @@ pub(super) fn draw_all(
             let bytes = BytesFigure { title: format!("Bytes on the link: {place}"), cells: &cells };
             let file = add(Some(&guest.name), Some(&link.name), "bytes", bytes.title.clone());
             save(&bytes, directory, &file)?;
-            let Some(spec) = link.spec()? else { continue };
-            let faults = FaultsFigure::new(&place, spec.round_trip.as_secs_f64(), moved());
-            if !faults.methods.is_empty() {
-                let file = add(Some(&guest.name), Some(&link.name), "faults", faults.title.clone());
-                save(&faults, directory, &file)?;
+            // Latency is drawn beside the round trip, which only an emulated link has.
+            if let Some(spec) = link.spec()? {
+                let faults = FaultsFigure::new(&place, spec.round_trip.as_secs_f64(), moved());
+                if !faults.methods.is_empty() {
+                    let file =
+                        add(Some(&guest.name), Some(&link.name), "faults", faults.title.clone());
+                    save(&faults, directory, &file)?;
+                }
             }
             for cell in moved() {
                 let Some((record, seen)) = cell.typical() else { continue };

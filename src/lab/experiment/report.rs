@@ -45,11 +45,16 @@ fn markdown(
     let _ = writeln!(
         text,
         "* {} of {wanted} runs, each repetition of the matrix shuffled with seed {}; downtime limit \
-         {}, a migration is given up after {}",
+         {}, a migration is given up after {}{}",
         records.len(),
         scenario.seed,
         scenario.downtime,
-        scenario.limit
+        scenario.limit,
+        if scenario.ready_memory {
+            "; destinations in QEMU had memory that was touched before"
+        } else {
+            ""
+        }
     );
     let corrupt: u64 =
         records.iter().filter_map(|record| Some(record.measured.as_ref()?.corrupt_pages)).sum();
@@ -264,7 +269,10 @@ fn describe_guest(guest: &GuestPart) -> String {
 }
 
 fn describe_link(link: &LinkPart) -> String {
-    let mut text = format!("{}, queue {}", link.link, link.queue);
+    let mut text = match link.queue_if_emulated() {
+        Some(queue) => format!("{}, queue {queue}", link.link),
+        None => format!("{}, MTU {}", link.link, link.mtu_bytes()),
+    };
     for cut in &link.cut {
         let _ = write!(text, ", cut after {} for {}", cut.at, cut.lasts);
     }
@@ -332,6 +340,23 @@ mod tests {
         let together = pictures(|_| {}).unwrap();
         assert!(together.contains("](plots/wan-sizes.svg)"), "{together}");
         assert_eq!(pictures(|scenario| scenario.guest[1].rate += 1), None);
+    }
+
+    #[test]
+    fn a_report_of_an_unshaped_link_tells_its_mtu_and_shows_memory() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut scenario = scenario();
+        scenario.ready_memory = true;
+        scenario.link[0].link = "none".to_owned();
+        let mut store = Store::open(directory.path(), &scenario).unwrap();
+        for cell in scenario.runs(&["lan".to_owned()]) {
+            store.add(record(&scenario, &cell, Outcome::Moved)).unwrap();
+        }
+        write_report(&scenario, &store).unwrap();
+        let text = std::fs::read_to_string(store.path("report.md")).unwrap();
+        assert!(text.contains("### Link lan: none, MTU 1500\n"), "{text}");
+        assert!(text.contains("memory that was touched before"), "{text}");
+        assert!(text.contains("](plots/db-lan-memory-farfault.svg)"), "{text}");
     }
 
     #[test]

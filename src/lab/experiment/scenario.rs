@@ -133,6 +133,9 @@ fn verify() -> u64 {
 /// What QUIC needs at least, and what a virtual network card has room for.
 const MTUS: std::ops::RangeInclusive<u16> = 1280..=65_000;
 
+/// Of Ethernet.
+const USUAL_MTU_BYTES: u16 = 1500;
+
 /// A link that is as fast as the machine.
 pub(super) const UNSHAPED: &str = "none";
 
@@ -437,6 +440,16 @@ impl LinkPart {
     /// Rate, round trip and loss; `None` for one that nothing shapes.
     pub fn spec(&self) -> Result<Option<LinkSpec>> {
         if self.link == UNSHAPED { Ok(None) } else { Ok(Some(self.link.parse()?)) }
+    }
+
+    /// What may wait, in the scenario's words, where the laboratory's emulator decides that.
+    pub fn queue_if_emulated(&self) -> Option<&str> {
+        (self.link != UNSHAPED).then_some(&self.queue)
+    }
+
+    /// The largest packet.
+    pub fn mtu_bytes(&self) -> u16 {
+        self.mtu.unwrap_or(USUAL_MTU_BYTES)
     }
 
     /// What may wait.

@@ -196,10 +196,12 @@ const COLUMNS: &[Column] = &[
     ("fill", |r| r.guest.fill.clone()),
     ("verify_per_s", |r| r.guest.verify.to_string()),
     ("link_spec", |r| r.link.link.clone()),
-    ("queue", |r| r.link.queue.clone()),
+    ("queue", |r| r.link.queue_if_emulated().unwrap_or_default().to_owned()),
+    ("mtu", |r| r.link.mtu_bytes().to_string()),
     ("options", options),
     ("downtime_limit", |r| r.downtime.clone()),
     ("limit", |r| r.limit.clone()),
+    ("ready_memory", |r| r.ready_memory.to_string()),
     ("seed", |r| r.seed.to_string()),
     ("unix_s", |r| r.unix_s.to_string()),
     ("wall_s", |r| format!("{:.1}", r.wall_s)),
@@ -253,6 +255,7 @@ impl fmt::Display for Spread {
 
 #[cfg(test)]
 mod tests {
+    use super::super::scenario::Scenario;
     use super::super::testing::{record, scenario};
     use super::*;
 
@@ -279,6 +282,22 @@ mod tests {
         assert_eq!(rows[0].split(',').count(), COLUMNS.len());
         assert_eq!(rows[1].split(',').count(), COLUMNS.len());
         assert!(rows[2].contains(",failed,\"no, | and\nno\","), "{}", rows[2]);
+    }
+
+    #[test]
+    fn a_row_tells_of_an_unshaped_link_and_of_ready_memory() {
+        let mut scenario = scenario();
+        let field = |scenario: &Scenario, name: &str| {
+            let cells = scenario.runs(&["lan/farfault".to_owned()]);
+            let record = record(scenario, &cells[0], Outcome::Moved);
+            COLUMNS.iter().find(|(column, _)| *column == name).unwrap().1(&record)
+        };
+        let names = ["queue", "mtu", "ready_memory"];
+        assert_eq!(names.map(|name| field(&scenario, name)), ["bdp", "1500", "false"]);
+        scenario.ready_memory = true;
+        scenario.link[0].link = "none".to_owned();
+        scenario.link[0].mtu = Some(9000);
+        assert_eq!(names.map(|name| field(&scenario, name)), ["", "9000", "true"]);
     }
 
     #[test]
