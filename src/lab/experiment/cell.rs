@@ -74,6 +74,7 @@ pub(super) fn run(
     source.start(place.a().name(), &[])?;
     wait_for("the guest to boot and to begin its work", BOOT_LIMIT, || {
         source.must_run()?;
+        source.log.fail_on_complaints()?;
         Ok(source.log.last_beat())
     })
     .with_context(|| source.errors())?;

@@ -118,7 +118,8 @@ impl GuestLog {
         })
     }
 
-    fn fail_on_complaints(&self) -> Result<()> {
+    /// Fails at the first word of corruption, or of a guest that gave up.
+    pub fn fail_on_complaints(&self) -> Result<()> {
         let complaints = self.complaints();
         if let Some(first) = complaints.first() {
             bail!("the guest complains, {} times: {first}", complaints.len());
