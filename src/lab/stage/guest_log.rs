@@ -158,15 +158,7 @@ fn read_all(listener: &UnixListener, to: &Mutex<Vec<Line>>, stop: &AtomicBool) {
             Ok(count) => {
                 let at = Instant::now();
                 let mut lines = to.lock().unwrap_or_else(PoisonError::into_inner);
-                for byte in &buffer[..count] {
-                    if *byte != b'\n' {
-                        unfinished.push(*byte);
-                    } else if lines.len() < MAX_LINES {
-                        let text = String::from_utf8_lossy(&unfinished).into_owned();
-                        lines.push(Line { at, text });
-                        unfinished.clear();
-                    }
-                }
+                take_in(&buffer[..count], at, &mut unfinished, &mut lines, MAX_LINES);
             }
             Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {
                 continue;
@@ -175,6 +167,26 @@ fn read_all(listener: &UnixListener, to: &Mutex<Vec<Line>>, stop: &AtomicBool) {
             Err(_) => return,
         }
         std::thread::sleep(READ_AFTER);
+    }
+}
+
+/// Adds to `lines` what `read` completes of them, as far as there is room; the rest waits in `unfinished`.
+fn take_in(
+    read: &[u8],
+    at: Instant,
+    unfinished: &mut Vec<u8>,
+    lines: &mut Vec<Line>,
+    max_lines: usize,
+) {
+    for byte in read {
+        if *byte != b'\n' {
+            unfinished.push(*byte);
+            continue;
+        }
+        if lines.len() < max_lines {
+            lines.push(Line { at, text: String::from_utf8_lossy(unfinished).into_owned() });
+        }
+        unfinished.clear();
     }
 }
 
@@ -206,6 +218,16 @@ impl GuestEar {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn lines_for_which_there_is_no_room_are_not_kept_in_any_way() {
+        let (mut unfinished, mut lines) = (Vec::new(), Vec::new());
+        for read in ["hb 1\nhb", " 2\nhb 3\nhb 4\nh"] {
+            take_in(read.as_bytes(), Instant::now(), &mut unfinished, &mut lines, 2);
+        }
+        let texts: Vec<&str> = lines.iter().map(|line| line.text.as_str()).collect();
+        assert_eq!((texts, unfinished), (vec!["hb 1", "hb 2"], b"h".to_vec()));
+    }
 
     #[test]
     fn a_guest_has_verified_anew_when_a_whole_verification_has_ended_that_began_after_the_word() {
