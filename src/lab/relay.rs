@@ -17,6 +17,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::time::TimeSpec;
 use quinn::udp::EcnCodepoint;
 
+pub(super) use self::end::hold_received;
 use self::end::{Datagram, End, Row, Rows};
 use super::link::{Link, LinkConfig, Totals};
 use super::moderation::Moderation;

@@ -37,10 +37,7 @@ impl End {
     pub(super) fn bind() -> io::Result<Self> {
         let socket = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0))?;
         let state = UdpSocketState::new(UdpSockRef::from(&socket))?;
-        // Best effort: only root may have more than the system's limit.
-        if setsockopt(&socket, sockopt::RcvBufForce, &SOCKET_BUFFER_BYTES).is_err() {
-            let _ = setsockopt(&socket, sockopt::RcvBuf, &SOCKET_BUFFER_BYTES);
-        }
+        hold_received(&socket, SOCKET_BUFFER_BYTES);
         Ok(End { socket, state })
     }
 
@@ -81,6 +78,14 @@ impl End {
     /// Datagrams that the kernel takes in one row: one, where it knows of no rows.
     pub(super) fn max_row(&self) -> usize {
         self.state.max_gso_segments()
+    }
+}
+
+/// Has the kernel hold so many bytes that have come until they are read. Best effort: only root may have more than the
+/// system's limit.
+pub(in crate::lab) fn hold_received(socket: &UdpSocket, bytes: usize) {
+    if setsockopt(socket, sockopt::RcvBufForce, &bytes).is_err() {
+        let _ = setsockopt(socket, sockopt::RcvBuf, &bytes);
     }
 }
 

@@ -18,6 +18,7 @@ use serde::{Deserialize, Serialize};
 use super::place::Place;
 use crate::lab::link::SplitMix64;
 use crate::lab::netns::Netns;
+use crate::lab::relay::hold_received;
 
 const PORT: u16 = 5004;
 const FRAME_EVERY: Duration = Duration::from_millis(40);
@@ -27,6 +28,9 @@ const PAGE_BYTES: usize = 4096;
 const MAX_PARTS: usize = 64;
 /// Ten hours of frames.
 const MAX_FRAMES: usize = 1_000_000;
+/// What may come while the reader waits for a processor: seconds of the stream, with what the kernel counts beside it. A
+/// datagram that finds no room would be taken for one that the migration has lost.
+const SOCKET_BUFFER_BYTES: usize = 4 << 20;
 /// How often to look whether to stop.
 const READ_TIMEOUT: Duration = Duration::from_millis(50);
 /// So long before the migration the player begins, so that it plays as it should when that starts.
@@ -98,6 +102,7 @@ fn socket_in(netns: &Netns) -> Result<UdpSocket> {
     let open = || Ok(OwnedFd::from(UdpSocket::bind((Ipv4Addr::LOCALHOST, PORT))?));
     let socket = netns.open_inside(open).context("listen for the guest's stream")?;
     let socket = UdpSocket::from(socket);
+    hold_received(&socket, SOCKET_BUFFER_BYTES);
     socket.set_read_timeout(Some(READ_TIMEOUT))?;
     Ok(socket)
 }
