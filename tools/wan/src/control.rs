@@ -100,22 +100,27 @@ impl Answer {
 #[derive(Debug, Default)]
 pub struct LineBuffer {
     bytes: Vec<u8>,
+    /// Up to the next newline: the line was too long.
+    ignores: bool,
 }
 
 impl LineBuffer {
     const MAX_LINE_BYTES: usize = 4096;
 
-    /// Adds bytes that came; gives the lines that they complete. A line beyond the limit is given
-    /// in pieces, none of which is a command.
+    /// Adds bytes that came; gives the lines that they complete. Of a line beyond the limit nothing is
+    /// taken for a command: in its place is one that is none.
     pub fn push(&mut self, bytes: &[u8]) -> Vec<String> {
         let mut lines = Vec::new();
         for byte in bytes {
-            if *byte == b'\n' || self.bytes.len() == Self::MAX_LINE_BYTES {
-                lines.push(String::from_utf8_lossy(&self.bytes).trim().to_owned());
+            if *byte == b'\n' {
+                if !std::mem::take(&mut self.ignores) {
+                    lines.push(String::from_utf8_lossy(&self.bytes).trim().to_owned());
+                }
                 self.bytes.clear();
-            }
-            if *byte != b'\n' {
+            } else if self.bytes.len() < Self::MAX_LINE_BYTES {
                 self.bytes.push(*byte);
+            } else if !std::mem::replace(&mut self.ignores, true) {
+                lines.push(format!("(more than {} bytes)", Self::MAX_LINE_BYTES));
             }
         }
         lines.retain(|line| !line.is_empty());
@@ -142,7 +147,16 @@ mod tests {
         assert!(buffer.push(b"to").is_empty());
         assert_eq!(buffer.push(b"tals\n\ncut\nre"), ["totals", "cut"]);
         assert_eq!(buffer.push(b"store\n"), ["restore"]);
-        assert_eq!(buffer.push(&[b'x'; 5000]).len(), 1);
+    }
+
+    #[test]
+    fn no_part_of_a_line_that_is_too_long_is_a_command() {
+        let mut buffer = LineBuffer::default();
+        let lines = buffer.push(&[&b"quit "[..], &[b' '; 4091], b"quit"].concat());
+        assert_eq!(lines.len(), 1);
+        assert!(lines[0].parse::<Command>().is_err(), "{lines:?}");
+        assert!(buffer.push(&[b'x'; 5000]).is_empty() && buffer.push(b" quit\n").is_empty());
+        assert_eq!(buffer.push(b"cut\n"), ["cut"]);
     }
 
     #[test]
