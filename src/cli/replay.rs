@@ -105,6 +105,12 @@ impl Replay {
             let guest = |name: &str| workload::named(name, pages).map(|g| (name.to_owned(), g));
             return Ok(workload::NAMES.into_iter().filter_map(guest).collect());
         }
+        if self.source_trace.is_some() && self.traces.len() > 1 {
+            return Err(Failure::new(
+                "--source-trace belongs to one migration, and there are several traces",
+                "replay them one by one, or give both traces of each the lab's names",
+            ));
+        }
         let guest = |path: &PathBuf| {
             let mut records = records(path)?;
             if let Some(source) = self.source_trace.clone().or_else(|| counterpart(path)) {
@@ -162,4 +168,24 @@ fn records(path: &Path) -> Result<Vec<crate::report::TraceRecord>, Failure> {
 /// A reader that has gone away is no reason to panic.
 fn line(out: &mut impl Write, text: &str) {
     let _ = writeln!(out, "{text}");
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Program {
+        #[command(flatten)]
+        replay: Replay,
+    }
+
+    #[test]
+    fn the_source_trace_of_one_migration_is_not_taken_for_that_of_another() {
+        let words = ["replay", "one.jsonl", "two.jsonl", "--source-trace", "source.jsonl"];
+        let failure = Program::parse_from(words).replay.guests().unwrap_err();
+        assert!(failure.reason.contains("several traces"), "{failure}");
+    }
 }
