@@ -39,7 +39,6 @@ struct Case {
     queue_bdp: u32,
     threads: u64,
     memory_mib: u64,
-    pusher: PusherKind,
 }
 
 const fn case(
@@ -49,19 +48,17 @@ const fn case(
     threads: u64,
     memory_mib: u64,
 ) -> Case {
-    Case { name, link, queue_bdp, threads, memory_mib, pusher: PusherKind::Linear }
+    Case { name, link, queue_bdp, threads, memory_mib }
 }
 
 const WAN: &str = "100Mbit,40ms";
 const WAN_LOSS: &str = "100Mbit,40ms,1%";
 const LAN: &str = "1Gbit,1ms";
 
-const CASES: [Case; 13] = [
-    case("wan 1bdp", WAN, 1, 1, 96),
+const CASES: [Case; 11] = [
     case("wan 10bdp", WAN, 10, 1, 96),
     case("wan loss 1bdp", WAN_LOSS, 1, 1, 96),
     case("wan loss 10bdp", WAN_LOSS, 10, 1, 96),
-    case("lan 1bdp", LAN, 1, 1, 512),
     case("wan threads 1", WAN, 1, 1, 96),
     case("wan threads 2", WAN, 1, 2, 96),
     case("wan threads 4", WAN, 1, 4, 96),
@@ -167,7 +164,7 @@ async fn migrate(
         codecs: None,
         tracker: TrackerKind::Auto,
         trace: None,
-        pusher: case.pusher,
+        pusher: PusherKind::Linear,
         state_dir: directory.path().to_owned(),
         quit_source: false,
         reconnect_for,
