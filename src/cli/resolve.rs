@@ -27,10 +27,11 @@ pub(super) struct Resolve {
     /// Print the journal in words, and what it allows.
     #[arg(long)]
     show: bool,
-    /// The guest runs at the source: here it is let run on, on the destination it is given up.
+    /// The guest runs at the source: on the source it is let run on, on the destination it is given up.
     #[arg(long)]
     run_source: bool,
-    /// The guest runs at the destination: here it is let run, on the source it stays stopped.
+    /// The guest runs at the destination: on the source it stays stopped; on the destination that is written down,
+    /// and `farfault receive --resume` lets it run.
     #[arg(long)]
     run_destination: bool,
     /// A JSON object on stdout instead of text.
@@ -141,7 +142,7 @@ impl<'a> Evidence<'a> {
             let refused = if owned {
                 Some("a farfault works on it".to_owned())
             } else {
-                judge(*side, &found.records, choice).err().map(|failure| failure.reason)
+                judge(found, choice).err().map(|failure| failure.reason)
             };
             Judged { possible: refused.is_none(), reason: refused }
         };

@@ -53,18 +53,43 @@ pub enum Act {
     End,
 }
 
-/// What the journal of one side allows.
+/// What the evidence of one side allows: its journal, and whether the guest's monitor lives.
 ///
 /// # Errors
 /// What contradicts the choice.
-pub fn judge(side: Side, records: &Records, choice: Choice) -> Result<Permit, Failure> {
+pub fn judge(found: &Found, choice: Choice) -> Result<Permit, Failure> {
+    judge_by(found.about.side, &found.records, monitor_lives(found), choice)
+}
+
+/// One of which nothing is known, since its migration had not come so far, is asked when something is done.
+fn monitor_lives(found: &Found) -> bool {
+    found.about.guest.process.is_none_or(|qemu| qemu.lives())
+}
+
+/// As [`judge`], by its parts.
+pub(super) fn judge_by(
+    side: Side,
+    records: &Records,
+    monitor_lives: bool,
+    choice: Choice,
+) -> Result<Permit, Failure> {
     match side {
-        Side::Source => judge_source(records, choice),
-        Side::Destination => judge_destination(records, choice),
+        Side::Source => judge_source(records, monitor_lives, choice),
+        Side::Destination => judge_destination(records, monitor_lives, choice),
     }
 }
 
-fn judge_source(records: &Records, choice: Choice) -> Result<Permit, Failure> {
+/// True when the source's guest has never been another host's, by its own journal.
+fn belongs_to_the_source(records: &Records) -> bool {
+    !records.has(Entry::Decided) || records.has(Entry::Void) || records.has(Entry::RunSource)
+}
+
+/// The guest's monitor here has ended, so it cannot run here whatever a person decides.
+fn gone(hint: &str) -> Failure {
+    Failure::new("the guest's QEMU here has ended, and the guest in it", hint)
+}
+
+fn judge_source(records: &Records, monitor_lives: bool, choice: Choice) -> Result<Permit, Failure> {
     let has = |entry| records.has(entry);
     let unless = |entry| Some(entry).filter(|entry| !records.has(*entry));
     match choice {
@@ -76,7 +101,15 @@ fn judge_source(records: &Records, choice: Choice) -> Result<Permit, Failure> {
             "the destination has said that the guest runs there",
             "what it has done there cannot be undone: see `Lost pages` in docs/failures.md",
         )),
-        Choice::RunSource => Ok(Permit { record: unless(Entry::RunSource), act: Act::LetRun }),
+        Choice::RunSource if monitor_lives => {
+            Ok(Permit { record: unless(Entry::RunSource), act: Act::LetRun })
+        }
+        Choice::RunSource if belongs_to_the_source(records) => {
+            Err(gone("it belonged here: nothing is left to decide"))
+        }
+        Choice::RunSource => Err(gone(
+            "if there is a copy, it is at the destination: choose --run-destination, there first",
+        )),
         Choice::RunDestination if has(Entry::RunSource) => Err(Failure::new(
             "it was resolved here that the guest runs at the source",
             "let it run here; on the destination too choose --run-source",
@@ -91,7 +124,11 @@ fn judge_source(records: &Records, choice: Choice) -> Result<Permit, Failure> {
     }
 }
 
-fn judge_destination(records: &Records, choice: Choice) -> Result<Permit, Failure> {
+fn judge_destination(
+    records: &Records,
+    monitor_lives: bool,
+    choice: Choice,
+) -> Result<Permit, Failure> {
     let has = |entry| records.has(entry);
     let committed = has(Entry::Committed) || has(Entry::Complete);
     match choice {
@@ -99,11 +136,18 @@ fn judge_destination(records: &Records, choice: Choice) -> Result<Permit, Failur
             "the guest was refused here: the source may run it",
             "choose --run-source on both hosts",
         )),
+        Choice::RunDestination if committed && !monitor_lives => Err(gone(
+            "it has run here, or was about to: what is left to do is in docs/failures.md, `Lost pages`",
+        )),
         Choice::RunDestination if committed => Ok(Permit { record: None, act: Act::TakeOver }),
         Choice::RunDestination if !has(Entry::Loaded) => Err(Failure::new(
             "the guest's device state was never loaded here: there is nothing to run",
             "choose --run-source on both hosts, here first",
         )),
+        // To write down that it runs here would forbid the source to run its copy, the last one.
+        Choice::RunDestination if !monitor_lives => {
+            Err(gone("choose --run-source on both hosts, here first"))
+        }
         Choice::RunDestination => Ok(Permit { record: Some(Entry::Committed), act: Act::TakeOver }),
         // A refusal that follows the decision was made before the guest ran.
         Choice::RunSource if committed && !has(Entry::Refused) => Err(Failure::new(
@@ -153,6 +197,10 @@ pub fn advise(found: &Found) -> Advice {
         Side::Source if has(Entry::Void) || !has(Entry::Decided) => {
             ("not decided: the guest belongs here", resolve(Choice::RunSource))
         }
+        Side::Source if !monitor_lives(found) => (
+            "in doubt: decided, no word came from the destination, and the guest's QEMU here has ended",
+            format!("look at the destination: farfault resolve {} --show", found.about.migration),
+        ),
         Side::Source => (
             "in doubt: decided, and no word came from the destination",
             format!("{}, which asks the destination; or {both}", resume("send")),
@@ -166,6 +214,9 @@ pub fn advise(found: &Found) -> Advice {
         ),
         Side::Destination if has(Entry::Committed) => {
             ("interrupted: the guest runs here and may lack pages", resume("receive"))
+        }
+        Side::Destination if has(Entry::Loaded) && !monitor_lives(found) => {
+            ("not here: the guest never ran, and its QEMU has ended", resolve(Choice::RunSource))
         }
         Side::Destination if has(Entry::Loaded) => {
             ("in doubt: the guest could run here, and the decision did not come", both)
@@ -183,13 +234,17 @@ pub fn advise(found: &Found) -> Advice {
 pub fn resolve(found: &Found, choice: Choice) -> Result<&'static str, Failure> {
     // The lock first: nobody may begin to work on it between the judgement and the deed.
     let mut journal = Journal::take_over(found)?;
-    let permit = judge(found.about.side, &found.records, choice)?;
-    let place = &found.about.guest;
-    let in_doubt = found.records.has(Entry::Decided) && !found.records.has(Entry::Void);
-    if permit.act == Act::LetRun && place.process.is_some_and(|qemu| !qemu.lives()) {
-        let belongs_here = !in_doubt || found.records.has(Entry::RunSource);
-        return Err(gone(journal, belongs_here));
-    }
+    let (place, at_source) = (&found.about.guest, found.about.side == Side::Source);
+    let permit = match judge(found, choice) {
+        Ok(permit) => permit,
+        Err(failure) => {
+            let ended = at_source && choice == Choice::RunSource && !monitor_lives(found);
+            if ended && belongs_to_the_source(&found.records) {
+                journal.remove();
+            }
+            return Err(failure);
+        }
+    };
     if let Some(record) = permit.record {
         journal.record(&record)?;
     }
@@ -200,7 +255,8 @@ pub fn resolve(found: &Found, choice: Choice) -> Result<&'static str, Failure> {
         }
         Act::LetRun => {
             qemu::let_run(place)?;
-            if found.about.side == Side::Source && !in_doubt {
+            let was_decided = found.records.has(Entry::Decided) && !found.records.has(Entry::Void);
+            if at_source && !was_decided {
                 journal.remove();
             }
             Ok("the guest runs here, unless its owner had paused it")
@@ -219,19 +275,6 @@ pub fn resolve(found: &Found, choice: Choice) -> Result<&'static str, Failure> {
                         stopped: end that")
         }
     }
-}
-
-/// The guest's monitor here has ended, so it cannot run here whatever a person decides.
-fn gone(journal: Journal, belongs_here: bool) -> Failure {
-    let what = "the guest's QEMU here has ended, and the guest in it";
-    if !belongs_here {
-        return Failure::new(
-            format!("{what}: if there is a copy, it is at the destination"),
-            "choose --run-destination, on the destination first",
-        );
-    }
-    journal.remove();
-    Failure::new(what, "it belonged here: nothing is left to decide")
 }
 
 #[cfg(test)]
@@ -282,17 +325,26 @@ mod tests {
         for (side, entries, source, destination) in table {
             for (choice, expected) in [(RunSource, source), (RunDestination, destination)] {
                 let records = Records::of(entries);
-                let judged = judge(*side, &records, choice);
+                let judged = judge_by(*side, &records, true, choice);
                 assert_eq!(judged.clone().ok(), *expected, "{side} {entries:?} {choice:?}");
                 // Whoever is refused is told what to do instead.
                 assert!(judged.is_ok() || judged.unwrap_err().hint.is_some());
+                // Where there is no guest any more it cannot be let run, but it can be given up.
+                let without = judge_by(*side, &records, false, choice);
+                let runs = expected.is_some_and(|permit| [run, over].contains(&permit.act));
+                assert_eq!(
+                    without.ok(),
+                    expected.filter(|_| !runs),
+                    "{side} {entries:?} {choice:?}"
+                );
                 // A choice may be repeated, and forbids the other one.
                 let Some(Permit { record: Some(record), .. }) = expected else { continue };
                 let after = Records::of(&[*entries, &[*record]].concat());
-                let again = judge(*side, &after, choice).unwrap();
+                let again = judge_by(*side, &after, true, choice).unwrap();
                 assert_eq!((again.record, again.act), (None, expected.unwrap().act));
                 let other = if choice == RunSource { RunDestination } else { RunSource };
-                assert!(judge(*side, &after, other).is_err(), "{side} {entries:?} then {other:?}");
+                let other = judge_by(*side, &after, true, other);
+                assert!(other.is_err(), "{side} {entries:?} then {other:?}");
             }
         }
     }
@@ -350,9 +402,35 @@ mod tests {
             assert_eq!(left.is_ok(), stays, "{entries:?}");
             if let Ok(left) = left {
                 // The other way is still open.
-                judge(Side::Source, &left.records, RunDestination).unwrap();
+                judge(&left, RunDestination).unwrap();
             }
         }
+    }
+
+    /// The copy there is the last one then: the source must be allowed to run it.
+    #[test]
+    fn a_destination_without_its_monitor_is_not_written_down_to_run_the_guest() {
+        use crate::guest::Whereabouts;
+        use crate::memory::adopt::ProcessIdentity;
+        use crate::session::journal::{About, find};
+        let me = ProcessIdentity::own().unwrap();
+        let ended = ProcessIdentity { start_ticks: me.start_ticks + 1, ..me };
+        let dir = tempfile::tempdir().unwrap();
+        let place = Whereabouts { process: Some(ended), ..Whereabouts::default() };
+        let about = About::begin("aa01", Side::Destination, place).unwrap();
+        let mut journal = Journal::create(dir.path(), &About { owner: ended, ..about }).unwrap();
+        [Started, Loaded].iter().for_each(|entry| journal.record(entry).unwrap());
+        drop(journal);
+        let found = find(dir.path(), "aa01", None).unwrap();
+        let advice = advise(&found);
+        assert_eq!(advice.next, "farfault resolve aa01.destination --run-source", "{advice:?}");
+        let failure = resolve(&found, RunDestination).unwrap_err();
+        assert!(failure.reason.contains("QEMU here has ended"), "{failure}");
+        assert!(failure.hint.unwrap().contains("--run-source on both hosts"));
+        let found = find(dir.path(), "aa01", None).unwrap();
+        assert!(!found.records.has(Committed));
+        resolve(&found, RunSource).unwrap();
+        find(dir.path(), "aa01", None).unwrap_err();
     }
 
     /// The two hosts' journals as they can be at the same time: no way of resolving both lets both run.
@@ -368,7 +446,7 @@ mod tests {
         ];
         for (source, destination) in both {
             let runs = |side, entries, choice| {
-                judge(side, &Records::of(entries), choice)
+                judge_by(side, &Records::of(entries), true, choice)
                     .is_ok_and(|permit| [Act::LetRun, Act::TakeOver].contains(&permit.act))
             };
             let source_runs = runs(Side::Source, source, RunSource);

@@ -282,7 +282,7 @@ mod tests {
     use crate::memory::HostCapabilities;
     use crate::memory::adopt::ProcessIdentity;
     use crate::session::control::ask_cancel;
-    use crate::session::journal::find;
+    use crate::session::journal::list;
     use crate::transport::{Ticket, connect, reconnect};
     use crate::wire::message::SourceStage;
 
@@ -343,7 +343,7 @@ mod tests {
 
         /// Another process takes over.
         fn resume(&self, reconnect_for: Duration) -> JoinHandle<Result<Report, Failure>> {
-            let found = find(self.state.path(), &self.ticket.migration.to_string(), None).unwrap();
+            let found = self.left();
             let output = Arc::new(Output::new(false));
             let to = options();
             tokio::spawn(async move { resume_receive(found, &to, reconnect_for, output).await })
@@ -364,6 +364,11 @@ mod tests {
             let told = decode(&link.control_recv().await.unwrap()).unwrap();
             let ToSource::Resync { at, .. } = told else { panic!("{told:?}") };
             (link, at)
+        }
+
+        /// The journal that is there.
+        fn left(&self) -> Found {
+            list(self.state.path()).unwrap().0.pop().unwrap()
         }
 
         fn leaves_nothing(&self) -> bool {
@@ -440,7 +445,7 @@ mod tests {
         assert_eq!(at, DestinationStage::Done);
         // Before it could say its last word.
         source.abandon();
-        let directory = find(killed.state.path(), "", None).unwrap().directory;
+        let directory = killed.left().directory;
         let begin = Instant::now();
         // Until it has seen that the link is down it goes on.
         while !receiving.is_finished() {
@@ -459,8 +464,8 @@ mod tests {
         let failure = killed.resume(Duration::from_millis(100)).await.unwrap().unwrap_err();
         let hint = failure.hint.as_ref().unwrap();
         assert!(hint.contains("`farfault receive --resume` here and"), "{failure}");
-        let left =
-            find(killed.state.path(), "", None).expect("the evidence that it never ran here");
+        // The evidence that it never ran here.
+        let left = killed.left();
         assert!(left.records.has(Entry::Refused));
     }
 

@@ -144,12 +144,23 @@ fn sweep(entry: &fs::DirEntry) {
     }
 }
 
-/// The one that `id` names: a migration's id, the beginning of it, or with `.source` or `.destination`
-/// behind it where both are on this host.
+/// A shorter beginning names nothing: a script whose variable is empty must not get the only migration there is.
+const MIN_ID_CHARACTERS: usize = 4;
+
+/// The one that `id` names: a migration's id, at least four characters of its beginning, or with `.source` or
+/// `.destination` behind it where both are on this host.
 ///
 /// # Errors
-/// When there is none, or more than one.
+/// When there is none, or more than one, or the beginning is too short.
 pub fn find(state_dir: &Path, id: &str, side: Option<Side>) -> Result<Found, Failure> {
+    if id.chars().count() < MIN_ID_CHARACTERS {
+        return Err(Failure::new(
+            format!(
+                "{id:?} names no migration: at least {MIN_ID_CHARACTERS} characters of its ID are needed"
+            ),
+            "`farfault status` lists them",
+        ));
+    }
     let (mut all, failures) = list(state_dir)?;
     all.retain(|one| one.name().starts_with(id) && side.is_none_or(|side| one.about.side == side));
     if all.len() > 1 {

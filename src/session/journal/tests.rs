@@ -86,16 +86,21 @@ fn a_migration_is_found_by_the_beginning_of_its_id_and_its_side() {
     assert!(list(&dir.path().join("missing")).unwrap().0.is_empty());
     let journals = [("aa01", Side::Source), ("aa01", Side::Destination), ("ab02", Side::Source)]
         .map(|(id, side)| Journal::create(dir.path(), &about(id, side)).unwrap());
-    assert_eq!(find(dir.path(), "ab", None).unwrap().name(), "ab02.source");
+    assert_eq!(find(dir.path(), "ab02", None).unwrap().name(), "ab02.source");
     assert_eq!(find(dir.path(), "aa01.d", None).unwrap().name(), "aa01.destination");
     let by_side = find(dir.path(), "aa01", Some(Side::Source)).unwrap();
     assert_eq!(by_side.name(), "aa01.source");
+    // A script's empty variable names nothing, even where there is only one.
+    for short in ["", "ab0"] {
+        let refused = find(dir.path(), short, None).unwrap_err();
+        assert!(refused.reason.contains("at least 4 characters"), "{refused}");
+    }
     let either = find(dir.path(), "aa01", None).unwrap_err();
     // The older one first, if they did not begin in the same millisecond.
     let told = |names: &str| either.reason.contains(names);
     let names = ["aa01.source or aa01.destination", "aa01.destination or aa01.source"];
     assert!(names.into_iter().any(told), "{either}");
-    let none = find(dir.path(), "ff", None).unwrap_err();
+    let none = find(dir.path(), "ffff", None).unwrap_err();
     assert!(none.hint.unwrap().contains("farfault status"));
     drop(journals);
 }

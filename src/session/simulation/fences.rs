@@ -6,7 +6,7 @@ use super::source::Source;
 use crate::engine::destination::DestinationRecord;
 use crate::engine::source::SourceRecord;
 use crate::session::journal::{Entry, Records, Side};
-use crate::session::resolve::{Choice, judge};
+use crate::session::resolve::{Choice, judge_by};
 
 /// Panics when what is on the two disks allows a choice that would make the guest run twice, or none.
 pub(super) fn check(source: &Source, destination: &Destination) {
@@ -14,8 +14,9 @@ pub(super) fn check(source: &Source, destination: &Destination) {
     let at_destination: Vec<Entry> =
         destination.journal.lines.iter().map(entry_of_destination).collect();
     let permits = |choice| {
-        let here = judge(Side::Source, &Records::of(&at_source), choice).is_ok();
-        let there = judge(Side::Destination, &Records::of(&at_destination), choice).is_ok();
+        let here = judge_by(Side::Source, &Records::of(&at_source), true, choice).is_ok();
+        let there =
+            judge_by(Side::Destination, &Records::of(&at_destination), true, choice).is_ok();
         (here, there)
     };
     let (source_here, source_there) = permits(Choice::RunSource);
