@@ -113,7 +113,10 @@ impl BaseCache {
     /// When the page is beyond the guest.
     pub fn touch(&mut self, page: PageIndex) {
         assert!(page.0 < self.guest_pages, "{page:?} beyond {} pages", self.guest_pages);
-        self.heat.touch(page);
+        // What can hold nothing need not know what to hold.
+        if self.capacity_slots > 0 {
+            self.heat.touch(page);
+        }
     }
 
     /// Takes the bytes that were just sent for `page`. When the cache holds an older version, that
@@ -292,7 +295,8 @@ impl Heat {
         Heat {
             counters: vec![0; words],
             touches: 0,
-            touches_until_halved: touches_until_halved.max(1),
+            // Halving walks over all counters: never more often than once for each of them.
+            touches_until_halved: touches_until_halved.max(words as u64).max(1),
         }
     }
 

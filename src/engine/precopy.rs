@@ -71,10 +71,12 @@ impl PrecopyPlan {
         } else {
             self.take_in(PageRange::new(0, pages));
             std::mem::swap(&mut self.todo, &mut self.dirty);
+            let mut held_back = PageSet::empty(pages);
             for page in self.held_back_of(&self.todo) {
-                self.todo.remove(page);
-                self.dirty.insert(page);
+                held_back.insert(page);
             }
+            self.todo.subtract(&held_back);
+            self.dirty.union_with(&held_back);
         }
         self.put_hot_pages_late();
     }
@@ -194,7 +196,7 @@ impl PrecopyPlan {
 
     /// How many of them the next round would leave to the freeze.
     pub fn held_back_pages(&self) -> u64 {
-        self.held_back_of(&self.dirty).len() as u64
+        self.held_back_of(&self.dirty).count() as u64
     }
 
     /// Pages of this round not yet taken.
@@ -231,9 +233,8 @@ impl PrecopyPlan {
 
     /// A copy that the destination has is the base of a restless page's last change; what it has none
     /// of is not held back.
-    fn held_back_of(&self, pages: &PageSet) -> Vec<PageIndex> {
-        let restless = |page: &PageIndex| self.heat.is_restless(*page) && self.sent.contains(*page);
-        pages.iter().filter(restless).collect()
+    fn held_back_of<'a>(&'a self, pages: &'a PageSet) -> impl Iterator<Item = PageIndex> + 'a {
+        pages.iter().filter(|page| self.heat.is_restless(*page) && self.sent.contains(*page))
     }
 
     fn put_hot_pages_late(&mut self) {

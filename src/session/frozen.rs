@@ -30,6 +30,8 @@ pub(super) struct FrozenPages {
     /// Holes that the destination does not know to be zero.
     zero: PageSet,
     need: PageSet,
+    /// These two: of none of them does the destination hold what is remembered of it.
+    unsettled: PageSet,
     pusher: Mutex<Pusher>,
     costs: Costs,
     /// False once the destination has asked for a page that came spoilt: the guest may have written to what it was said
@@ -50,6 +52,8 @@ impl FrozenPages {
     ) -> Self {
         let Remainder { need, zero } = remainder;
         counters.remaining_pages.store(need.len(), Ordering::Relaxed);
+        let mut unsettled = need.clone();
+        unsettled.union_with(&zero);
         let pusher = Mutex::new(Pusher::new(need.clone(), heat, pusher));
         let costs = Costs::new(&counters.codecs());
         FrozenPages {
@@ -58,6 +62,7 @@ impl FrozenPages {
             version,
             zero,
             need,
+            unsettled,
             pusher,
             costs,
             may_copy: AtomicBool::new(true),
@@ -215,7 +220,7 @@ impl FrozenPages {
         }
         let against = (!whole).then(|| Against {
             sent: &self.sent,
-            sending: &self.need,
+            sending: &self.unsettled,
             landed: None,
             may_copy: self.may_copy.load(Ordering::Relaxed),
         });
@@ -270,7 +275,52 @@ impl Costs {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::codec::CodecId;
+    use crate::codec::{CodecId, SentLimits};
+    use crate::memory::{MemoryLayout, RegionLayout};
+    use crate::page::PAGE_SIZE_BYTES;
+    use crate::session::pace::Pace;
+    use crate::session::reader::Purpose;
+
+    /// A hole that it was before the freeze the destination makes zero, whatever was sent of the page before.
+    #[test]
+    fn nothing_goes_as_a_copy_of_what_the_guest_has_given_back() {
+        let region =
+            RegionLayout { name: "ram0".to_owned(), size_bytes: 4 * PAGE_SIZE_BYTES as u64 };
+        let memory = Arc::new(GuestMemory::create(&MemoryLayout::new(vec![region])).unwrap());
+        let pages = [PageIndex(0), PageIndex(3)];
+        let bytes: [u8; PAGE_SIZE_BYTES] = std::array::from_fn(|at| (at * at / 7) as u8);
+        pages.iter().for_each(|page| memory.write_page(*page, &bytes).unwrap());
+        let limits = SentLimits { base_cache_bytes: 16 << 20, lines_bytes: 0 };
+        let sent = Arc::new(SentPages::new(limits, 4));
+        let reader =
+            |purpose| PageReader::new(purpose, None, Arc::new(Pace::new(1, Some(3_000_000))));
+        let (mut before, nothing) = (reader(Purpose::Round), PageSet::empty(4));
+        let against =
+            Some(Against { sent: &sent, sending: &nothing, landed: None, may_copy: true });
+        before.encode(&memory, against, Version(1), &pages[..1], &mut Vec::new());
+        before.remember(&sent, Version(1), &pages[..1], |_, _| {});
+        for given_back in [false, true] {
+            let [mut need, mut zero] = [PageSet::empty(4), PageSet::empty(4)];
+            need.insert(pages[1]);
+            if given_back {
+                zero.insert(pages[0]);
+            }
+            let order = (Heat::new(4), PusherKind::default());
+            let counters = Arc::new(Counters::default());
+            let remainder = Remainder { need, zero };
+            let frozen = FrozenPages::new(
+                memory.clone(),
+                sent.clone(),
+                Version(2),
+                remainder,
+                order,
+                counters.clone(),
+            );
+            frozen.together(&pages[1..], &mut reader(Purpose::Push));
+            let used: Vec<CodecId> = counters.codecs().used().map(|(codec, _, _)| codec).collect();
+            assert_eq!(used == [CodecId::Copy], !given_back, "{used:?}");
+        }
+    }
 
     #[test]
     fn what_a_page_will_take_is_learnt_from_what_others_took() {

@@ -18,8 +18,8 @@ pub const MAX_REQUEST_PAGES: usize = 256;
 
 /// Most pages of one round that the destination may reject before it gives the migration up: more
 /// than stray flipped bits, and than changed lines that do not show by their fingerprints (one of 65,536: as many pages for
-/// 256 GiB of changed lines), means that something is broken.
-pub const MAX_REJECTED_PAGES: usize = 1 << 16;
+/// 1 TiB of changed lines), means that something is broken.
+pub const MAX_REJECTED_PAGES: usize = 1 << 18;
 
 /// How the guest moves.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

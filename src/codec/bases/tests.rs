@@ -32,6 +32,20 @@ fn gives_back_what_was_sent_last() {
 }
 
 #[test]
+fn counters_of_a_large_guest_are_halved_once_in_as_many_touches_as_there_are_words_of_them() {
+    let page = PageIndex(7);
+    let mut heat = Heat::new(16 * 100, 0);
+    (0..99).for_each(|_| heat.touch(page));
+    assert_eq!(u64::from(heat.of(page)), Heat::MAX);
+    heat.touch(page);
+    assert_eq!(u64::from(heat.of(page)), Heat::MAX / 2);
+    // One that holds nothing counts nothing.
+    let mut none = cache_of(0, 16 * 100);
+    (0..10).for_each(|_| none.touch(page));
+    assert_eq!(none.heat.of(page), 0);
+}
+
+#[test]
 fn a_first_pass_over_a_larger_guest_displaces_no_hot_page() {
     let mut cache = cache_of(300, 10_000);
     let hot: Vec<PageIndex> = (0..300).map(|i| PageIndex(i * 33)).collect();

@@ -10,6 +10,7 @@
 //! * [`PusherKind::Trend`]: along the streams that the faults of each thread show.
 //! * [`PusherKind::Stall`]: streams too, else by how much waiting a byte sent is expected to avoid.
 
+use std::cmp::Reverse;
 use std::collections::VecDeque;
 use std::fmt;
 use std::str::FromStr;
@@ -29,6 +30,9 @@ mod unsent;
 
 pub use budget::BundleBudget;
 pub use unsent::Unsent;
+
+/// Of so many pages for each that is to go first it is asked, while the guest stands still, whether they may.
+const ASKED_PER_PAGE: usize = 8;
 
 /// What a policy sees of the pages that are left.
 pub struct Left<'a> {
@@ -193,34 +197,61 @@ impl Pusher {
         self.unsent.remove(wanted.page) || is_overdue
     }
 
-    /// Whatever the policy says, the hottest of the pages that `may` go first, at most `count`.
+    /// Whatever the policy says, the hottest of the pages that `may` go first, at most `count`. Meant for the freeze, while
+    /// nothing is sent yet: it takes a look at the heat of each page, and asks `may`, which takes longer, only of some
+    /// times `count` pages; fewer go first where most of these may not.
     pub fn hottest_first(&mut self, count: usize, may: &dyn Fn(PageIndex) -> bool) {
-        let mut hot: Vec<PageIndex> = Vec::new();
-        for start in (0..self.need.pages()).step_by(CHUNK_PAGES as usize).map(PageIndex) {
-            if self.heat.is_cold(start) {
-                continue;
+        self.first.clear();
+        if count == 0 {
+            return;
+        }
+        let mut pages_of_heat = [0usize; 1 << u8::BITS];
+        for page in self.hot_pages() {
+            pages_of_heat[usize::from(self.heat.of(page))] += 1;
+        }
+        let mut heats: Vec<u8> =
+            (1..=u8::MAX).filter(|heat| pages_of_heat[usize::from(*heat)] > 0).collect();
+        heats.sort_unstable_by_key(|heat| Reverse((heat.count_ones(), *heat)));
+        let (mut hot, mut may_ask): (Vec<PageIndex>, _) =
+            (Vec::new(), count.saturating_mul(ASKED_PER_PAGE));
+        let mut heats = heats.into_iter().peekable();
+        while hot.len() < count && may_ask > 0 && heats.peek().is_some() {
+            // As many of the hottest as would be enough if all may go, in one walk.
+            let mut is_next = [false; 1 << u8::BITS];
+            let (mut expected, mut coolest) = (hot.len(), 0);
+            while let Some(heat) = heats.next_if(|_| expected < count) {
+                expected += pages_of_heat[usize::from(heat)];
+                (is_next[usize::from(heat)], coolest) = (true, heat);
             }
-            let mut at = start;
-            while let Some(page) = self.unsent.first_from(at) {
-                if page.0 >= start.0 + CHUNK_PAGES {
-                    break;
+            let mut of_the_coolest = 0;
+            for page in self.hot_pages() {
+                let heat = self.heat.of(page);
+                if may_ask == 0
+                    || !is_next[usize::from(heat)]
+                    || (heat == coolest && of_the_coolest == count)
+                {
+                    continue;
                 }
-                if self.heat.of(page) > 0 && may(page) {
+                may_ask -= 1;
+                if may(page) {
                     hot.push(page);
+                    of_the_coolest += usize::from(heat == coolest);
                 }
-                at = PageIndex(page.0 + 1);
             }
         }
-        let by_heat = |page: &PageIndex| {
-            let often = self.heat.intervals_dirty(*page);
-            (std::cmp::Reverse((often, self.heat.of(*page))), *page)
-        };
-        if count > 0 && hot.len() > count {
-            hot.select_nth_unstable_by_key(count - 1, by_heat);
-        }
+        hot.sort_unstable_by_key(|page| {
+            (Reverse((self.heat.intervals_dirty(*page), self.heat.of(*page))), *page)
+        });
         hot.truncate(count);
-        hot.sort_unstable_by_key(by_heat);
         self.first = hot.into();
+    }
+
+    /// Needed pages that have been written to lately, by address.
+    fn hot_pages(&self) -> impl Iterator<Item = PageIndex> {
+        let chunks = (0..self.need.pages()).step_by(CHUNK_PAGES as usize).map(PageIndex);
+        let warm = chunks.filter(|start| !self.heat.is_cold(*start));
+        warm.flat_map(|start| self.need.iter_in(PageRange::new(start.0, start.0 + CHUNK_PAGES)))
+            .filter(|page| self.heat.of(*page) > 0)
     }
 
     /// The next at most `count` pages in the pusher's order, into `into` (cleared first).

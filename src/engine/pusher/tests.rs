@@ -84,6 +84,31 @@ fn the_hottest_go_first_where_they_may_and_each_page_once() {
 }
 
 #[test]
+fn few_pages_are_asked_about_while_the_guest_stands_still() {
+    let all: Vec<u64> = (0..3000).collect();
+    let heat = heat_of(3000, &[all, vec![2999]]);
+    let mut pusher = Pusher::new(PageSet::full(3000), heat, PusherKind::Linear);
+    let asked = std::cell::Cell::new(0);
+    let mut ask = |count, answer: &dyn Fn(PageIndex) -> bool| {
+        asked.set(0);
+        pusher.hottest_first(count, &|page| {
+            asked.set(asked.get() + 1);
+            answer(page)
+        });
+        let first = pusher.first.iter().map(|page| page.0).collect::<Vec<_>>();
+        (first, asked.get())
+    };
+    assert_eq!(ask(0, &|_| true), (vec![], 0));
+    assert_eq!(ask(3, &|_| true).0, [2999, 0, 1]);
+    assert!(ask(3, &|_| true).1 <= 4);
+    let (first, asked) = ask(10, &|_| false);
+    assert!(first.is_empty() && asked <= 100, "{asked}");
+    // The hottest may not go: others do in its place.
+    assert_eq!(ask(2, &|page| page.0 < 2999).0, [0, 1]);
+    assert_eq!(ask(5000, &|_| true).0.len(), 3000);
+}
+
+#[test]
 fn it_begins_again_with_what_is_missing_and_was_needed() {
     for kind in PusherKind::ALL {
         let mut need = PageSet::full(10);
