@@ -3,7 +3,8 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::workload::{GuestStatus, WorkingGuest};
-use super::{DestinationGuest, GuestError, Shape, SourceGuest};
+use super::{DestinationGuest, GuestError, Shape, SourceGuest, Whereabouts};
+use crate::memory::adopt::HugePages;
 use crate::memory::{DirtyTracker, GuestMemory, TrackerKind, Userfault};
 
 /// A handle to a guest; clones are handles to the same. The guest ends with the last.
@@ -38,6 +39,10 @@ impl SourceGuest for SharedGuest {
 
     fn memory(&self) -> Arc<GuestMemory> {
         SourceGuest::memory(&**self.lock())
+    }
+
+    fn whereabouts(&self) -> Whereabouts {
+        SourceGuest::whereabouts(&**self.lock())
     }
 
     fn runs(&self) -> bool {
@@ -90,6 +95,10 @@ impl DestinationGuest for SharedGuest {
         DestinationGuest::memory(&**self.lock())
     }
 
+    fn whereabouts(&self) -> Whereabouts {
+        DestinationGuest::whereabouts(&**self.lock())
+    }
+
     fn userfault(&mut self) -> Result<Userfault, GuestError> {
         self.lock().userfault()
     }
@@ -102,8 +111,20 @@ impl DestinationGuest for SharedGuest {
         self.lock().run()
     }
 
+    fn stands_still(&mut self) -> bool {
+        self.lock().stands_still()
+    }
+
     fn release(&mut self) -> Result<(), GuestError> {
         DestinationGuest::release(&mut **self.lock())
+    }
+
+    fn gather_huge_pages(&mut self) -> Result<Option<HugePages>, GuestError> {
+        self.lock().gather_huge_pages()
+    }
+
+    fn leave(&mut self) -> Result<(), GuestError> {
+        self.lock().leave()
     }
 
     fn discard(&mut self) -> Result<(), GuestError> {

@@ -48,24 +48,27 @@ impl DirtyLog {
                 failed("read the log", io::Error::from_raw_os_error(error.errno()))
             })?;
         let base = slot.pages.start.0;
-        let mut wanted = PageSet::empty(log.len() as u64 * 64);
-        wanted.insert_range(PageRange::new(range.start.0 - base, range.end.0 - base));
-        for (index, word) in log.iter_mut().enumerate() {
-            *word &= wanted.word(index);
-        }
-        // KVM clears whole words of its bitmap, or up to the end of the slot.
+        // KVM clears whole words of its bitmap, or up to the end of the slot. Only these are looked at: the slot may
+        // be large, and is collected in many small ranges.
         let first = (range.start.0 - base) / 64;
         let last = (range.end.0 - base).div_ceil(64);
-        let window = &log[first as usize..last as usize];
+        let window = &mut log[first as usize..last as usize];
+        let [from, to] = [range.start, range.end].map(|page| page.0 - base - first * 64);
+        let mut wanted = PageSet::empty((last - first) * 64);
+        wanted.insert_range(PageRange::new(from, to));
+        for (index, word) in window.iter_mut().enumerate() {
+            *word &= wanted.word(index);
+        }
         let pages = (last * 64).min(slot.pages.len()) - first * 64;
         ioctl::clear_dirty_log(&self.vm.fd, slot.id, first * 64, pages as u32, window)
             .map_err(|errno| failed("clear the log", errno.into()))?;
         // Only now: where clearing fails, the pages are still in KVM's log.
-        let Some(dirty) = PageSet::from_words(log.into_iter(), wanted.pages()) else {
+        let Some(dirty) = PageSet::from_words(window.iter().copied(), wanted.pages()) else {
             return Ok(());
         };
+        let start = base + first * 64;
         for run in dirty.runs() {
-            into.insert_range(PageRange::new(base + run.start.0, base + run.end.0));
+            into.insert_range(PageRange::new(start + run.start.0, start + run.end.0));
         }
         Ok(())
     }

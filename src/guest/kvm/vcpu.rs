@@ -104,8 +104,12 @@ impl Vcpu {
         Ok(Vcpu { id, commands, stopped, stop, kick, thread, running: false })
     }
 
-    /// Lets the vCPU run; `pacer` answers its questions for work. Harmless when it runs.
+    /// Lets the vCPU run; `pacer` answers its questions for work. Harmless when it runs. One that was asked to stop and
+    /// had not stopped in time has to stop first.
     pub(super) fn run(&mut self, pacer: Pacer) -> Result<(), GuestError> {
+        if self.running && self.stop.load(SeqCst) {
+            self.wait_stopped()?;
+        }
         if self.running {
             return Ok(());
         }

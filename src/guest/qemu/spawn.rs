@@ -205,7 +205,7 @@ impl Spawned {
         };
         match self.last_words() {
             Some(words) => format!("QEMU ended {how}: {words}"),
-            None => format!("QEMU ended {how} and said nothing"),
+            None => format!("QEMU ended {how} and said nothing: is that a QEMU's command line?"),
         }
     }
 

@@ -59,19 +59,30 @@ impl Crew {
         }
     }
 
-    /// Starts a thread for each worker. Harmless when they run.
+    /// Starts a thread for each worker. Harmless when they run. Those of which one was asked to stop and had not stopped
+    /// in time have to stop first.
     pub(super) fn start(&mut self) -> Result<(), GuestError> {
+        if let Posts::AtWork { stop, .. } = &self.posts
+            && stop.load(SeqCst)
+        {
+            self.stop()?;
+        }
         let Posts::AtRest(workers) = &self.posts else { return Ok(()) };
         let Some(count) = u32::try_from(workers.len()).ok().and_then(NonZeroU32::new) else {
             return Err(GuestError::new("the guest has no workers"));
         };
         let stop = Arc::new(AtomicBool::new(false));
-        let mut threads = Vec::new();
+        let (mut threads, mut starts) = (Vec::new(), Vec::new());
         for (id, (worker, gauge)) in workers.iter().zip(&self.gauges).enumerate() {
             let (sender, finished) = channel();
+            let (start, started) = channel();
             let (mut worker, ram, stop) = (worker.clone(), self.ram.clone(), stop.clone());
             let (workload, gauge) = (self.workload, gauge.clone());
             let work = move || {
+                // None begins before all can: after a failure the workers are still where they were.
+                if started.recv().is_err() {
+                    return;
+                }
                 let mut pacer = Pacer::new(workload, count, gauge.clone());
                 work(&mut worker, &mut pacer, &gauge, &ram, &stop);
                 // Nobody waits for it when the guest has been given up.
@@ -82,6 +93,10 @@ impl Crew {
                 .spawn(work)
                 .map_err(|error| GuestError::new(format!("start a guest thread: {error}")))?;
             threads.push(Post { thread, finished, back: None });
+            starts.push(start);
+        }
+        for start in starts {
+            start.send(()).expect("it waits for this");
         }
         self.posts = Posts::AtWork { stop, threads };
         Ok(())
@@ -105,6 +120,15 @@ impl Crew {
         let workers = threads.iter_mut().filter_map(|post| post.back.take()).collect();
         self.posts = Posts::AtRest(workers);
         Ok(())
+    }
+}
+
+#[cfg(test)]
+impl Crew {
+    /// As a stop leaves it that was not done in time.
+    pub(super) fn ask_to_stop(&self) {
+        let Posts::AtWork { stop, .. } = &self.posts else { return };
+        stop.store(true, SeqCst);
     }
 }
 

@@ -53,6 +53,17 @@ fn a_changed_word_does_not_pass() {
 }
 
 #[test]
+fn a_guest_that_stopped_too_late_runs_on_all_the_same() {
+    let mut guest = running("sparse", 2);
+    wait_for(&guest, |status| status.ops > 100);
+    guest.crew.ask_to_stop();
+    guest.resume().unwrap();
+    let ops = guest.status().ops;
+    wait_for(&guest, |status| status.ops > ops + 2000);
+    expect_right(&guest);
+}
+
+#[test]
 fn a_paused_guest_writes_nothing() {
     let mut guest = running("whole", 2);
     wait_for(&guest, |status| status.ops > 100);

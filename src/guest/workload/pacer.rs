@@ -59,7 +59,10 @@ impl Pacer {
     /// The worker has done its task and asks for the next. Blocks while there is none; `None` as soon
     /// as `stop` is set (the one who sets it unparks this thread).
     pub(crate) fn next(&mut self, stop: &AtomicBool) -> Option<Task> {
-        self.finish();
+        // A task may have been broken off then, and what was not verified stays to be verified.
+        if !stop.load(Acquire) {
+            self.finish();
+        }
         loop {
             if stop.load(Acquire) {
                 return None;
@@ -156,9 +159,10 @@ mod tests {
         let running = AtomicBool::new(false);
         assert_eq!(pacer.next(&running), Some(Task::Verify(16)));
         assert_eq!(pacer.next(&running), Some(Task::Verify(4)));
+        // What it was given last it may not have done.
         let stopped = AtomicBool::new(true);
         assert_eq!(pacer.next(&stopped), None);
-        assert_eq!(gauge.verify_left.load(Relaxed), 0);
+        assert_eq!(gauge.verify_left.load(Relaxed), 4);
     }
 
     #[test]
