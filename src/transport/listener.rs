@@ -181,7 +181,14 @@ fn ticket_addresses(
     let mut list = advertised;
     if list.is_empty() {
         list = addresses::advertised(bound);
-        list.truncate(MAX_ADDRESSES);
+        if list.len() > MAX_ADDRESSES {
+            let left_out = &list[MAX_ADDRESSES..];
+            tracing::warn!(
+                ?left_out,
+                "the ticket has no room for all addresses of this host: --advertise chooses"
+            );
+            list.truncate(MAX_ADDRESSES);
+        }
     }
     if list.len() > MAX_ADDRESSES {
         return Err(ListenError::TooManyAddresses { count: list.len(), limit: MAX_ADDRESSES });

@@ -6,14 +6,15 @@
 use std::fmt;
 use std::future::Future;
 use std::io::{self, IoSliceMut};
-use std::net::{SocketAddr, UdpSocket};
+use std::net::{Ipv4Addr, SocketAddr, SocketAddrV6, UdpSocket};
+use std::os::fd::AsRawFd;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
-use nix::sys::socket::{setsockopt, sockopt};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, SockaddrIn6, setsockopt, sockopt};
 use quinn::udp::{RecvMeta, Transmit};
 use quinn::{
     AsyncUdpSocket, Endpoint, EndpointConfig, Runtime, ServerConfig, TokioRuntime, UdpPoller,
@@ -51,7 +52,7 @@ pub(super) fn endpoint(
     options: &TransportOptions,
     cap: Option<Cap>,
 ) -> io::Result<Endpoint> {
-    let socket = UdpSocket::bind(address)?;
+    let socket = bind(address)?;
     widen(&socket, options.socket_buffer_bytes);
     let mut endpoint_config = EndpointConfig::default();
     endpoint_config.max_udp_payload_size(MAX_PAYLOAD_BYTES).expect("between 1200 and 65527");
@@ -62,6 +63,35 @@ pub(super) fn endpoint(
         None => batching,
     };
     Endpoint::new_with_abstract_socket(endpoint_config, server, socket, runtime)
+}
+
+/// A socket at the wildcard of IPv6 takes IPv4 too, whatever this host's default (`bindv6only`) is; on a host without
+/// IPv6 it is one of IPv4 alone.
+fn bind(address: SocketAddr) -> io::Result<UdpSocket> {
+    match address {
+        SocketAddr::V6(v6) if v6.ip().is_unspecified() => {
+            with_or_without_ipv6(bind_both(v6), v6.port())
+        }
+        _ => UdpSocket::bind(address),
+    }
+}
+
+fn bind_both(address: SocketAddrV6) -> io::Result<UdpSocket> {
+    let (family, flags) = (AddressFamily::Inet6, SockFlag::SOCK_CLOEXEC);
+    let socket = nix::sys::socket::socket(family, SockType::Datagram, flags, None)?;
+    setsockopt(&socket, sockopt::Ipv6V6Only, &false)?;
+    nix::sys::socket::bind(socket.as_raw_fd(), &SockaddrIn6::from(address))?;
+    Ok(socket.into())
+}
+
+fn with_or_without_ipv6(bound: io::Result<UdpSocket>, port: u16) -> io::Result<UdpSocket> {
+    let lacks_ipv6 = |error: &io::Error| {
+        [libc::EAFNOSUPPORT, libc::EADDRNOTAVAIL].map(Some).contains(&error.raw_os_error())
+    };
+    match bound {
+        Err(error) if lacks_ipv6(&error) => UdpSocket::bind((Ipv4Addr::UNSPECIFIED, port)),
+        bound => bound,
+    }
 }
 
 /// Best effort: root gets what it asks for, others what the system's limit lets them have.
@@ -214,6 +244,22 @@ impl UdpPoller for CappedPoller {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_wildcard_takes_ipv4_with_and_without_ipv6() {
+        let without = io::Error::from_raw_os_error(libc::EAFNOSUPPORT);
+        let sockets = [bind("[::]:0".parse().unwrap()), with_or_without_ipv6(Err(without), 0)];
+        for socket in sockets.map(Result::unwrap) {
+            socket.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+            let port = socket.local_addr().unwrap().port();
+            let sender = UdpSocket::bind("127.0.0.1:0").unwrap();
+            sender.send_to(b"hello", ("127.0.0.1", port)).unwrap();
+            let mut bytes = [0; 8];
+            assert_eq!(socket.recv(&mut bytes).unwrap(), 5);
+        }
+        let taken = io::Error::from_raw_os_error(libc::EADDRINUSE);
+        assert!(with_or_without_ipv6(Err(taken), 0).is_err());
+    }
 
     #[test]
     fn the_bucket_lets_through_its_rate_and_one_burst() {
