@@ -173,8 +173,10 @@ fn fail(failure: &Failure) -> ExitCode {
 /// Makes the log before anything is moved.
 fn qlog(path: Option<&Path>) -> Result<Option<Qlog>, Failure> {
     let make = |path: &Path| {
-        Qlog::create(path)
-            .map_err(|error| Failure::plain(format!("--qlog {}: {error}", path.display())))
+        Qlog::create(path).map_err(|error| {
+            let text = format!("--qlog {}: {error}", path.display());
+            Failure::new(text, "name a new file in a directory that is there and can be written")
+        })
     };
     path.map(make).transpose()
 }

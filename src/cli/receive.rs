@@ -22,6 +22,9 @@ const DEFAULT_PORT: u16 = 64023;
 
 /// Waits for a guest: prints a ticket for `farfault send`.
 #[derive(Debug, Args)]
+#[command(
+    override_usage = "farfault receive [OPTIONS] -- <QEMU COMMAND LINE>\n       farfault receive [OPTIONS] --qmp <PATH>\n       farfault receive [OPTIONS] --resume <ID>"
+)]
 #[command(group(ArgGroup::new("guest").required(true).args(["qmp", "command", "resume"])))]
 pub(super) struct Receive {
     /// Address to listen at, with or without a port (UDP); a wildcard address is told to the sender as
@@ -71,7 +74,7 @@ pub(super) struct Receive {
     /// One JSON object a line on stdout instead of text.
     #[arg(long)]
     pub(super) json: bool,
-    /// The QEMU to start, with the source's options; `-incoming defer` and `-S` are added.
+    /// After `--`, the QEMU to start, with the source's options; `-incoming defer` and `-S` are added.
     #[arg(last = true, value_name = "QEMU COMMAND LINE")]
     pub(super) command: Vec<String>,
 }

@@ -1,5 +1,6 @@
 //! `farfault send`
 
+use std::io::IsTerminal;
 use std::net::SocketAddr;
 use std::num::NonZero;
 use std::path::{Path, PathBuf};
@@ -269,13 +270,17 @@ impl Send {
         let mut text = self.ticket.clone().unwrap_or_default();
         if text == "-" {
             text.clear();
+            if std::io::stdin().is_terminal() {
+                eprintln!("paste the ticket that farfault receive printed, and press Enter");
+            }
             std::io::stdin().read_line(&mut text).map_err(|error| {
                 Failure::plain(format!("the ticket cannot be read from standard input: {error}"))
             })?;
             if text.trim().is_empty() {
                 return Err(Failure::new(
                     "there is no ticket on standard input: its first line is empty",
-                    "look at what `farfault receive` said: it prints the ticket first, or why it cannot",
+                    "`ssh DESTINATION head -n1 FILE | farfault send ... -`, or `< FILE` behind it, where FILE \
+                     has what `farfault receive` printed: the ticket first, or why there is none",
                 ));
             }
         }

@@ -34,7 +34,7 @@ pub enum MigrationResult {
     Refused,
     /// Neither side knows for sure; the guest is stopped here.
     InDoubt,
-    /// The guest runs at the destination and lacks pages.
+    /// The guest runs at the destination and lacks pages, or whoever reports this does not know that it has all.
     LostPages,
 }
 
@@ -158,7 +158,9 @@ impl fmt::Display for Report {
             (MigrationResult::Stayed, _) => "the guest has stayed at the source",
             (MigrationResult::Refused, _) => "the guest has not run here and will not",
             (MigrationResult::InDoubt, _) => "in doubt: the guest is stopped here",
-            (MigrationResult::LostPages, _) => "the guest runs at the destination and lacks pages",
+            (MigrationResult::LostPages, _) => {
+                "the guest runs at the destination and may lack pages"
+            }
         };
         let mut row = |name: &str, value: String| writeln!(f, "  {name:<22}{value}");
         row("result", verdict.to_owned())?;

@@ -68,7 +68,8 @@ impl Standstill {
         resumed.map_err(|error| {
             Failure::new(
                 format!("the guest does not run on after it was stopped for a moment: {error}"),
-                "the guest is stopped here: look at its monitor",
+                "the guest is stopped here: `farfault send --resume`, with the migration's ID, lets it run on when its \
+                 QEMU answers",
             )
         })?;
         self.stands.store(false, Ordering::SeqCst);

@@ -52,7 +52,11 @@ pub async fn resume_send(
     let place = found.about.guest.clone();
     if has(Entry::RunSource) {
         let reason = "it was resolved by hand that the guest runs here";
-        return Err(Failure::new(reason, "the destination's copy is to be given up"));
+        let id = &found.about.migration;
+        let hint = format!(
+            "give the copy at the destination up: `farfault resolve {id} --run-source` there"
+        );
+        return Err(Failure::new(reason, hint));
     }
     if has(Entry::Complete) {
         journal.remove();
