@@ -225,7 +225,7 @@ mod tests {
         assert_eq!((&told["event"], &told["guest"]), (&"evidence".into(), &"gone".into()));
         assert_eq!(told["records"][2]["record"], "committed", "{told}");
         assert_eq!(told["run_source"]["possible"], false, "{told}");
-        assert_eq!(told["run_destination"]["possible"], true, "{told}");
+        assert_eq!(told["run_destination"]["possible"], false, "{told}");
         assert_eq!(told["pid"], serde_json::Value::Null, "{told}");
     }
 }

@@ -61,9 +61,9 @@ pub fn judge(found: &Found, choice: Choice) -> Result<Permit, Failure> {
     judge_by(found.about.side, &found.records, monitor_lives(found), choice)
 }
 
-/// One of which nothing is known, since its migration had not come so far, is asked when something is done.
+/// A monitor without a process of its own has ended with the farfault that it was in.
 fn monitor_lives(found: &Found) -> bool {
-    found.about.guest.process.is_none_or(|qemu| qemu.lives())
+    found.about.guest.process.is_some_and(|qemu| qemu.lives())
 }
 
 /// As [`judge`], by its parts.
@@ -79,9 +79,12 @@ pub(super) fn judge_by(
     }
 }
 
-/// True when the source's guest has never been another host's, by its own journal.
+/// True when the guest is the source's by its own journal, whatever becomes of it there.
 fn belongs_to_the_source(records: &Records) -> bool {
-    !records.has(Entry::Decided) || records.has(Entry::Void) || records.has(Entry::RunSource)
+    let has = |entry| records.has(entry);
+    let may_be_elsewhere = [Entry::Running, Entry::Complete, Entry::RunDestination].map(has);
+    let was_decided = has(Entry::Decided) && !has(Entry::Void);
+    may_be_elsewhere == [false; 3] && (!was_decided || has(Entry::RunSource))
 }
 
 /// The guest's monitor here has ended, so it cannot run here whatever a person decides.
@@ -161,6 +164,9 @@ fn judge_destination(
     }
 }
 
+/// What to do where nothing brings the pages together any more.
+const LOST_PAGES: &str = "see `Lost pages` in docs/failures.md";
+
 /// What is known of a side that nobody works on, and what to do about it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Advice {
@@ -185,6 +191,15 @@ pub fn advise(found: &Found) -> Advice {
         ),
         Side::Source if has(Entry::Complete) => {
             ("complete: the guest runs at the destination with all its pages", tidy)
+        }
+        Side::Source
+            if (has(Entry::RunDestination) || has(Entry::Running)) && !monitor_lives(found) =>
+        {
+            (
+                "lost pages: the guest runs at the destination, or is to, and what of its memory was only here has ended \
+             with its QEMU",
+                LOST_PAGES.to_owned(),
+            )
         }
         Side::Source if has(Entry::RunDestination) => (
             "resolved: the guest is to run at the destination, and some of its memory may be only here",
@@ -212,6 +227,10 @@ pub fn advise(found: &Found) -> Advice {
             "complete: the guest runs here with all its pages, and the source may not know",
             format!("{}, which tells it; or {tidy}", resume("receive")),
         ),
+        Side::Destination if has(Entry::Committed) && !monitor_lives(found) => (
+            "lost: the guest has run here, or was about to, and its QEMU has ended",
+            LOST_PAGES.to_owned(),
+        ),
         Side::Destination if has(Entry::Committed) => {
             ("interrupted: the guest runs here and may lack pages", resume("receive"))
         }
@@ -235,11 +254,11 @@ pub fn resolve(found: &Found, choice: Choice) -> Result<&'static str, Failure> {
     // The lock first: nobody may begin to work on it between the judgement and the deed.
     let mut journal = Journal::take_over(found)?;
     let (place, at_source) = (&found.about.guest, found.about.side == Side::Source);
-    let permit = match judge(found, choice) {
+    let monitor_lives = monitor_lives(found);
+    let permit = match judge_by(found.about.side, &found.records, monitor_lives, choice) {
         Ok(permit) => permit,
         Err(failure) => {
-            let ended = at_source && choice == Choice::RunSource && !monitor_lives(found);
-            if ended && belongs_to_the_source(&found.records) {
+            if at_source && !monitor_lives && belongs_to_the_source(&found.records) {
                 journal.remove();
             }
             return Err(failure);
@@ -352,10 +371,13 @@ mod tests {
     #[test]
     fn what_only_the_source_has_is_not_advised_to_be_removed() {
         use crate::guest::Whereabouts;
+        use crate::memory::adopt::ProcessIdentity;
         use crate::session::journal::{About, find};
-        let advice = |entries: &[Entry]| {
+        let advice = |entries: &[Entry], lives: bool| {
             let dir = tempfile::tempdir().unwrap();
-            let about = About::begin("aa01", Side::Source, Whereabouts::default()).unwrap();
+            let process = lives.then(|| ProcessIdentity::own().unwrap());
+            let place = Whereabouts { process, ..Whereabouts::default() };
+            let about = About::begin("aa01", Side::Source, place).unwrap();
             let mut journal = Journal::create(dir.path(), &about).unwrap();
             entries.iter().for_each(|entry| journal.record(entry).unwrap());
             advise(&find(dir.path(), "aa01", None).unwrap())
@@ -365,13 +387,16 @@ mod tests {
             &[Started, Decided, Entry::RunDestination],
             &[Started, Decided, Running, Entry::RunDestination],
         ] {
-            let Advice { next, situation } = advice(entries);
+            let Advice { next, situation } = advice(entries, true);
             assert_eq!(next, "farfault send --resume aa01", "{entries:?}: {situation}");
+            // What has ended cannot be taken over.
+            let Advice { next, situation } = advice(entries, false);
+            assert_eq!(next, LOST_PAGES, "{entries:?}: {situation}");
         }
-        let complete = advice(&[Started, Decided, Running, Entry::RunDestination, Complete]);
+        let complete = advice(&[Started, Decided, Running, Entry::RunDestination, Complete], true);
         assert!(complete.next.starts_with("nothing; then remove"), "{complete:?}");
         // The guest may not have been let run: that can be repeated.
-        let here = advice(&[Started, Decided, Entry::RunSource]);
+        let here = advice(&[Started, Decided, Entry::RunSource], true);
         assert!(here.next.contains("farfault resolve aa01.source --run-source again"), "{here:?}");
     }
 
@@ -387,6 +412,8 @@ mod tests {
             (&[Started, Decided], true),
             // It has run here, and ended, since that was chosen.
             (&[Started, Decided, Entry::RunSource], false),
+            // Resolved, and taken back later: it is not ours to forget.
+            (&[Started, Decided, Entry::RunDestination, Void], true),
         ] {
             let dir = tempfile::tempdir().unwrap();
             let place = Whereabouts { process: Some(ended), ..Whereabouts::default() };
@@ -397,10 +424,13 @@ mod tests {
             drop(journal);
             let found = find(dir.path(), "aa01", None).unwrap();
             let failure = resolve(&found, RunSource).unwrap_err();
-            assert!(failure.reason.contains("QEMU here has ended"), "{failure}");
+            let was_resolved = entries.contains(&Entry::RunDestination);
+            assert_eq!(failure.reason.contains("QEMU here has ended"), !was_resolved, "{failure}");
             let left = find(dir.path(), "aa01", None);
             assert_eq!(left.is_ok(), stays, "{entries:?}");
-            if let Ok(left) = left {
+            if let Ok(left) = left
+                && !was_resolved
+            {
                 // The other way is still open.
                 judge(&left, RunDestination).unwrap();
             }
@@ -424,6 +454,8 @@ mod tests {
         let found = find(dir.path(), "aa01", None).unwrap();
         let advice = advise(&found);
         assert_eq!(advice.next, "farfault resolve aa01.destination --run-source", "{advice:?}");
+        let shown = judge(&found, RunDestination).unwrap_err();
+        assert!(shown.reason.contains("QEMU here has ended"), "{shown}");
         let failure = resolve(&found, RunDestination).unwrap_err();
         assert!(failure.reason.contains("QEMU here has ended"), "{failure}");
         assert!(failure.hint.unwrap().contains("--run-source on both hosts"));
@@ -461,7 +493,9 @@ mod tests {
         use crate::memory::adopt::ProcessIdentity;
         use crate::session::journal::{About, find};
         let dir = tempfile::tempdir().unwrap();
-        let mut about = About::begin("aa01", Side::Source, Whereabouts::default()).unwrap();
+        let process = Some(ProcessIdentity::own().unwrap());
+        let place = Whereabouts { process, ..Whereabouts::default() };
+        let mut about = About::begin("aa01", Side::Source, place).unwrap();
         // As if its owner had been killed.
         about.owner = ProcessIdentity { start_ticks: 0, ..about.owner };
         let mut journal = Journal::create(dir.path(), &about).unwrap();
