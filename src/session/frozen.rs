@@ -30,7 +30,7 @@ pub(super) struct FrozenPages {
     /// Holes that the destination does not know to be zero.
     zero: PageSet,
     need: PageSet,
-    /// These two: of none of them does the destination hold what is remembered of it.
+    /// These two: what is remembered of them is not what the destination will hold, so nothing goes as a copy of them.
     unsettled: PageSet,
     pusher: Mutex<Pusher>,
     costs: Costs,

@@ -52,7 +52,7 @@ pub(super) fn endpoint(
     options: &TransportOptions,
     cap: Option<Cap>,
 ) -> io::Result<Endpoint> {
-    let socket = bind(address)?;
+    let socket = if server.is_some() { bind(address) } else { UdpSocket::bind(address) }?;
     widen(&socket, options.socket_buffer_bytes);
     let mut endpoint_config = EndpointConfig::default();
     endpoint_config.max_udp_payload_size(MAX_PAYLOAD_BYTES).expect("between 1200 and 65527");
@@ -65,7 +65,7 @@ pub(super) fn endpoint(
     Endpoint::new_with_abstract_socket(endpoint_config, server, socket, runtime)
 }
 
-/// A socket at the wildcard of IPv6 takes IPv4 too, whatever this host's default (`bindv6only`) is; on a host without
+/// A listener's socket. One at the wildcard of IPv6 takes IPv4 too, whatever this host's default (`bindv6only`) is; on a host without
 /// IPv6 it is one of IPv4 alone.
 fn bind(address: SocketAddr) -> io::Result<UdpSocket> {
     match address {

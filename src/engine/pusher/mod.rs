@@ -31,8 +31,13 @@ mod unsent;
 pub use budget::BundleBudget;
 pub use unsent::Unsent;
 
-/// Of so many pages for each that is to go first it is asked, while the guest stands still, whether they may.
-const ASKED_PER_PAGE: usize = 8;
+/// Pages that go first at most. To find them takes a look at the heat of each page, and a search in what was sent for each
+/// that is asked about.
+pub const MAX_FIRST: usize = 1 << 16;
+/// It is asked of so many of the hottest pages for each that is to go first, whether they may.
+const ASKED_PER_PAGE: usize = 4;
+/// Of a page, with that of one that is cold.
+const HEATS: usize = 1 << u8::BITS;
 
 /// What a policy sees of the pages that are left.
 pub struct Left<'a> {
@@ -197,53 +202,33 @@ impl Pusher {
         self.unsent.remove(wanted.page) || is_overdue
     }
 
-    /// Whatever the policy says, the hottest of the pages that `may` go first, at most `count`. Meant for the freeze, while
-    /// nothing is sent yet: it takes a look at the heat of each page, and asks `may`, which takes longer, only of some
-    /// times `count` pages; fewer go first where most of these may not.
+    /// Whatever the policy says, the hottest of the pages that `may` go first, at most `count` and [`MAX_FIRST`]; fewer where
+    /// most of the hottest may not. Meant for the freeze, while nothing is sent yet and the guest stands still.
     pub fn hottest_first(&mut self, count: usize, may: &dyn Fn(PageIndex) -> bool) {
-        self.first.clear();
-        if count == 0 {
-            return;
-        }
-        let mut pages_of_heat = [0usize; 1 << u8::BITS];
+        let count = count.min(MAX_FIRST);
+        let most_asked = count * ASKED_PER_PAGE;
+        let mut pages_of_heat = [0usize; HEATS];
         for page in self.hot_pages() {
             pages_of_heat[usize::from(self.heat.of(page))] += 1;
         }
-        let mut heats: Vec<u8> =
-            (1..=u8::MAX).filter(|heat| pages_of_heat[usize::from(*heat)] > 0).collect();
+        // A counting sort of those that may be asked about: each heat's place in their order, the hottest heat first.
+        let mut heats: Vec<u8> = (1..=u8::MAX).collect();
         heats.sort_unstable_by_key(|heat| Reverse((heat.count_ones(), *heat)));
-        let (mut hot, mut may_ask): (Vec<PageIndex>, _) =
-            (Vec::new(), count.saturating_mul(ASKED_PER_PAGE));
-        let mut heats = heats.into_iter().peekable();
-        while hot.len() < count && may_ask > 0 && heats.peek().is_some() {
-            // As many of the hottest as would be enough if all may go, in one walk.
-            let mut is_next = [false; 1 << u8::BITS];
-            let (mut expected, mut coolest) = (hot.len(), 0);
-            while let Some(heat) = heats.next_if(|_| expected < count) {
-                expected += pages_of_heat[usize::from(heat)];
-                (is_next[usize::from(heat)], coolest) = (true, heat);
-            }
-            let mut of_the_coolest = 0;
-            for page in self.hot_pages() {
-                let heat = self.heat.of(page);
-                if may_ask == 0
-                    || !is_next[usize::from(heat)]
-                    || (heat == coolest && of_the_coolest == count)
-                {
-                    continue;
-                }
-                may_ask -= 1;
-                if may(page) {
-                    hot.push(page);
-                    of_the_coolest += usize::from(heat == coolest);
-                }
+        let (mut next, mut end, mut asked) = ([0; HEATS], [0; HEATS], 0);
+        for heat in heats.into_iter().map(usize::from) {
+            next[heat] = asked;
+            asked += pages_of_heat[heat].min(most_asked - asked);
+            end[heat] = asked;
+        }
+        let mut hottest = vec![PageIndex(0); asked];
+        for page in self.hot_pages() {
+            let heat = usize::from(self.heat.of(page));
+            if next[heat] < end[heat] {
+                hottest[next[heat]] = page;
+                next[heat] += 1;
             }
         }
-        hot.sort_unstable_by_key(|page| {
-            (Reverse((self.heat.intervals_dirty(*page), self.heat.of(*page))), *page)
-        });
-        hot.truncate(count);
-        self.first = hot.into();
+        self.first = hottest.into_iter().filter(|page| may(*page)).take(count).collect();
     }
 
     /// Needed pages that have been written to lately, by address.

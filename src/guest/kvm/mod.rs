@@ -138,6 +138,9 @@ impl KvmGuest {
     fn start(&mut self) -> Result<(), GuestError> {
         let vcpus = u32::try_from(self.vcpus.len()).ok().and_then(NonZeroU32::new);
         let vcpus = vcpus.ok_or_else(|| GuestError::new("the guest has been ended"))?;
+        // None begins while another one has still to stop.
+        let late: Vec<_> = self.vcpus.iter_mut().map(Vcpu::wait_if_late).collect();
+        late.into_iter().collect::<Result<(), _>>()?;
         for (vcpu, gauge) in self.vcpus.iter_mut().zip(&self.gauges) {
             vcpu.run(Pacer::new(self.workload, vcpus, gauge.clone()))?;
         }

@@ -104,12 +104,13 @@ impl Vcpu {
         Ok(Vcpu { id, commands, stopped, stop, kick, thread, running: false })
     }
 
-    /// Lets the vCPU run; `pacer` answers its questions for work. Harmless when it runs. One that was asked to stop and
-    /// had not stopped in time has to stop first.
+    /// Waits until a vCPU that was asked to stop, and had not stopped in time, has.
+    pub(super) fn wait_if_late(&mut self) -> Result<(), GuestError> {
+        if self.stop.load(SeqCst) { self.wait_stopped() } else { Ok(()) }
+    }
+
+    /// Lets the vCPU run; `pacer` answers its questions for work. Harmless when it runs.
     pub(super) fn run(&mut self, pacer: Pacer) -> Result<(), GuestError> {
-        if self.running && self.stop.load(SeqCst) {
-            self.wait_stopped()?;
-        }
         if self.running {
             return Ok(());
         }
