@@ -39,7 +39,7 @@ impl Store {
         let path = directory.join(SCENARIO);
         let text = std::fs::read_to_string(&path)
             .with_context(|| format!("{} is no experiment's directory", directory.display()))?;
-        let scenario = Scenario::parse(&text).with_context(|| path.display().to_string())?;
+        let scenario = Scenario::noted(&text).with_context(|| path.display().to_string())?;
         Ok((Store { directory: directory.to_owned(), records: read(directory)? }, scenario))
     }
 

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::fs::File;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
@@ -309,10 +310,15 @@ impl Remains {
                 let _ = Command::new("ip").args(["netns", "del", name]).status();
             }
             Remains::GuestMemory => drop(std::fs::remove_file(path)),
-            Remains::Directory => {
-                remove_state(&path.join(STATE));
+            // Others may write where this is: what a link leads to is not the laboratory's.
+            Remains::Directory if is_own_directory(path) => {
+                let state = path.join(STATE);
+                if is_own_directory(&state) {
+                    remove_state(&state);
+                }
                 let _ = std::fs::remove_dir_all(path);
             }
+            Remains::Directory => {}
         }
     }
 
@@ -327,6 +333,12 @@ impl Remains {
             }
         }
     }
+}
+
+/// A directory of this user, and no link to one.
+fn is_own_directory(path: &Path) -> bool {
+    let own = nix::unistd::geteuid().as_raw();
+    std::fs::symlink_metadata(path).is_ok_and(|about| about.is_dir() && about.uid() == own)
 }
 
 fn remove_remains_of_dead_labs() {
@@ -389,6 +401,14 @@ mod tests {
             parent.path().join(format!("{PREFIX}{dead}-0-abcdef/{STATE}/{alive}.destination"));
         std::fs::create_dir_all(&side).unwrap();
         std::fs::write(pages_path(&side), b"table").unwrap();
+        // A link to where others keep their journals leads to nothing that is removed.
+        let others = tempfile::tempdir().unwrap();
+        let theirs = others.path().join(format!("{alive}-others.destination"));
+        std::fs::create_dir(&theirs).unwrap();
+        std::fs::write(pages_path(&theirs), b"table").unwrap();
+        let lure = parent.path().join(format!("{PREFIX}{dead}-1-abcdef"));
+        std::fs::create_dir(&lure).unwrap();
+        std::os::unix::fs::symlink(others.path(), lure.join(STATE)).unwrap();
         let kept = [format!("{PREFIX}{alive}-0-abcdef"), format!("{PREFIX}results")];
         for name in &kept {
             std::fs::create_dir(parent.path().join(name)).unwrap();
@@ -397,6 +417,8 @@ mod tests {
         std::fs::write(&ram, b"memory").unwrap();
         Remains::Directory.remove_all_in(parent.path());
         assert!(!pages_path(&side).exists() && ram.exists());
+        assert!(theirs.exists() && pages_path(&theirs).exists() && !lure.exists());
+        std::fs::remove_file(pages_path(&theirs)).unwrap();
         Remains::GuestMemory.remove_all_in(parent.path());
         let left = std::fs::read_dir(parent.path()).unwrap().flatten();
         let mut left: Vec<String> =
