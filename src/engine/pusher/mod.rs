@@ -205,6 +205,10 @@ impl Pusher {
     /// Whatever the policy says, the hottest of the pages that `may` go first, at most `count` and [`MAX_FIRST`]; fewer where
     /// most of the hottest may not. Meant for the freeze, while nothing is sent yet and the guest stands still.
     pub fn hottest_first(&mut self, count: usize, may: &dyn Fn(PageIndex) -> bool) {
+        self.first.clear();
+        if count == 0 {
+            return;
+        }
         let count = count.min(MAX_FIRST);
         let most_asked = count * ASKED_PER_PAGE;
         let mut pages_of_heat = [0usize; HEATS];
